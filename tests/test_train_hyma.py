@@ -1,0 +1,342 @@
+"""train_hyma.py by its command line: the run folder, kill and resume, generators, faults, and the arithmetic."""
+
+import csv
+import json
+import math
+import runpy
+import shutil
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SAMPLE
+from torch.utils.flop_counter import FlopCounterMode
+
+import vlm
+from kernels import clip_loss, connector_mlp
+
+QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def script():
+    """train_hyma.py's own names, for its arithmetic."""
+    return type(
+        "script",
+        (),
+        {
+            k: staticmethod(v) if callable(v) and not isinstance(v, type) else v
+            for k, v in runpy.run_path(str(ROOT / "train_hyma.py")).items()
+        },
+    )
+
+
+def ranking(folder):
+    with open(folder / "ranking.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def connectors(folder):
+    return {path.name: torch.load(path, weights_only=True) for path in (folder / "connectors").glob("*.pt")}
+
+
+def same_connectors(one, two):
+    one, two = connectors(one), connectors(two)
+    return one.keys() == two.keys() and all(torch.equal(one[n][k], two[n][k]) for n in one for k in one[n])
+
+
+def test_run_folder(run, planted, tmp_path):
+    result = run("train_hyma.py", "--pairs", "all", "--data", planted, "--out", "runs/x", *QUICK)
+    assert result.code == 0, result.err
+    out = tmp_path / "runs" / "x"
+    rows = ranking(out)
+    assert list(rows[0]) == ["image", "text", "val_recall1", "val_recall5", "val_recall10", "rank"]
+    assert len(rows) == 6 and [int(r["rank"]) for r in rows] == sorted(int(r["rank"]) for r in rows)
+    assert {r["image"] for r in rows[:2]} == {"efflite1"} and {r["image"] for r in rows[-2:]} == {"control"}
+    assert float(rows[0]["val_recall10"]) > 0.9 > 0.3 > float(rows[-1]["val_recall10"])
+
+    config, ledger = vlm.read_json(out / "config.json"), vlm.read_json(out / "ledger.json")
+    assert (
+        config["flags"]["batch_size"] == 128
+        and config["flags"]["pairs_per_step"] == 3
+        and config["versions"]["torch"] == torch.__version__.split("+")[0]
+    )
+    assert {"device", "commit", "embeddings", "pairs"} <= set(config)
+    steps = 6 * (810 // 128)
+    assert ledger["pairs"] == 6 and ledger["steps"] == steps and ledger["batch_size"] == 128
+    assert ledger["updates_per_pair"] == {pair: steps // 2 for pair in config["pairs"]}
+    assert ledger["pair_samples"] == 128 * steps * 3
+    assert (
+        ledger["seconds"] > 0
+        and ledger["peak_bytes"] > 1e6
+        and ledger["flops"] > 1e9
+        and ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * (1280 + 1280 + 512)
+    )
+    metrics = vlm.read_jsonl(out / "metrics.jsonl")
+    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
+
+    best = out / "connectors" / f"{rows[0]['image']}_mlp1_{rows[0]['text']}.pt"
+    assert (
+        f"best connector: runs/x/connectors/{best.name}" in result.out
+        and "get_vlm_from_checkpoint('runs/x/connectors/" in result.out
+    )
+    assert "chance at 1 / 5 / 10: 1.1 / 5.6 / 11.1" in result.out
+    data = vlm.Embeddings(planted)
+    _, validation = vlm.split_rows(data)
+    for row in rows:  # the exported files alone give the scores of the ranking
+        path = out / "connectors" / f"{row['image']}_mlp1_{row['text']}.pt"
+        image, hidden, text, state = vlm.read_connector(path)
+        connector = vlm.init_modality_connector(data.encoders[text].dim, [1024], data.encoders[image].dim)
+        connector.load_state_dict(state)
+        store = vlm.RowStore(data, [image, text], torch.device("cpu"))
+        with torch.no_grad():
+            six = vlm.Retrieval(data, validation, torch.device("cpu")).recalls(
+                connector(store.take(text, validation)), store.take(image, validation)
+            )
+        assert (six[2] + six[5]) / 2 == pytest.approx(float(row["val_recall10"]), abs=0.01)
+        card = vlm.read_json(path.with_suffix(".json"))
+        assert card["image_encoder"] == vlm.ENCODERS[image].spec and card["val_recall10"] == float(row["val_recall10"])
+
+
+@pytest.mark.parametrize("flags", [(), ("--generator", "mlp", "--width", "4", "--connector", "mlp0")])
+def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, flags):
+    flags = ("--data", planted, *QUICK, *flags, "--pairs", "*:minilm_l6")
+    assert run("train_hyma.py", *flags, "--out", "whole").code == 0
+    for epochs in (0, 2, 4):
+        process = spawn("train_hyma.py", *(flags if epochs == 0 else ["--resume"]), "--out", "killed")
+        until = time.time() + 120
+        while process.poll() is None and time.time() < until:
+            metrics = tmp_path / "killed" / "metrics.jsonl"
+            if (tmp_path / "killed" / "config.json").exists() and (
+                not epochs or metrics.exists() and len(metrics.read_text().splitlines()) >= epochs
+            ):
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = run("train_hyma.py", "--resume", "--out", "killed")
+    assert result.code == 0, result.err
+    assert same_connectors(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "whole" / "ranking.csv").read_bytes() == (tmp_path / "killed" / "ranking.csv").read_bytes()
+    ledgers = [vlm.read_json(tmp_path / name / "ledger.json") for name in ("whole", "killed")]
+    assert (
+        ledgers[0]["updates_per_pair"] == ledgers[1]["updates_per_pair"] and ledgers[0]["flops"] == ledgers[1]["flops"]
+    )
+
+
+def test_resume_of_a_finished_run_and_contradictions(run, refused, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--epochs", "1")
+    assert run("train_hyma.py", *flags).code == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    before = made / "ranking.csv"
+    before = before.read_bytes()
+    again = run("train_hyma.py", "--resume")  # the newest
+    assert (
+        again.code == 0
+        and f"{made.relative_to(tmp_path)}" in again.out
+        and (made / "ranking.csv").read_bytes() == before
+    )
+    refused("train_hyma.py", "--resume", "--out", made, "--seed", "5", says=["--seed 5", "contradicts"])
+    refused("train_hyma.py", "--resume", "--out", "nowhere", says="holds no run")
+    refused("train_hyma.py", *flags, "--out", made, says="holds a run already")
+    whole = (made / "checkpoint.pt").read_bytes()
+    (made / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    refused("train_hyma.py", "--resume", "--out", made, says="checkpoint.pt")
+
+
+def test_resume_refuses_other_embeddings(run, refused, planted, tmp_path):
+    shutil.copytree(planted, tmp_path / "data")
+    assert run("train_hyma.py", "--data", "data", *QUICK, "--epochs", "1", "--out", "x").code == 0
+    torch.save(torch.load(planted / "mpnet.pt", weights_only=True).flip(0), tmp_path / "data" / "mpnet.pt")
+    refused("train_hyma.py", "--resume", "--out", "x", says="no longer those")
+
+
+@pytest.mark.parametrize("generator", ["factored", "mlp"])
+@pytest.mark.parametrize("connector", ["mlp0", "mlp1", "mlp2"])
+def test_generators_learn_at_every_depth(run, planted, tmp_path, generator, connector):
+    flags = (
+        "--generator",
+        generator,
+        "--width",
+        "16",
+        "--connector",
+        connector,
+        "--pairs",
+        "efflite1:*",
+        "control:mpnet",
+    )
+    result = run("train_hyma.py", "--data", planted, "--out", "x", *QUICK, *flags)
+    assert result.code == 0, result.err
+    rows = ranking(tmp_path / "x")
+    assert rows[-1]["image"] == "control" and float(rows[0]["val_recall10"]) > 0.3
+    assert len(connectors(tmp_path / "x")) == 3
+    for path in (tmp_path / "x" / "connectors").glob("*.pt"):
+        vlm.read_connector(path)
+
+
+def test_lower_precision_trains_alike(run, planted, tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert run("train_hyma.py", "--data", planted, "--out", precision, *QUICK, "--precision", precision).code == 0
+    fp32, bf16 = (vlm.read_jsonl(tmp_path / p / "metrics.jsonl")[-1]["loss"] for p in ("fp32", "bf16"))
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def test_bad_input(run, refused, planted, tmp_path):
+    base = ("--data", planted, "--device", "cpu")
+    refused("train_hyma.py", *base, "--pairs", "vit_l16:mpnet", says=["vit_l16:mpnet", "efflite1", "minilm_l6"])
+    refused("train_hyma.py", *base, "--batch-size", "900", says=["--batch-size 900", "810"])
+    refused("train_hyma.py", *base, "--batch-size", "0", says="--batch-size 0")
+    refused("train_hyma.py", *base, "--batch-size", "1", says="--batch-size 1")
+    refused("train_hyma.py", *base, "--logit-scale", "0.5", says="--logit-scale")
+    refused("train_hyma.py", *base, "--epochs", "-1", says="--epochs -1")
+    refused("train_hyma.py", "--data", "nowhere", says="no such embedding folder")
+    refused("train_hyma.py", "--resume", says="no run in runs/")
+    (tmp_path / "text").mkdir()
+    shutil.copy(planted / "mpnet.pt", tmp_path / "text")
+    refused("train_hyma.py", "--data", "text", says="0 image and 1 text encoders")
+    if not torch.cuda.is_available():
+        refused("train_hyma.py", "--data", planted, "--device", "cuda", says="no GPU")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(refused, planted, tmp_path):
+    flags = ("--lr", "1e30", "--warmup-steps", "0", "--epochs", "3", "--clip-norm", "1e9")
+    refused("train_hyma.py", "--data", planted, "--out", "x", *QUICK, *flags, says=["the loss of", "nan", "--lr"])
+    assert not connectors(tmp_path / "x")
+
+
+def test_collapse_to_chance_is_said(run, planted, tmp_path):
+    result = run("train_hyma.py", "--data", planted, "--out", "x", *QUICK, "--lr", "1e-9", "--pairs", "control:*")
+    assert result.code == 0 and "All pairs are at chance" in result.out
+    result = run(
+        "train_hyma.py",
+        "--data",
+        planted,
+        "--out",
+        "y",
+        *QUICK,
+        "--warmup-steps",
+        "40",
+        "--epochs",
+        "12",
+        "--lr",
+        "30",
+        "--pairs",
+        "efflite1:*",
+    )
+    said = "collapsed to chance" in result.out + result.err
+    scores = [m["val_recall10"] for m in vlm.read_jsonl(tmp_path / "y" / "metrics.jsonl")]
+    assert said == any(score < 2 * 10 / 90 < max(scores[: k + 1]) for k, score in enumerate(scores))
+    assert float(ranking(tmp_path / "y")[0]["val_recall10"]) >= max(scores)
+
+
+# -------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    "images, texts, each", [(9, 3, 3), (9, 3, 9), (9, 3, 4), (4, 2, 4), (2, 5, 3), (1, 1, 1), (7, 7, 5)]
+)
+def test_every_pair_gets_its_share(script, images, texts, each):
+    pairs = [(f"i{i}", f"t{t}") for i in range(images) for t in range(texts)]
+    round_length = math.ceil(len(pairs) / each)
+    counts = Counter()
+    for step in range(3 * round_length):
+        chosen = script.draw_pairs(step, 0, pairs, each)
+        assert 1 <= len(chosen) <= each and len(set(chosen)) == len(chosen)
+        counts.update(chosen)
+        if len(chosen) == each >= max(images, texts):
+            assert {i for i, _ in chosen} == {i for i, _ in pairs} and {t for _, t in chosen} == {t for _, t in pairs}
+    assert set(counts) == set(pairs) and set(counts.values()) == {3}
+    assert script.draw_pairs(1, 0, pairs, each) == script.draw_pairs(1, 0, pairs, each)
+
+
+def test_rows_are_dealt_once_an_epoch(script):
+    rows = torch.arange(100, 203)
+    seen = torch.cat([script.draw_rows(step, 3, rows, 10) for step in range(10)])
+    assert len(seen.unique()) == 100 and not torch.equal(seen[:10], torch.arange(100, 110))
+    assert torch.equal(script.draw_rows(14, 3, rows, 10), script.draw_rows(14, 3, rows, 10))
+    assert not torch.equal(script.draw_rows(14, 3, rows, 10), script.draw_rows(4, 3, rows, 10))
+
+
+def generators(script, hidden_layers):
+    images, texts = {"a": 48, "b": 32}, {"t": 24, "u": 40}
+    for build in (script.Factored, script.PaperMLP):
+        torch.manual_seed(0)
+        yield build(images, texts, hidden_layers, 8)
+
+
+@pytest.mark.parametrize("hidden_layers", [0, 1, 2])
+def test_export_is_the_function_that_was_trained(script, hidden_layers):
+    """The exported layers of any pair, through torch alone, against the generator's own pass over all pairs."""
+    features = {"t": torch.randn(5, 24), "u": torch.randn(5, 40)}
+    pairs = [("a", "u"), ("b", "t"), ("b", "u")]  # a:t is never asked for and has a connector as well
+    for generator in generators(script, hidden_layers):
+        z, _ = connector_mlp(*generator(features, pairs))
+        for (image, text), mapped in zip(pairs, z.split([48, 32, 32], dim=1)):
+            x = features[text]
+            layers = generator.predict(image, text)
+            for k, (weight, bias) in enumerate(layers):
+                x = F.linear(x, weight, bias) if k == len(layers) - 1 else F.relu(F.linear(x, weight, bias))
+            torch.testing.assert_close(mapped, x, atol=1e-5, rtol=1e-4)
+        assert [tuple(w.shape) for w, _ in generator.predict("a", "t")][-1][0] == 48
+
+
+@pytest.mark.parametrize("hidden_layers", [0, 1, 2])
+def test_flops_against_torch(script, hidden_layers):
+    features = {"t": torch.randn(64, 24), "u": torch.randn(64, 40)}
+    images = {"a": F.normalize(torch.randn(64, 48), dim=1), "b": F.normalize(torch.randn(64, 32), dim=1)}
+    pairs = [("a", "u"), ("b", "t"), ("a", "t")]
+    for generator in generators(script, hidden_layers):
+        with FlopCounterMode(display=False) as counter:
+            z, sumsq = connector_mlp(*generator(features, pairs))
+            losses, _ = clip_loss(z, list(images.values()), [0, 1, 0], 20.0, sumsq=sumsq)
+            losses.mean().backward()
+            if hasattr(generator, "outer"):
+                generator.outer[0].T @ generator.outer[1]
+        closed_form = generator.flops(64, pairs) + sum(4 * 64**2 * images[image].shape[1] for image, _ in pairs)
+        assert counter.get_total_flops() == pytest.approx(closed_form, rel=0.02)
+
+
+def test_the_never_formed_gradient_takes_part_in_clipping(script):
+    """One update of the mlp generator against autograd with the head as an ordinary parameter, clipping active."""
+    torch.manual_seed(0)
+    generator = script.PaperMLP({"a": 48}, {"t": 24}, 1, 8)
+    twin = script.PaperMLP({"a": 48}, {"t": 24}, 1, 8)
+    twin.load_state_dict(generator.state_dict())
+    head = torch.nn.Parameter(twin.head.clone())
+    features = {"t": torch.randn(16, 24)}
+    flags = type("flags", (), {"clip_norm": 0.01, "weight_decay": 0.1})
+    optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=0.1)
+    plain = torch.optim.AdamW([*twin.parameters(), head], lr=0.01, weight_decay=0.1)
+    moments = [torch.zeros_like(generator.head) for _ in range(2)]
+    for step in range(3):
+        optimizer.zero_grad()
+        connector_mlp(*generator(features, [("a", "t")]))[0].square().mean().backward()
+        script.update(generator, optimizer, moments, step + 1, 0.01, flags)
+
+        plain.zero_grad()
+        twin.head = head.detach()
+        connector_mlp(*twin(features, [("a", "t")]))[0].square().mean().backward()
+        head.grad = twin.outer[0].T @ twin.outer[1]
+        torch.nn.utils.clip_grad_norm_([*twin.parameters(), head], 0.01)
+        plain.step()
+    torch.testing.assert_close(generator.head, head.detach(), atol=1e-6, rtol=1e-5)
+    for one, two in zip(generator.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_main_job_on_the_sample(run, tmp_path):
+    """Real embeddings of real pictures: every pretrained pair above the control, in a fraction of the default's steps."""
+    result = run("train_hyma.py", "--pairs", "all", "--out", "x", "--epochs", "20", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert f"{SAMPLE / 'embeddings'} (the sample)" in result.out
+    rows = ranking(tmp_path / "x")
+    assert len(rows) == 8 and [row["image"] for row in rows[-2:]] == ["control", "control"]
+    assert float(rows[5]["val_recall10"]) > 1.5 * float(rows[6]["val_recall10"])
+    assert json.loads((tmp_path / "x" / "ledger.json").read_text())["peak_bytes"] < 4e9

@@ -1,0 +1,508 @@
+"""Trains one hypernetwork that predicts the connector of every encoder pair, ranks the pairs, writes the connectors.
+
+    python train_hyma.py --pairs all                                  # the embedded sample, about a minute on a CPU
+    python train_hyma.py --pairs all --data embeddings/my             # your embeddings, made by embed.py
+    python train_hyma.py --pairs "vit_*:mpnet" deit_b16:roberta --data embeddings/my --out runs/few
+    python train_hyma.py --resume                                     # the newest run, after an interruption
+
+Every step draws a mini-batch of rows and a mini-batch of pairs, lets the generator predict those pairs' connectors,
+and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two generators: `factored` (default)
+predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp` is the
+paper's, an MLP from a pair code and a layer code to that layer's weights. Writes runs/<name>/: connectors/,
+ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import vlm
+from kernels import Layer, adamw_outer, clip_loss, connector_mlp, outer_grad_norm_sq
+from vlm import HIDDEN_DIM, BadInput
+
+SAMPLE = Path(__file__).parent / "sample" / "embeddings"
+LEARNING_RATE = {"factored": 3e-3, "mlp": 1e-3}
+
+
+def parse_flags():
+    """The flags, and the run folder's configuration if an interrupted run is to be resumed (else None)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--pairs",
+        nargs="+",
+        default=["all"],
+        metavar="IMAGE:TEXT",
+        help="all, vit_l16:mpnet, wildcards, several (default: all)",
+    )
+    add("--data", type=Path, help="embedding folder (default: the sample's)")
+    add("--out", type=Path, help="run folder (default: runs/hyma-<date>-<time>)")
+    add("--resume", action="store_true", help="go on with the run in --out, or with the newest; its flags are kept")
+    add(
+        "--connector",
+        choices=["mlp0", "mlp1", "mlp2"],
+        default="mlp1",
+        help="hidden layers of 1024 (default: %(default)s)",
+    )
+    add(
+        "--generator",
+        choices=["factored", "mlp"],
+        default="factored",
+        help="how weights are predicted (default: %(default)s)",
+    )
+    add(
+        "--width",
+        type=int,
+        default=128,
+        help="hidden width of the mlp generator; the paper's is 512 (default: %(default)s)",
+    )
+    add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
+    add("--batch-size", type=int, default=512, help="rows a step (default: %(default)s)")
+    add("--pairs-per-step", type=int, help="pairs a step (default: enough for every encoder to be in each step)")
+    add("--lr", type=float, help="peak learning rate (default: 3e-3 factored, 1e-3 mlp)")
+    add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
+    add("--clip-norm", type=float, default=1.0, help="largest global gradient norm (default: %(default)s)")
+    add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, batches and pair draws (default: %(default)s)")
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help="of the matrix products (default: tf32 on CUDA, else fp32)",
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
+    flags = parser.parse_args()
+    if not flags.resume:
+        check_flags(flags)
+        return flags, None
+
+    runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if flags.out is None and not runs:
+        raise BadInput("--resume: there is no run in runs/; name one with --out")
+    out = flags.out or runs[-1].parent
+    if not (out / "config.json").is_file():
+        raise BadInput(f"--resume: {out} holds no run (no config.json)")
+    config = vlm.read_json(out / "config.json")
+    if config.get("script") != "train_hyma.py":
+        raise BadInput(f"--resume: {out} was not made by train_hyma.py")
+    parser.set_defaults(**config["flags"])
+    flags = parser.parse_args()  # again, so that what is given now shows against what the run was started with
+    flags.data, flags.out = Path(flags.data), out
+    for name, value in config["flags"].items():
+        now = getattr(flags, name)
+        if name != "out" and (str(now) if isinstance(now, Path) else now) != value:
+            raise BadInput(f"--{name.replace('_', '-')} {now}: contradicts {out}, which was started with {value}")
+    return flags, config
+
+
+def check_flags(flags):
+    for name in ("width", "epochs", "batch_size", "pairs_per_step", "lr", "clip_norm"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
+    if not 1 <= flags.logit_scale <= 150:
+        raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
+    if flags.warmup_steps < 0 or flags.weight_decay < 0:
+        raise BadInput("--warmup-steps and --weight-decay must not be negative")
+    if flags.batch_size < 2:
+        raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
+
+
+# ------------------------------------------------------------------------------------------------- generators
+
+
+class Factored(nn.Module):
+    """A pair's connector from the parts of its two encoders: all but the last layer belong to the text encoder and
+    lead into a hidden space that every pair shares, the last layer belongs to the image encoder.
+
+    A part learns from every pair of its encoder, so each pair needs only its share of the steps, and a pair that was
+    never drawn has a connector too. Without a hidden layer the two parts are multiplied into one linear map.
+    """
+
+    def __init__(self, image_dims, text_dims, hidden_layers, width=None):
+        super().__init__()
+        self.images, self.texts, self.hidden_layers = list(image_dims), list(text_dims), hidden_layers
+        self.text_parts = nn.ModuleList(
+            nn.ModuleList(
+                nn.Linear(dim if depth == 0 else HIDDEN_DIM, HIDDEN_DIM) for depth in range(max(1, hidden_layers))
+            )
+            for dim in text_dims.values()
+        )
+        self.image_parts = nn.ModuleList(nn.Linear(HIDDEN_DIM, dim) for dim in image_dims.values())
+
+    def forward(self, features, pairs):
+        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
+        texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
+        parts = [self.text_parts[self.texts.index(text)] for text in texts]
+        heads = [self.image_parts[self.images.index(image)] for image in images]
+        inputs, each = [features[text] for text in texts], [(k, k) for k in range(len(texts))]
+        layers = [
+            Layer([part[depth].weight for part in parts], [part[depth].bias for part in parts], each)
+            for depth in range(self.hidden_layers)
+        ]
+        if self.hidden_layers == 0:
+            inputs = [nn.functional.linear(x, p[0].weight.to(x), p[0].bias.to(x)) for x, p in zip(inputs, parts)]
+        wiring = [(texts.index(text), images.index(image)) for image, text in pairs]
+        layers.append(Layer([head.weight for head in heads], [head.bias for head in heads], wiring))
+        return inputs, layers
+
+    def flops(self, batch_size, pairs):
+        """Of the connectors' matrix products in one step, forward and backward, 2 a multiply-add."""
+        texts = [self.text_parts[self.texts.index(text)] for text in unique(text for _, text in pairs)]
+        first = sum(4 * part[0].weight.numel() for part in texts)  # no gradient with respect to the embeddings
+        middle = sum(6 * layer.weight.numel() for part in texts for layer in part[1:])
+        last = sum(6 * self.image_parts[self.images.index(image)].weight.numel() for image, _ in pairs)
+        return batch_size * (first + middle + last)
+
+    @torch.no_grad()
+    def predict(self, image, text):
+        """The pair's connector: [(weight [out, in], bias [out])] per layer."""
+        layers = [*self.text_parts[self.texts.index(text)], self.image_parts[self.images.index(image)]]
+        if self.hidden_layers == 0:
+            first, last = layers
+            return [(last.weight @ first.weight, last.weight @ first.bias + last.bias)]
+        return [(layer.weight, layer.bias) for layer in layers]
+
+
+class PaperMLP(nn.Module):
+    """The paper's hypernetwork: a pair code and a layer code in, that layer's weights and bias out, each cut from one
+    output as long as the largest layer.
+
+    The pair code joins a code of the image encoder and one of the text encoder, so that any pair has one. The output is
+    scaled by 1 / sqrt(3 in), which gives every predicted layer the spread torch gives a fresh nn.Linear.
+    """
+
+    def __init__(self, image_dims, text_dims, hidden_layers, width):
+        super().__init__()
+        self.image_dims, self.text_dims, self.hidden_layers = image_dims, text_dims, hidden_layers
+        code_dim = 32
+        self.image_codes = nn.Embedding(len(image_dims), code_dim)
+        self.text_codes = nn.Embedding(len(text_dims), code_dim)
+        self.layer_codes = nn.Embedding(hidden_layers + 1, code_dim)
+        self.trunk = nn.Sequential(
+            nn.Linear(3 * code_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width), nn.GELU()
+        )
+        self.size = max(out * (into + 1) for i in image_dims for t in text_dims for out, into in self.shapes(i, t))
+        # [size, width + 1], the last column being the bias: no Parameter, because its gradient, an outer product of a
+        # few rows, is never formed (adamw_outer)
+        self.register_buffer("head", torch.randn(self.size, width + 1) / width**0.5)
+        self.head[:, -1] = 0
+        self.outer = None  # (grad of the output [rows, size], input [rows, width + 1]) of the last backward pass
+
+    def shapes(self, image, text):
+        dims = [self.text_dims[text]] + [HIDDEN_DIM] * self.hidden_layers + [self.image_dims[image]]
+        return list(zip(dims[1:], dims))
+
+    def weights(self, pairs):
+        """[[(weight, bias)] per layer] per pair."""
+        images, texts = list(self.image_dims), list(self.text_dims)
+        device, depth = self.head.device, self.hidden_layers + 1
+        image = self.image_codes(torch.tensor([images.index(image) for image, _ in pairs], device=device))  # [P, code]
+        text = self.text_codes(torch.tensor([texts.index(text) for _, text in pairs], device=device))
+        pair = torch.cat([image, text], dim=1).repeat_interleave(depth, dim=0)  # [P * depth, 2 code]
+        hidden = self.trunk(torch.cat([pair, self.layer_codes.weight.repeat(len(pairs), 1)], dim=1))
+        raw = OuterLinear.apply(nn.functional.pad(hidden, (0, 1), value=1.0), self.head, self).unbind(0)
+        predicted = []
+        for p, (image, text) in enumerate(pairs):
+            shapes, rows = self.shapes(image, text), raw[p * depth : (p + 1) * depth]
+            cut = [row[: out * (into + 1)] * (3 * into) ** -0.5 for row, (out, into) in zip(rows, shapes)]
+            predicted.append(
+                [(c[: out * into].view(out, into), c[out * into :]) for c, (out, into) in zip(cut, shapes)]
+            )
+        return predicted
+
+    def forward(self, features, pairs):
+        texts, predicted = unique(text for _, text in pairs), self.weights(pairs)
+        layers = []
+        for depth in range(self.hidden_layers + 1):
+            wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
+            layers.append(Layer([w[depth][0] for w in predicted], [w[depth][1] for w in predicted], wiring))
+        return [features[text] for text in texts], layers
+
+    def flops(self, batch_size, pairs):
+        connectors = 0
+        for image, text in pairs:
+            for depth, (out, into) in enumerate(self.shapes(image, text)):
+                connectors += (4 if depth == 0 else 6) * batch_size * out * into
+        rows = len(pairs) * (self.hidden_layers + 1)
+        trunk = sum(6 * layer.weight.numel() for layer in self.trunk if isinstance(layer, nn.Linear))
+        return connectors + rows * (6 * self.head.numel() + trunk)
+
+    @torch.no_grad()
+    def predict(self, image, text):
+        return self.weights([(image, text)])[0]
+
+
+class OuterLinear(torch.autograd.Function):
+    """inputs [R, K] @ weight.T [K, O], which hands its owner the two factors of the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, owner):
+        ctx.save_for_backward(inputs, weight)
+        ctx.owner = owner
+        return inputs @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        inputs, weight = ctx.saved_tensors
+        ctx.owner.outer = grad_out.contiguous(), inputs
+        return grad_out @ weight, None, None
+
+
+def unique(names):
+    return list(dict.fromkeys(names))
+
+
+# ------------------------------------------------------------------------------------- batches of rows and of pairs
+
+
+def draw_rows(step, seed, rows, batch_size):
+    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
+    epoch, place = divmod(step, len(rows) // batch_size)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
+
+
+def draw_pairs(step, seed, pairs, pairs_per_step):
+    """The pairs of a step, a pure function of (seed, step).
+
+    Each round deals every pair out once. It walks the image x text table along shuffled diagonals, so that the pairs
+    of one step spread over as many encoders as there can be.
+    """
+    steps_per_round = math.ceil(len(pairs) / pairs_per_step)
+    turn, place = divmod(step, steps_per_round)
+    random = torch.Generator().manual_seed((seed << 32) + (1 << 31) + turn)
+    shuffled = []
+    for names in (unique(image for image, _ in pairs), unique(text for _, text in pairs)):
+        shuffled.append([names[i] for i in torch.randperm(len(names), generator=random)])
+    images, texts = shuffled
+    if len(images) < len(texts):
+        diagonals = [(images[(t + d) % len(images)], text) for d in range(len(images)) for t, text in enumerate(texts)]
+    else:
+        diagonals = [(image, texts[(i + d) % len(texts)]) for d in range(len(texts)) for i, image in enumerate(images)]
+    wanted = set(pairs)
+    order = [pair for pair in diagonals if pair in wanted]
+    return order[place * pairs_per_step : (place + 1) * pairs_per_step]
+
+
+def learning_rate(step, steps, peak, warmup_steps):
+    """Linear warm-up, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+# ------------------------------------------------------------------------------------------------ a step, a look
+
+
+def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
+    """Symmetric InfoNCE of each pair on a batch of rows: [P], float32."""
+    texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
+    inputs, layers = generator({text: store.take(text, rows).to(dtype) for text in texts}, pairs)
+    layers = [Layer([w.to(dtype) for w in ws], [b.to(dtype) for b in bs], wiring) for ws, bs, wiring in layers]
+    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p], [P, B]
+    targets = [store.take(image, rows).to(dtype) for image in images]  # each [B, D_i]
+    losses, _ = clip_loss(z, targets, [images.index(image) for image, _ in pairs], logit_scale, sumsq=sumsq)
+    return losses
+
+
+def update(generator, optimizer, moments, count, lr, flags):
+    """One AdamW step under one global gradient norm, the never-formed gradient of the `mlp` head included."""
+    parameters = [p for p in generator.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if moments:
+        grad_out, inputs = generator.outer
+        norm = (norm.double() ** 2 + outer_grad_norm_sq(grad_out, inputs)).sqrt().float()
+    nn.utils.clip_grads_with_norm_(parameters, flags.clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    if moments:
+        clip = (flags.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        decay = flags.weight_decay
+        adamw_outer(generator.head, *moments, grad_out, inputs, step=count, lr=lr, weight_decay=decay, clip=clip)
+
+
+@torch.no_grad()
+def validate(generator, store, retrieval, pairs):
+    """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows."""
+    recalls = {}
+    for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
+        group = [pair for pair in pairs if pair[1] == text]
+        z, _ = connector_mlp(*generator({text: store.take(text, retrieval.rows)}, group))
+        for (image, _), mapped in zip(group, z.split([store.dims[image] for image, _ in group], dim=1)):
+            recalls[f"{image}:{text}"] = retrieval.recalls(mapped, store.take(image, retrieval.rows))
+    return {":".join(pair): recalls[":".join(pair)] for pair in pairs}
+
+
+def settle(flags, device, row_count, images, texts, pairs):
+    """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
+    steps_per_epoch = row_count // flags.batch_size
+    flags.data = flags.data or SAMPLE
+    flags.out = flags.out or Path("runs") / time.strftime("hyma-%Y%m%d-%H%M%S")
+    flags.epochs = flags.epochs or max(10, math.ceil(100 / steps_per_epoch))
+    flags.pairs_per_step = min(flags.pairs_per_step or max(len(images), len(texts)), len(pairs))
+    flags.lr = flags.lr or LEARNING_RATE[flags.generator]
+    flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
+    return flags
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def open_run(flags, config, identity, device):
+    """Makes the run folder, or, for a resumed run, sees that it is of the same pairs and embeddings. Locks it."""
+    out = flags.out
+    if config is None:
+        if (out / "config.json").exists():
+            raise BadInput(f"--out {out}: holds a run already; choose another, or go on with it: --resume --out {out}")
+        (out / "connectors").mkdir(parents=True, exist_ok=True)
+    elif any(config[key] != value for key, value in identity.items()):
+        raise BadInput(f"--resume: the embeddings in {flags.data} are no longer those that {out} was started with")
+    lock = vlm.lock_folder(out)
+    if config is None:
+        plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items() if name != "resume"}
+        about = {"script": "train_hyma.py", "flags": plain} | identity | vlm.provenance(device)
+        vlm.write_json(out / "config.json", about)
+    return lock
+
+
+def main():
+    flags, config = parse_flags()
+    device = vlm.pick_device(flags.device)
+    data = vlm.Embeddings(flags.data or SAMPLE)
+    pairs = vlm.choose_pairs(data, flags.pairs)
+    images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
+    train_rows, val_rows = vlm.split_rows(data, seed=flags.seed)
+    if len(train_rows) < flags.batch_size:
+        raise BadInput(f"--batch-size {flags.batch_size}: {data.folder} has only {len(train_rows)} training rows")
+    flags = settle(flags, device, len(train_rows), images, texts, pairs)
+    sample = " (the sample)" if flags.data == SAMPLE else ""
+    print(f"data: {data.folder}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows")
+    print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
+    store = vlm.RowStore(data, images + texts, device)
+    identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
+    lock = open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
+    retrieval = vlm.Retrieval(data, val_rows, device)
+
+    torch.manual_seed(flags.seed)
+    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
+    dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
+    build = {"factored": Factored, "mlp": PaperMLP}[flags.generator]
+    widths = [{name: store.dims[name] for name in names} for names in (images, texts)]
+    generator = build(*widths, int(flags.connector[-1]), flags.width).to(device)
+    optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=flags.weight_decay, fused=True)
+    moments = [torch.zeros_like(generator.head) for _ in range(2)] if flags.generator == "mlp" else []
+
+    steps_per_epoch = len(train_rows) // flags.batch_size
+    steps = flags.epochs * steps_per_epoch
+    period = steps_per_epoch * max(1, flags.epochs // 20)  # steps between two validations, each with a checkpoint
+    # All that the loop changes beside the tensors: a checkpoint holds just this.
+    state = {
+        "step": 0,
+        "flops": 0,
+        "seconds": 0.0,
+        "updates": dict.fromkeys(identity["pairs"], 0),
+        "metrics": [],
+        "best": None,
+    }
+    if config is not None and (flags.out / "checkpoint.pt").is_file():
+        saved = vlm.load_tensors(flags.out / "checkpoint.pt")
+        generator.load_state_dict(saved["generator"])
+        optimizer.load_state_dict(saved["optimizer"])
+        moments = [moment.to(device) for moment in saved["moments"]]
+        state = saved["state"]
+        print(f"resumed: {flags.out} at step {state['step']} of {steps}")
+
+    started, epoch_losses = time.perf_counter() - state["seconds"], []
+    with tqdm(total=steps, initial=state["step"], desc="train", unit="step") as progress:
+        for step in range(state["step"], steps):
+            rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
+            chosen = draw_pairs(step, flags.seed, pairs, flags.pairs_per_step)
+            losses = pair_losses(generator, store, rows, chosen, dtype, flags.logit_scale)  # [P]
+            loss = losses.mean()
+            epoch_losses.append(loss.item())
+            if not math.isfinite(epoch_losses[-1]):
+                bad = ":".join(chosen[losses.isfinite().long().argmin().item()])
+                raise BadInput(
+                    f"step {step}: the loss of {bad} is {epoch_losses[-1]}; stopped before the update; try a lower --lr"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            lr = learning_rate(step, steps, flags.lr, flags.warmup_steps)
+            update(generator, optimizer, moments, step + 1, lr, flags)
+            for pair in chosen:
+                state["updates"][":".join(pair)] += 1
+            state["flops"] += generator.flops(flags.batch_size, chosen)
+            state["flops"] += sum(4 * flags.batch_size**2 * store.dims[image] for image, _ in chosen)  # the logits
+            progress.update()
+            if (step + 1) % period and step + 1 < steps:
+                continue
+
+            recalls = validate(generator, store, retrieval, pairs)
+            score = sum(six[2] + six[5] for six in recalls.values()) / (2 * len(pairs))  # R@10, both directions
+            epoch = (step + 1) // steps_per_epoch
+            if state["best"] is None or score > state["best"]["score"]:
+                weights = {name: tensor.cpu().clone() for name, tensor in generator.state_dict().items()}
+                state["best"] = {"score": score, "epoch": epoch, "recalls": recalls, "weights": weights}
+            elif score < 2 * retrieval.chance[2] < state["best"]["score"]:
+                progress.write(
+                    f"epoch {epoch}: collapsed to chance, R@10 {score:.1%}; epoch {state['best']['epoch']} is kept"
+                )
+            state["step"], state["seconds"] = step + 1, time.perf_counter() - started
+            line = {"epoch": epoch, "step": step + 1, "loss": sum(epoch_losses) / len(epoch_losses), "lr": lr}
+            line |= {"val_recall10": score, "seconds": state["seconds"], "recalls": recalls}
+            state["metrics"].append(line)
+            epoch_losses = []
+            progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
+            tensors = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
+            vlm.save_tensors(tensors | {"state": state}, flags.out / "checkpoint.pt")
+            vlm.write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+
+    export(flags, data, generator, state, retrieval, device)
+
+
+def export(flags, data, generator, state, retrieval, device):
+    """Writes the best state's connectors, ranking.csv and ledger.json, and prints the ranking."""
+    best, updates = state["best"], state["updates"]
+    generator.load_state_dict(best["weights"])
+    ranked = vlm.rank_pairs(best["recalls"])
+    about = {"generator": flags.generator, "logit_scale": flags.logit_scale, "seed": flags.seed, "epoch": best["epoch"]}
+    paths = []
+    for row in ranked:
+        pair = row["image"], row["text"]
+        about["updates"] = updates[":".join(pair)]
+        paths.append(vlm.save_connector(flags.out, data, generator.predict(*pair), row, about))
+    vlm.write_csv(flags.out / "ranking.csv", ranked)
+    ledger = {
+        "pairs": len(ranked),
+        "steps": state["step"],
+        "batch_size": flags.batch_size,
+        "pair_samples": flags.batch_size * sum(updates.values()),
+        "updates_per_pair": updates,
+        "flops": state["flops"],
+        "seconds": round(state["seconds"], 3),
+        "peak_bytes": vlm.peak_bytes(device),
+        "trainable_parameters": sum(tensor.numel() for tensor in generator.state_dict().values()),
+    }
+    vlm.write_json(flags.out / "ledger.json", ledger)
+
+    vlm.print_ranking(best["recalls"], retrieval)
+    if best["score"] < 2 * retrieval.chance[2]:
+        print(
+            "All pairs are at chance. A lower --lr or more --epochs may help; do captions and images belong together?"
+        )
+    print(
+        f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}: {state['flops'] / 1e12:.2f} TFLOP in "
+        f"{state['seconds']:.0f} s, {min(updates.values())} to {max(updates.values())} updates a pair"
+    )
+    print(f"\nbest connector: {paths[0]}\nload it: vlm = vlm.get_vlm_from_checkpoint({str(paths[0])!r})")
+
+
+if __name__ == "__main__":
+    vlm.run_script(main)
