@@ -14,6 +14,7 @@ ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def parse_flags():
         metavar="IMAGE:TEXT",
         help="all, vit_l16:mpnet, wildcards, several (default: all)",
     )
+    add("--predict", nargs="+", default=[], metavar="IMAGE:TEXT", help="pairs to predict, score and export untrained")
     add("--data", type=Path, help="embedding folder (default: the sample's)")
     add("--out", type=Path, help="run folder (default: runs/hyma-<date>-<time>)")
     add("--resume", action="store_true", help="go on with the run in --out, or with the newest; its flags are kept")
@@ -58,8 +60,7 @@ def parse_flags():
     add(
         "--width",
         type=int,
-        default=128,
-        help="hidden width of the mlp generator; the paper's is 512 (default: %(default)s)",
+        help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
     add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
     add("--batch-size", type=int, default=512, help="rows a step (default: %(default)s)")
@@ -109,6 +110,8 @@ def check_flags(flags):
         raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
     if flags.warmup_steps < 0 or flags.weight_decay < 0:
         raise BadInput("--warmup-steps and --weight-decay must not be negative")
+    if flags.width is not None and flags.generator != "mlp":
+        raise BadInput(f"--width {flags.width}: contradicts --generator {flags.generator}; only mlp has a width")
     if flags.batch_size < 2:
         raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
 
@@ -347,6 +350,7 @@ def settle(flags, device, row_count, images, texts, pairs):
     flags.out = flags.out or Path("runs") / time.strftime("hyma-%Y%m%d-%H%M%S")
     flags.epochs = flags.epochs or max(10, math.ceil(100 / steps_per_epoch))
     flags.pairs_per_step = min(flags.pairs_per_step or max(len(images), len(texts)), len(pairs))
+    flags.width = flags.width or (128 if flags.generator == "mlp" else None)
     flags.lr = flags.lr or LEARNING_RATE[flags.generator]
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
     return flags
@@ -378,12 +382,19 @@ def main():
     data = vlm.Embeddings(flags.data or SAMPLE)
     pairs = vlm.choose_pairs(data, flags.pairs)
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
+    untrained = [pair for pair in vlm.choose_pairs(data, flags.predict) if pair not in pairs] if flags.predict else []
+    for image, text in untrained:
+        if image not in images or text not in texts:
+            name = text if image in images else image
+            raise BadInput(
+                f"--predict {image}:{text}: {name} must be in a pair that is trained, to have been learnt at all"
+            )
     train_rows, val_rows = vlm.split_rows(data, seed=flags.seed)
     if len(train_rows) < flags.batch_size:
         raise BadInput(f"--batch-size {flags.batch_size}: {data.folder} has only {len(train_rows)} training rows")
     flags = settle(flags, device, len(train_rows), images, texts, pairs)
     sample = " (the sample)" if flags.data == SAMPLE else ""
-    print(f"data: {data.folder}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows")
+    print(f"data: {os.path.relpath(data.folder)}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows")
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
@@ -407,7 +418,7 @@ def main():
         "step": 0,
         "flops": 0,
         "seconds": 0.0,
-        "updates": dict.fromkeys(identity["pairs"], 0),
+        "updates": {":".join(pair): 0 for pair in pairs + untrained},
         "metrics": [],
         "best": None,
     }
@@ -444,8 +455,9 @@ def main():
             if (step + 1) % period and step + 1 < steps:
                 continue
 
-            recalls = validate(generator, store, retrieval, pairs)
-            score = sum(six[2] + six[5] for six in recalls.values()) / (2 * len(pairs))  # R@10, both directions
+            recalls = validate(generator, store, retrieval, pairs + untrained)
+            trained = [recalls[":".join(pair)] for pair in pairs]
+            score = sum(six[2] + six[5] for six in trained) / (2 * len(pairs))  # R@10, both directions
             epoch = (step + 1) // steps_per_epoch
             if state["best"] is None or score > state["best"]["score"]:
                 weights = {name: tensor.cpu().clone() for name, tensor in generator.state_dict().items()}
@@ -480,7 +492,7 @@ def export(flags, data, generator, state, retrieval, device):
         paths.append(vlm.save_connector(flags.out, data, generator.predict(*pair), row, about))
     vlm.write_csv(flags.out / "ranking.csv", ranked)
     ledger = {
-        "pairs": len(ranked),
+        "pairs": sum(count > 0 for count in updates.values()),
         "steps": state["step"],
         "batch_size": flags.batch_size,
         "pair_samples": flags.batch_size * sum(updates.values()),
@@ -501,7 +513,8 @@ def export(flags, data, generator, state, retrieval, device):
         f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}: {state['flops'] / 1e12:.2f} TFLOP in "
         f"{state['seconds']:.0f} s, {min(updates.values())} to {max(updates.values())} updates a pair"
     )
-    print(f"\nbest connector: {paths[0]}\nload it: vlm = vlm.get_vlm_from_checkpoint({str(paths[0])!r})")
+    print(f"\nbest connector: {paths[0]}")
+    print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(paths[0])!r})")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample"
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network, nor wait for one
 
 
 class Result:

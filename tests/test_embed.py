@@ -245,8 +245,7 @@ def test_a_picture_that_breaks_after_the_scan_stops_the_run(run, refused, corpus
     )
 
 
-def test_bad_flags(refused, corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_flags(refused, corpus, tmp_path):
     base = ("--data", corpus, "--out", "e")
     refused("embed.py", "--encoder", "vit_s16", *base, says=["vit_small_patch16_224", "--weights vit_s16=FOLDER"])
     refused("embed.py", "--encoder", "nolm", *base, says=["sentence-transformers/nolm", "--weights nolm=FOLDER"])

@@ -55,19 +55,15 @@ def test_scripts_do_not_import_each_other():
 
 @pytest.mark.parametrize("hidden_layers", [0, 1, 2])
 def test_all_published_names_load_strictly(tmp_path, hidden_layers):
-    path = tmp_path / vlm.connector_name("vit_l16", hidden_layers, "mpnet")
     for image, image_dim in IMAGES.items():
         for text, text_dim in TEXTS.items():
-            path = (
-                path.rename(tmp_path / vlm.connector_name(image, hidden_layers, text))
-                if path.exists()
-                else tmp_path / vlm.connector_name(image, hidden_layers, text)
-            )
+            path = tmp_path / f"{image}_mlp{hidden_layers}_{text}.pt"
             torch.save(published(image_dim, hidden_layers, text_dim), path)
             found = vlm.read_connector(path)
             assert found[:3] == (image, hidden_layers, text)
             connector = vlm.init_modality_connector(text_dim, [1024] * hidden_layers, image_dim)
             connector.load_state_dict(found[3], strict=True)
+            path.unlink()
 
 
 def test_published_keys_and_shapes():
