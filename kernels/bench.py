@@ -3,8 +3,9 @@
 One shape is P pairs of the chosen widths and a batch B; each operation runs as our kernels and as the torch
 compositions of kernels/baselines.py (the "strong" one compiled).
 
-"forward" and "backward" are connector_mlp's, "loss" is clip_loss with its gradient, "step" is all of it. A kernel whose
-error is more than twice plain torch's is not timed. Inputs rotate, so that no cache serves them; times are the 20th,
+"forward" and "backward" are connector_mlp's, "loss" is clip_loss with its gradient, "step" is a whole training step: all of
+it from float32 weights cast for the products, and fused AdamW. A kernel whose error is more than twice plain torch's is
+not timed. Inputs rotate, so that no cache serves them; times are the 20th,
 50th and 80th percentile in milliseconds; rates are of the useful work, and "roof" is its share of the better of what
 matrix products and copies reach on this device in this run. On the CPU only the torch paths run, at small shapes.
 """
@@ -56,6 +57,7 @@ class Shape:
         self.bytes = {"forward": forward_bytes, "backward": 2 * forward_bytes, "loss": (2 * z + y) * size}
         for work in (self.flops, self.bytes):
             work["step"] = sum(work.values())
+        self.bytes["step"] += 28 * weights  # AdamW reads weight, gradient and two moments, and writes all but the gradient
 
     def draw(self, seed):
         """features, layers, images. Weights of a layer lie end to end, as a generator's output does."""
@@ -135,16 +137,33 @@ def gradients(*args, **kwargs):
     return torch.autograd.grad(*args, **kwargs, allow_unused=True)  # few pairs leave encoders out
 
 
+def flat(layers):
+    return [t for layer in layers for t in (*layer.weights, *layer.biases)]
+
+
+def rebuilt(layers, tensors):
+    """The same layers of other tensors, given in the order of `flat`."""
+    rest = iter(tensors)
+    return [Layer([next(rest) for _ in ws], [next(rest) for _ in bs], wiring) for ws, bs, wiring in layers]
+
+
 def operations(shape, connector, loss):
     """name: one call for each set of inputs."""
     calls = {"forward": [], "backward": [], "loss": [], "step": []}
     for features, layers, images in shape.sets:
-        leaves = [t for layer in layers for t in (*layer.weights, *layer.biases)]
+        leaves = flat(layers)
         z = connector(shape, features, layers)
         dz, leaf = torch.ones_like(z), z.detach().requires_grad_()
+        masters = [t.detach().float().clone().requires_grad_() for t in leaves]
+        adam = torch.optim.AdamW(masters, fused=True)
 
-        def step(f=features, m=layers, y=images, leaves=leaves):
-            return gradients(loss(shape, connector(shape, f, m), y), leaves)
+        def step(f=features, m=layers, y=images, masters=masters, adam=adam):
+            cast = [t.detach().to(shape.dtype).requires_grad_() for t in masters]
+            found = gradients(loss(shape, connector(shape, f, rebuilt(m, cast)), y), cast)
+            for master, gradient in zip(masters, found):
+                master.grad = None if gradient is None else gradient.float()
+            adam.step()
+            return found
 
         def forward(f=features, m=layers):
             with torch.no_grad():
@@ -162,19 +181,60 @@ def passes(shape, impl):
 
     def run(impl, dtype):
         features, layers, images = shape.sets[0]
-        layers = [Layer(*([t.detach().to(dtype).requires_grad_() for t in ts] for ts in layer[:2]), layer.wiring)
-                  for layer in layers]  # fmt: skip
+        leaves = [t.detach().to(dtype).requires_grad_() for t in flat(layers)]
+        layers = rebuilt(layers, leaves)
         z, sumsq = kernels.connector_mlp([f.to(dtype) for f in features], layers, impl=impl)
         loss, _ = kernels.clip_loss(z, [y.to(dtype) for y in images], shape.image_of, SCALE, sumsq=sumsq, impl=impl)
-        leaves = [t for layer in layers for t in (*layer.weights, *layer.biases)]
         return [t.detach().double() for t in (z, loss, *gradients(loss.sum(), leaves)) if t is not None]
 
-    results = zip(*(run(*how) for how in ((impl, shape.dtype), ("torch", shape.dtype), ("torch", torch.float64))))
-    return all((a - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm() + 1e-12 for a, p, t in results)
+    return no_worse(*(run(*how) for how in ((impl, shape.dtype), ("torch", shape.dtype), ("torch", torch.float64))))
+
+
+def no_worse(ours, plain, truth):
+    return all((a - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm() + 1e-12 for a, p, t in zip(ours, plain, truth))
+
+
+def head_passes(device, impl):
+    """adamw_outer over three steps, by the same rule."""
+
+    def run(impl, dtype):
+        g = torch.Generator(device).manual_seed(0)
+        states = [torch.zeros(300, 200, dtype=dtype, device=device) for _ in range(3)]
+        for step in (1, 2, 3):
+            factors = (torch.randn(54, n, generator=g, device=device).to(dtype) for n in (300, 200))
+            kernels.adamw_outer(*states, *factors, step=step, lr=1e-3, impl=impl)
+        return [state.double() for state in states]
+
+    return no_worse(run(impl, torch.float32), run("torch", torch.float32), run("torch", torch.float64))
+
+
+def bench_rank(device, dtype, impl, roof, seconds, quick):
+    """true_rank of as many queries as targets, against the whole matrix of scores."""
+    n, width = (20000, 1024) if device == "cuda" and not quick else (1000, 768)
+    targets = F.normalize(torch.randn(n, width, device=device), dim=1)
+    queries = F.normalize(targets + 0.03 * torch.randn_like(targets), dim=1).to(dtype)
+    targets, match = targets.to(dtype), torch.arange(n, device=device)
+
+    def whole():
+        scores = (queries @ targets.T).float()
+        return (scores >= scores.diagonal()[:, None]).sum(1) - 1
+
+    def ours():
+        return kernels.true_rank(queries, targets, match, impl=impl)
+
+    if (ours() != whole()).float().mean() > 0.01:  # scores that round alike may change places
+        print("true_rank FAILS its check and is not timed")
+        return []
+    work = 2 * n * n * width, 2 * n * width * targets.element_size()
+    return [row("true_rank", name, clock(device, [call], seconds), *work, roof, rows=n)
+            for name, call in ((impl, ours), ("whole", whole))]  # fmt: skip
 
 
 def bench_head(device, impl, roof, seconds, quick):
     """adamw_outer on the hypernetwork's last layer, against the gradient in full and fused AdamW."""
+    if not head_passes(device, impl):
+        print("adamw_outer FAILS its check and is not timed")
+        return []
     out, width, rows = (HEAD_OUTPUTS if device == "cuda" and not quick else min(HEAD_OUTPUTS, 2**13)), 1024, 54
     states = [torch.zeros(out, width, device=device) for _ in range(3)]
     dy, x = torch.randn(rows, out, device=device), torch.randn(rows, width, device=device)
@@ -201,7 +261,7 @@ def row(operation, name, times, flops, size, roof, **shape):
 
 
 def show(rows):
-    mine = rows[0]["p50_ms"]
+    mine = rows[0]["p50_ms"] if rows else None
     for r in rows:
         r["times_ours"] = r["p50_ms"] / mine
         peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:9.0f} MiB"
@@ -239,6 +299,8 @@ def main():
     contenders["strong"] = tuple(torch.compile(f, dynamic=False) for f in strong) if cuda else strong
     rows = bench_head(device, impl, roof, seconds, args.quick)
     show(rows)
+    show(ranks := bench_rank(device, dtype, impl, roof, seconds, args.quick))
+    rows += ranks
     for pairs in args.pairs:
         if cuda and not passes(Shape(pairs, 300, args.widths, dtype, device, args.generator, sets=1), impl):
             print(f"P={pairs}: the kernels FAIL their check and are not timed")

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SAMPLE
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
