@@ -162,10 +162,8 @@ class ImageEncoder(nn.Module):
             go_offline_without_hub()
         import timm
 
-        prefix, _, name = (
-            encoder.spec.rpartition(":") if encoder.spec.startswith(("timm:", "random:")) else ("", "", encoder.spec)
-        )
-        options = {"pretrained": prefix != "random", "num_classes": 0}
+        name, untrained = re.sub(r"^(timm|random):", "", encoder.spec), encoder.spec.startswith("random:")
+        options = {"pretrained": not untrained, "num_classes": 0}
         if weights is not None:
             weights = Path(weights)
             if not weights.exists():
@@ -173,11 +171,7 @@ class ImageEncoder(nn.Module):
             if (weights / "config.json").is_file():
                 name = f"local-dir:{weights}"
             else:
-                files = (
-                    sorted(weights.glob("*.safetensors")) + sorted(weights.glob("*.pth"))
-                    if weights.is_dir()
-                    else [weights]
-                )
+                files = [weights] if weights.is_file() else [*weights.glob("*.safetensors"), *weights.glob("*.pth")]
                 if not files:
                     raise BadInput(f"--weights {encoder.name}={weights}: holds no .safetensors or .pth file")
                 options["pretrained_cfg_overlay"] = {"file": str(files[0])}
@@ -188,12 +182,10 @@ class ImageEncoder(nn.Module):
         except Exception as error:  # timm, the hub and the file readers raise a dozen unrelated types
             raise BadInput(cannot_load(encoder, error)) from None
         self.model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast
-        self.embed_dim = self.model.num_features
-        self.full_name = f"{self.model.pretrained_cfg.get('architecture', name)}"
-        if tag := self.model.pretrained_cfg.get("tag"):
-            self.full_name += f".{tag}"
-        if prefix == "random":
-            self.full_name = encoder.spec
+        self.embed_dim = self.model.head_hidden_size  # not num_features: some models widen after pooling
+        found = self.model.pretrained_cfg  # a bare name has become a tagged one here
+        tagged = ".".join(filter(None, (found.get("architecture", name), found.get("tag"))))
+        self.full_name = encoder.spec if untrained else tagged
         self.config = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**self.config, is_training=False)
 

@@ -11,6 +11,7 @@ Letters: P pairs, B batch rows, D_t and D_i the widths of text and image encoder
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -145,14 +146,21 @@ def true_rank(queries: Tensor, targets: Tensor, match: Tensor, *, block_bytes: i
 
 @cache
 def triton_runs() -> bool:
-    """Whether Triton can be imported; says so once if a CUDA machine lacks it."""
+    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
-        if torch.cuda.is_available():
-            print("kernels: Triton is not installed, using plain torch on CUDA")
         return False
     return True
+
+
+@cache
+def can_use_triton() -> bool:
+    """Whether there are a GPU and Triton here; says so, once, if not."""
+    lacking = [name for name, here in (("GPU", torch.cuda.is_available()), ("Triton", triton_runs())) if not here]
+    if lacking:
+        print(f"kernels: no {' and no '.join(lacking)} here, using plain torch", file=sys.stderr)
+    return not lacking
 
 
 def interpreted() -> bool:
@@ -173,7 +181,7 @@ def _use_triton(impl, tensors) -> bool:
         if not triton_runs():
             raise RuntimeError("impl='triton' needs Triton, which is not installed")
         return True
-    return impl is None and on_cuda and shorter and triton_runs()
+    return impl is None and can_use_triton() and on_cuda and shorter
 
 
 # ------------------------------------------------------------------------------------------------ checks

@@ -67,3 +67,18 @@ def test_importing_kernels_does_not_import_triton():
         "import sys, kernels; sys.exit(any(n.startswith('kernels.') and n != 'kernels.reference' for n in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "gpu, triton, says", [(False, True, "no GPU here"), (True, False, "no Triton here"), (True, True, "")]
+)
+def test_the_fallback_is_said_once(monkeypatch, capfd, gpu, triton, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(kernels, "triton_runs", lambda: triton)
+    kernels.can_use_triton.cache_clear()
+    x, match = torch.eye(3), torch.arange(3)
+    for _ in range(3):
+        assert kernels.true_rank(x, x, match).tolist() == [0, 0, 0]  # CPU tensors: plain torch in any case
+    said = capfd.readouterr().err
+    assert said.count("\n") == bool(says) and says in said
+    kernels.can_use_triton.cache_clear()

@@ -207,6 +207,16 @@ def test_encoder_names_that_cannot_be_file_names(text):
         vlm.find_encoder(text)
 
 
+@pytest.mark.parametrize("model", ["mobilenetv3_small_050", "test_vit"])
+def test_widths_are_what_the_encoder_gives(model):
+    """MobileNetV3 widens after pooling: timm's num_features is not the width of its output."""
+    encoder = vlm.ImageEncoder(f"random:{model}", "cpu")
+    vectors = encoder.encode_image(torch.randn(2, *encoder.config["input_size"]))
+    assert vectors.shape == (2, encoder.embed_dim)
+    again = vlm.ImageEncoder(f"random:{model}", "cpu")  # a control is the same network every time
+    assert all(torch.equal(a, b) for a, b in zip(encoder.model.parameters(), again.model.parameters()))
+
+
 # --------------------------------------------------------------------------------------------------- pictures
 
 
