@@ -158,18 +158,10 @@ class PaperMLP(nn.Module):
         return predicted
 
     def forward(self, features, pairs):
-        texts, predicted = unique(text for _, text in pairs), self.weights(pairs)
-        layers = []
-        for depth in range(self.hidden_layers + 1):
-            wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
-            layers.append(Layer([w[depth][0] for w in predicted], [w[depth][1] for w in predicted], wiring))
-        return [features[text] for text in texts], layers
+        return vlm.own_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
-        connectors = 0
-        for image, text in pairs:
-            for depth, (out, into) in enumerate(self.shapes(image, text)):
-                connectors += (4 if depth == 0 else 6) * batch_size * out * into
+        connectors = sum(vlm.connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
         rows = len(pairs) * (self.hidden_layers + 1)
         trunk = sum(6 * layer.weight.numel() for layer in self.trunk if isinstance(layer, nn.Linear))
         return connectors + rows * (6 * self.head.numel() + trunk)

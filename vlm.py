@@ -798,7 +798,7 @@ def split_for_training(data, flags, seed):
     return train_rows, val_rows
 
 
-def open_run(flags, config, identity, device):
+def open_run(flags, config, identity, device, wait=False):
     """Makes the run folder, or, for a resumed run, sees that it is of the same pairs and embeddings. Locks it."""
     out = flags.out
     if config is None:
@@ -807,7 +807,7 @@ def open_run(flags, config, identity, device):
         (out / "connectors").mkdir(parents=True, exist_ok=True)
     elif any(config[key] != value for key, value in identity.items()):
         raise BadInput(f"--resume: the embeddings in {flags.data} are no longer those that {out} was started with")
-    lock = lock_folder(out)
+    lock = lock_folder(out, wait)
     if config is None:
         plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items() if name != "resume"}
         about = {"script": Path(sys.argv[0]).name, "flags": plain} | identity | provenance(device)
@@ -831,6 +831,23 @@ def learning_rate(step, steps, peak, warmup_steps):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def own_layers(features, pairs, weights):
+    """What `connector_mlp` takes, for pairs with weights of their own: [[(weight, bias)] per layer] per pair."""
+    texts, layers = list(features), []
+    for depth in range(len(weights[0])):
+        wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
+        layers.append(Layer([w[depth][0] for w in weights], [w[depth][1] for w in weights], wiring))
+    return list(features.values()), layers
+
+
+def connector_flops(batch_size, shapes):
+    """Of a connector with layers [(out, in)] on a batch, forward and backward, 2 a multiply-add.
+
+    The first layer's inputs are frozen embeddings, which get no gradient.
+    """
+    return batch_size * sum((4 if depth == 0 else 6) * out * into for depth, (out, into) in enumerate(shapes))
 
 
 def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
