@@ -161,7 +161,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
     connectors = Connectors(pairs, store.dims, int(flags.connector[-1]), seed).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
-    if saved:
+    if "state" in saved:
         connectors.load_state_dict(saved["connectors"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
@@ -240,9 +240,11 @@ def merge_states(states, pairs):
         whole[key] = {":".join(pair): found[":".join(pair)] for pair in pairs}
     for lines in zip(*(state["metrics"] for state in states)):
         shares = [(line, len(line["recalls"]) / sum(len(other["recalls"]) for other in lines)) for line in lines]
-        line = lines[0] | {key: sum(line[key] * share for line, share in shares) for key in ("loss", "val_recall10")}
-        line["seconds"] = sum(line["seconds"] for line in lines)
-        line["recalls"] = {name: six for line in lines for name, six in line["recalls"].items()}
+        line = dict(lines[0])
+        for key in {"loss", "val_recall10"} & line.keys():  # a closed form has no loss
+            line[key] = sum(other[key] * share for other, share in shares)
+        line["seconds"] = sum(other["seconds"] for other in lines)
+        line["recalls"] = {name: six for other in lines for name, six in other["recalls"].items()}
         whole["metrics"].append(line)
     return whole
 
@@ -298,8 +300,8 @@ def solve(flags, pairs, store, retrieval, rows):
     state["peak_bytes"] = vlm.peak_bytes(store.device)
     recalls = {name: best["recalls"] for name, best in state["best"].items()}
     score = sum(map(mean_recall10, recalls.values())) / len(recalls)
-    line = {"epoch": 1, "step": 1, "loss": 0.0, "lr": 0.0, "val_recall10": score, "seconds": state["seconds"]}
-    state["metrics"].append(line | {"recalls": recalls})
+    line = {"epoch": 1, "step": 1, "val_recall10": score, "seconds": state["seconds"], "recalls": recalls}
+    state["metrics"].append(line)
     return state
 
 
@@ -361,15 +363,14 @@ def main():
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
     opened = []  # every seed's folder before the first trains, so that --resume finds them all
-    for (flags, config), seed in zip(runs, flags.seeds):
+    for (own_flags, config), seed in zip(runs, flags.seeds):
         about = {"pairs": [":".join(pair) for pair in pairs], "embeddings": embeddings}
         about |= {"seed": config["seed"], "steps": config["steps"]} if config else {"seed": seed, "steps": steps}
-        opened.append((flags, config, about, vlm.open_run(flags, config, about, device)))
-    for flags, config, about, _ in opened:
-        print(
-            f"run: {flags.out}, seed {about['seed']}, {len(pairs)} pairs of {len(images)} image and {len(texts)} text encoders"
-        )
-        train_rows, val_rows = vlm.split_for_training(data, flags, about["seed"])
+        opened.append((own_flags, about, vlm.open_run(own_flags, config, about, device)))
+    for flags, about, _ in opened:
+        encoders = f"{len(images)} image and {len(texts)} text encoders"
+        print(f"run: {flags.out}, seed {about['seed']}, {len(pairs)} pairs of {encoders}")
+        train_rows, val_rows = vlm.split_for_training(data, about["seed"])
         retrieval = vlm.Retrieval(data, val_rows, device)
         state = run_groups(flags, about, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
@@ -388,18 +389,16 @@ def run_groups(flags, about, pairs, store, retrieval, train_rows):
     saved = vlm.load_tensors(path) if path.is_file() else {"done": []}
     done, size = saved["done"], flags.pairs_per_pass or len(pairs)
     if flags.closed_form and not done:
-        done = [solve(flags, pairs, store, retrieval, train_rows)]
-    for start in range(size * len(done), len(pairs), size) if not flags.closed_form else []:
+        done.append(solve(flags, pairs, store, retrieval, train_rows))
 
-        def checkpoint(state, tensors):
-            vlm.save_tensors({"done": done, "state": state} | tensors, path)
-            vlm.write_jsonl(flags.out / "metrics.jsonl", [line for s in [*done, state] for line in s["metrics"]])
+    def checkpoint(state, tensors):
+        vlm.save_tensors({"done": done, "state": state} | tensors, path)
+        vlm.write_jsonl(flags.out / "metrics.jsonl", [line for each in [*done, state] for line in each["metrics"]])
 
-        group = pairs[start : start + size]
-        saved = saved if "state" in saved else None
-        done = done + [
-            train(flags, about["seed"], group, about["steps"], store, retrieval, train_rows, saved, checkpoint)
-        ]
+    while sum(len(state["updates"]) for state in done) < len(pairs):
+        group = pairs[size * len(done) :][:size]
+        steps, seed = about["steps"], about["seed"]
+        done.append(train(flags, seed, group, steps, store, retrieval, train_rows, saved, checkpoint))
         saved = {}
     vlm.save_tensors({"done": done}, path)
     return merge_states(done, pairs)

@@ -248,7 +248,7 @@ def main():
     device = vlm.pick_device(flags.device)
     data, pairs = vlm.open_data(flags)
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
-    train_rows, val_rows = vlm.split_for_training(data, flags, flags.seed)
+    train_rows, val_rows = vlm.split_for_training(data, flags.seed)
     flags = settle(flags, device, len(train_rows), images, texts, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)

@@ -752,6 +752,8 @@ def check_training_flags(flags, *positive):
 def settle_training_flags(flags, name, device, row_count):
     """Puts values in the place of those flags whose default depends on data and device, so that config.json has them."""
     flags.data = flags.data or SAMPLE
+    if row_count < flags.batch_size:
+        raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
     flags.out = flags.out or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
@@ -788,11 +790,9 @@ def open_data(flags):
     return data, choose_pairs(data, flags.pairs)
 
 
-def split_for_training(data, flags, seed):
-    """Row numbers to train on and to choose by (`split_rows`), a batch at least to train on; says how many."""
+def split_for_training(data, seed):
+    """Row numbers to train on and to choose by (`split_rows`), and a line that says how many."""
     train_rows, val_rows = split_rows(data, seed=seed)
-    if len(train_rows) < flags.batch_size:
-        raise BadInput(f"--batch-size {flags.batch_size}: {data.folder} has only {len(train_rows)} training rows")
     sample = " (the sample)" if data.folder == SAMPLE else ""
     print(f"data: {data.folder}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows")
     return train_rows, val_rows
