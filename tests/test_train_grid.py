@@ -165,12 +165,12 @@ def test_several_seeds(run, planted, tmp_path):
 
 
 def test_halving_finds_the_planted_best_for_less(run, planted, tmp_path):
-    result = run("train_grid.py", "--data", planted, *QUICK, "--epochs", "24", "--halving", "--out", "x")
+    result = run("train_grid.py", "--data", planted, *QUICK, "--epochs", "12", "--halving", "--out", "x")
     assert result.code == 0 and "of the full grid's updates" in result.out, result.err
     rows, cost = ranking(tmp_path / "x"), ledger(tmp_path / "x")
     updates = [cost["updates_per_pair"][f"{row['image']}:{row['text']}"] for row in rows]
     assert rows[0]["image"] == "efflite1" and updates == sorted(updates, reverse=True)
-    assert sorted(updates) == [18, 18, 18, 36, 72, 144] and [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert sorted(updates) == [9, 9, 9, 18, 36, 72] and [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert cost["pair_samples"] == 128 * sum(updates) and len(connectors(tmp_path / "x")) == 6
     lines = vlm.read_jsonl(tmp_path / "x" / "metrics.jsonl")
     assert len(lines[0]["recalls"]) == 6 and len(lines[-1]["recalls"]) == 1
@@ -200,7 +200,7 @@ def test_ridge_against_least_squares(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "ridge", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
     rows = ranking(tmp_path / "x")
-    assert {r["image"] for r in rows[:2]} == {"efflite1"} and float(rows[0]["val_recall10"]) > 0.9
+    assert {r["image"] for r in rows[-2:]} == {"control"} and float(rows[0]["val_recall10"]) > 0.9
     for row in (rows[0], rows[-1]):
         path = tmp_path / "x" / "connectors" / f"{row['image']}_mlp0_{row['text']}.pt"
         image, _, text, state = vlm.read_connector(path)
