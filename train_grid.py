@@ -147,7 +147,7 @@ def halving_rungs(pair_count, steps):
 
 
 def new_state(pairs):
-    """All that training changes beside the tensors. best: {pair: its best score, with the layers that reached it}."""
+    """All that training changes beside the tensors. best: {pair: its best recalls, with the layers that reached them}."""
     updates = {":".join(pair): 0 for pair in pairs}
     return {"step": 0, "flops": 0, "seconds": 0.0, "peak_bytes": 0, "updates": updates, "metrics": [], "best": {}}
 
@@ -158,7 +158,15 @@ def score(six):
 
 
 def mean_recall10(recalls):
+    """{"image:text": six recalls} to the number that a run is watched by."""
     return sum(score(six)[0] for six in recalls.values()) / len(recalls)
+
+
+def keep_best(state, name, six, layers, about):
+    """Keeps these layers, [(weight, bias)], as the pair's if none before scored as high. about: for the card."""
+    if name not in state["best"] or score(six) > score(state["best"][name]["recalls"]):
+        layers = [(weight.detach().cpu().clone(), bias.detach().cpu().clone()) for weight, bias in layers]
+        state["best"][name] = {"recalls": six, "layers": layers, "about": about}
 
 
 def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkpoint):
@@ -201,23 +209,11 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             if (step + 1) % period and step + 1 < steps and step + 1 not in rungs:
                 continue
 
-            recalls, epoch = validate(connectors, store, retrieval, alive), (step + 1) / steps_per_epoch
-            scores = {name: score(six) for name, six in recalls.items()}
+            recalls, epoch = validate(connectors, store, retrieval, alive), round((step + 1) / steps_per_epoch, 3)
+            about = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
             for pair in alive:
-                name, best = ":".join(pair), state["best"].get(":".join(pair))
-                if best is None or scores[name] > best["score"]:
-                    layers = [
-                        (weight.detach().cpu().clone(), bias.detach().cpu().clone())
-                        for weight, bias in connectors.of(pair)
-                    ]
-                    about = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": round(epoch, 3)}
-                    state["best"][name] = {
-                        "score": scores[name],
-                        "recalls": recalls[name],
-                        "layers": layers,
-                        "about": about,
-                    }
-            line = {"epoch": round(epoch, 3), "step": step + 1, "loss": sum(losses_seen) / len(losses_seen), "lr": lr}
+                keep_best(state, ":".join(pair), recalls[":".join(pair)], connectors.of(pair), about)
+            line = {"epoch": epoch, "step": step + 1, "loss": sum(losses_seen) / len(losses_seen), "lr": lr}
             line |= {"val_recall10": mean_recall10(recalls)}
             state["step"], state["seconds"], losses_seen = step + 1, time.perf_counter() - started, []
             state["peak_bytes"] = max(state["peak_bytes"], vlm.peak_bytes(store.device))
@@ -232,7 +228,7 @@ def best_of(pairs, state, count):
     """The `count` pairs with the best scores so far, in their old order; equals go on in that order."""
     if count >= len(pairs):
         return pairs
-    kept = sorted(pairs, key=lambda pair: state["best"][":".join(pair)]["score"], reverse=True)[:count]
+    kept = sorted(pairs, key=lambda pair: score(state["best"][":".join(pair)]["recalls"]), reverse=True)[:count]
     return [pair for pair in pairs if pair in kept]
 
 
@@ -289,17 +285,10 @@ def solve(flags, pairs, store, retrieval, rows):
             name, pictures = f"{image}:{text}", store.take(image, retrieval.rows)
             for strength, weight in maps.items():
                 weight = weight - direction[:, None] * (direction @ weight)
-                layers = [(weight.float(), -(weight @ means[text]).float())]
-                six = retrieval.recalls(F.linear(texts, *layers[0]), pictures)
-                if name not in state["best"] or score(six) > state["best"][name]["score"]:
-                    about = {"closed_form": flags.closed_form, "regularisation": strength}
-                    layers = [(weight.cpu(), bias.cpu()) for weight, bias in layers]
-                    state["best"][name] = {
-                        "score": score(six),
-                        "recalls": six,
-                        "layers": layers,
-                        "about": about,
-                    }
+                bias = -weight @ means[text]
+                six = retrieval.recalls(F.linear(texts, weight.float(), bias.float()), pictures)
+                about = {"closed_form": flags.closed_form, "regularisation": strength}
+                keep_best(state, name, six, [(weight.float(), bias.float())], about)
             state["updates"][name] = 1
     state["step"], state["seconds"] = 1, time.perf_counter() - started
     state["peak_bytes"] = vlm.peak_bytes(store.device)
@@ -337,7 +326,7 @@ def procrustes(cross, image_gram, text_gram):
 def procrustes_flops(image_dim, text_dim):
     """Products, eigenvectors (9 n^3) and singular vectors (22 n^3; Golub and Van Loan, sections 8.3 and 8.6)."""
     narrow, wide = sorted((image_dim, text_dim))
-    products = 4 * narrow * (image_dim * text_dim + narrow * wide) + 2 * narrow**3
+    products = 4 * narrow * image_dim * text_dim + 2 * narrow**2 * (image_dim + text_dim) + 2 * narrow**3
     return products + 22 * narrow**3 + (9 * wide**3 if wide > narrow else 0)
 
 

@@ -1,4 +1,4 @@
-"""What the scripts share: encoders, the embedding folder, the connector, the stitched model, the run folder.
+"""What the scripts share: encoders, the embedding folder, the connector, the stitched model, training, the run folder.
 
     from vlm import get_vlm_from_checkpoint
     vlm = get_vlm_from_checkpoint("runs/hyma/connectors/vit_l16_mlp1_mpnet.pt")

@@ -249,6 +249,16 @@ def test_flops_against_torch(names, connector):
     assert counter.get_total_flops() == pytest.approx(names["step_flops"](flags, pairs, dims), rel=0.02)
 
 
+def test_flops_of_procrustes_against_torch(names):
+    """The matrix products; factorisations are not counted by torch and stand in the ledger by their textbook costs."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(99, 24, generator=random).double(), torch.randn(99, 48, generator=random).double()
+    with FlopCounterMode(display=False) as counter:
+        names["procrustes"](y.T @ x, y.T @ y, x.T @ x)
+    products = counter.get_total_flops() - 2 * 99 * (48 * 24 + 48**2 + 24**2)
+    assert products + 22 * 24**3 + 9 * 48**3 == names["procrustes_flops"](48, 24)
+
+
 def test_bad_input(run, refused, planted, tmp_path):
     base = ("--data", planted, "--device", "cpu")
     refused("train_grid.py", *base, "--pairs", "vit_l16:mpnet", says=["vit_l16:mpnet", "efflite1"])
