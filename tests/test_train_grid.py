@@ -106,15 +106,18 @@ def test_a_pair_trains_as_it_would_alone(run, planted, tmp_path):
     assert [line["recalls"].keys() for line in lines[0]] == [line["recalls"].keys() for line in lines[1]]
 
 
-@pytest.mark.parametrize("more", [("--pairs-per-pass", "1"), ("--halving",)])
-def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, more):
-    flags = ("--data", planted, *QUICK, "--epochs", "8", *more, "--pairs", "*:minilm_l6")
+def assert_same_run(whole, other):
+    assert_same(whole, other, exactly=True)
+    assert (whole / "ranking.csv").read_bytes() == (other / "ranking.csv").read_bytes()
+    for key in ("flops", "updates_per_pair", "steps"):
+        assert ledger(whole)[key] == ledger(other)[key]
+
+
+def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--epochs", "6", "--pairs-per-pass", "1", "--pairs", "eff*:minilm_l6")
     assert run("train_grid.py", *flags, "--out", "whole").code == 0
-    process, metrics, until = (
-        spawn("train_grid.py", *flags, "--out", "killed"),
-        tmp_path / "killed/metrics.jsonl",
-        time.time() + 60,
-    )
+    process, until = spawn("train_grid.py", *flags, "--out", "killed"), time.time() + 60
+    metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and time.time() < until:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
             break
@@ -124,10 +127,28 @@ def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, more)
     assert not (tmp_path / "killed" / "ledger.json").exists()
     result = run("train_grid.py", "--resume", "--out", "killed")
     assert result.code == 0 and "resumed" in result.out, result.err
-    assert_same(tmp_path / "whole", tmp_path / "killed", exactly=True)
-    assert (tmp_path / "whole/ranking.csv").read_bytes() == (tmp_path / "killed/ranking.csv").read_bytes()
-    for key in ("flops", "updates_per_pair", "steps"):
-        assert ledger(tmp_path / "whole")[key] == ledger(tmp_path / "killed")[key]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypatch, looks):
+    """Stopped between a checkpoint and the next step: the first look ends a rung, the second does not."""
+    flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6", "--halving")  # 18 steps: looks at 4, 6, 9, 12, 18
+    assert run("train_grid.py", *flags, "--out", "whole").code == 0
+    write, calls = vlm.write_jsonl, []
+
+    def stop(path, rows):
+        calls.append(path)
+        if len(calls) == looks:
+            raise KeyboardInterrupt
+        write(path, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm, "write_jsonl", stop)
+        assert run("train_grid.py", *flags, "--out", "stopped").code == 130
+    result = run("train_grid.py", "--resume", "--out", "stopped")
+    assert result.code == 0 and "resumed" in result.out, result.err
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_shards_merge_into_the_whole(run, refused, planted, tmp_path):
