@@ -14,19 +14,16 @@ ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 
 import argparse
 import math
-import os
 import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import vlm
-from kernels import Layer, adamw_outer, clip_loss, connector_mlp, outer_grad_norm_sq
-from vlm import HIDDEN_DIM, BadInput
+from kernels import Layer, adamw_outer, outer_grad_norm_sq
+from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, unique, validate
 
-SAMPLE = Path(__file__).parent / "sample" / "embeddings"
 LEARNING_RATE = {"factored": 3e-3, "mlp": 1e-3}
 
 
@@ -34,23 +31,8 @@ def parse_flags():
     """The flags, and the run folder's configuration if an interrupted run is to be resumed (else None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--pairs",
-        nargs="+",
-        default=["all"],
-        metavar="IMAGE:TEXT",
-        help="all, vit_l16:mpnet, wildcards, several (default: all)",
-    )
+    vlm.add_training_flags(parser, "hyma")
     add("--predict", nargs="+", default=[], metavar="IMAGE:TEXT", help="pairs to predict, score and export untrained")
-    add("--data", type=Path, help="embedding folder (default: the sample's)")
-    add("--out", type=Path, help="run folder (default: runs/hyma-<date>-<time>)")
-    add("--resume", action="store_true", help="go on with the run in --out, or with the newest; its flags are kept")
-    add(
-        "--connector",
-        choices=["mlp0", "mlp1", "mlp2"],
-        default="mlp1",
-        help="hidden layers of 1024 (default: %(default)s)",
-    )
     add(
         "--generator",
         choices=["factored", "mlp"],
@@ -62,58 +44,16 @@ def parse_flags():
         type=int,
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
-    add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
-    add("--batch-size", type=int, default=512, help="rows a step (default: %(default)s)")
     add("--pairs-per-step", type=int, help="pairs a step (default: enough for every encoder to be in each step)")
     add("--lr", type=float, help="peak learning rate (default: 3e-3 factored, 1e-3 mlp)")
-    add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
-    add("--clip-norm", type=float, default=1.0, help="largest global gradient norm (default: %(default)s)")
-    add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and pair draws (default: %(default)s)")
-    add(
-        "--precision",
-        choices=["fp32", "tf32", "bf16"],
-        help="of the matrix products (default: tf32 on CUDA, else fp32)",
-    )
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     flags = parser.parse_args()
     if not flags.resume:
-        check_flags(flags)
+        vlm.check_training_flags(flags, "width", "pairs_per_step")
+        if flags.width is not None and flags.generator != "mlp":
+            raise BadInput(f"--width {flags.width}: contradicts --generator {flags.generator}; only mlp has a width")
         return flags, None
-
-    runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if flags.out is None and not runs:
-        raise BadInput("--resume: there is no run in runs/; name one with --out")
-    out = flags.out or runs[-1].parent
-    if not (out / "config.json").is_file():
-        raise BadInput(f"--resume: {out} holds no run (no config.json)")
-    config = vlm.read_json(out / "config.json")
-    if config.get("script") != "train_hyma.py":
-        raise BadInput(f"--resume: {out} was not made by train_hyma.py")
-    parser.set_defaults(**config["flags"])
-    flags = parser.parse_args()  # again, so that what is given now shows against what the run was started with
-    flags.data, flags.out = Path(flags.data), out
-    for name, value in config["flags"].items():
-        now = getattr(flags, name)
-        if name != "out" and (str(now) if isinstance(now, Path) else now) != value:
-            raise BadInput(f"--{name.replace('_', '-')} {now}: contradicts {out}, which was started with {value}")
-    return flags, config
-
-
-def check_flags(flags):
-    for name in ("width", "epochs", "batch_size", "pairs_per_step", "lr", "clip_norm"):
-        value = getattr(flags, name)
-        if value is not None and not value > 0:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-    if not 1 <= flags.logit_scale <= 150:
-        raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
-    if flags.warmup_steps < 0 or flags.weight_decay < 0:
-        raise BadInput("--warmup-steps and --weight-decay must not be negative")
-    if flags.width is not None and flags.generator != "mlp":
-        raise BadInput(f"--width {flags.width}: contradicts --generator {flags.generator}; only mlp has a width")
-    if flags.batch_size < 2:
-        raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
+    return vlm.resume_flags(parser, vlm.find_run(flags.out))
 
 
 # ------------------------------------------------------------------------------------------------- generators
@@ -220,18 +160,10 @@ class PaperMLP(nn.Module):
         return predicted
 
     def forward(self, features, pairs):
-        texts, predicted = unique(text for _, text in pairs), self.weights(pairs)
-        layers = []
-        for depth in range(self.hidden_layers + 1):
-            wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
-            layers.append(Layer([w[depth][0] for w in predicted], [w[depth][1] for w in predicted], wiring))
-        return [features[text] for text in texts], layers
+        return vlm.own_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
-        connectors = 0
-        for image, text in pairs:
-            for depth, (out, into) in enumerate(self.shapes(image, text)):
-                connectors += (4 if depth == 0 else 6) * batch_size * out * into
+        connectors = sum(vlm.connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
         rows = len(pairs) * (self.hidden_layers + 1)
         trunk = sum(6 * layer.weight.numel() for layer in self.trunk if isinstance(layer, nn.Linear))
         return connectors + rows * (6 * self.head.numel() + trunk)
@@ -257,18 +189,7 @@ class OuterLinear(torch.autograd.Function):
         return grad_out @ weight, None, None
 
 
-def unique(names):
-    return list(dict.fromkeys(names))
-
-
 # ------------------------------------------------------------------------------------- batches of rows and of pairs
-
-
-def draw_rows(step, seed, rows, batch_size):
-    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
-    epoch, place = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 32) + epoch))
-    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
 
 
 def draw_pairs(step, seed, pairs, pairs_per_step):
@@ -293,25 +214,7 @@ def draw_pairs(step, seed, pairs, pairs_per_step):
     return order[place * pairs_per_step : (place + 1) * pairs_per_step]
 
 
-def learning_rate(step, steps, peak, warmup_steps):
-    """Linear warm-up, then half a cosine to zero."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
 # ------------------------------------------------------------------------------------------------ a step, a look
-
-
-def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
-    """Symmetric InfoNCE of each pair on a batch of rows: [P], float32."""
-    texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
-    inputs, layers = generator({text: store.take(text, rows).to(dtype) for text in texts}, pairs)
-    layers = [Layer([w.to(dtype) for w in ws], [b.to(dtype) for b in bs], wiring) for ws, bs, wiring in layers]
-    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p], [P, B]
-    targets = [store.take(image, rows).to(dtype) for image in images]  # each [B, D_i]
-    losses, _ = clip_loss(z, targets, [images.index(image) for image, _ in pairs], logit_scale, sumsq=sumsq)
-    return losses
 
 
 def update(generator, optimizer, moments, count, lr, flags):
@@ -331,74 +234,34 @@ def update(generator, optimizer, moments, count, lr, flags):
         adamw_outer(generator.head, *moments, grad_out, inputs, step=count, lr=lr, weight_decay=decay, clip=clip)
 
 
-@torch.no_grad()
-def validate(generator, store, retrieval, pairs):
-    """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows."""
-    recalls = {}
-    for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
-        group = [pair for pair in pairs if pair[1] == text]
-        z, _ = connector_mlp(*generator({text: store.take(text, retrieval.rows)}, group))
-        for (image, _), mapped in zip(group, z.split([store.dims[image] for image, _ in group], dim=1)):
-            recalls[f"{image}:{text}"] = retrieval.recalls(mapped, store.take(image, retrieval.rows))
-    return {":".join(pair): recalls[":".join(pair)] for pair in pairs}
-
-
 def settle(flags, device, row_count, images, texts, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
-    steps_per_epoch = row_count // flags.batch_size
-    flags.data = flags.data or SAMPLE
-    flags.out = flags.out or Path("runs") / time.strftime("hyma-%Y%m%d-%H%M%S")
-    flags.epochs = flags.epochs or max(10, math.ceil(100 / steps_per_epoch))
+    vlm.settle_training_flags(flags, "hyma", device, row_count)
     flags.pairs_per_step = min(flags.pairs_per_step or max(len(images), len(texts)), len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
     flags.lr = flags.lr or LEARNING_RATE[flags.generator]
-    flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
     return flags
 
 
 # -------------------------------------------------------------------------------------------------------- main
 
 
-def open_run(flags, config, identity, device):
-    """Makes the run folder, or, for a resumed run, sees that it is of the same pairs and embeddings. Locks it."""
-    out = flags.out
-    if config is None:
-        if (out / "config.json").exists():
-            raise BadInput(f"--out {out}: holds a run already; choose another, or go on with it: --resume --out {out}")
-        (out / "connectors").mkdir(parents=True, exist_ok=True)
-    elif any(config[key] != value for key, value in identity.items()):
-        raise BadInput(f"--resume: the embeddings in {flags.data} are no longer those that {out} was started with")
-    lock = vlm.lock_folder(out)
-    if config is None:
-        plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items() if name != "resume"}
-        about = {"script": "train_hyma.py", "flags": plain} | identity | vlm.provenance(device)
-        vlm.write_json(out / "config.json", about)
-    return lock
-
-
 def main():
     flags, config = parse_flags()
     device = vlm.pick_device(flags.device)
-    data = vlm.Embeddings(flags.data or SAMPLE)
-    pairs = vlm.choose_pairs(data, flags.pairs)
+    data, pairs = vlm.open_data(flags)
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
     untrained = [pair for pair in vlm.choose_pairs(data, flags.predict) if pair not in pairs] if flags.predict else []
     for image, text in untrained:
         if image not in images or text not in texts:
             name = text if image in images else image
-            raise BadInput(
-                f"--predict {image}:{text}: {name} must be in a pair that is trained, to have been learnt at all"
-            )
-    train_rows, val_rows = vlm.split_rows(data, seed=flags.seed)
-    if len(train_rows) < flags.batch_size:
-        raise BadInput(f"--batch-size {flags.batch_size}: {data.folder} has only {len(train_rows)} training rows")
+            raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
+    train_rows, val_rows = vlm.split_for_training(data, flags.seed)
     flags = settle(flags, device, len(train_rows), images, texts, pairs)
-    sample = " (the sample)" if flags.data == SAMPLE else ""
-    print(f"data: {os.path.relpath(data.folder)}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows")
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
-    lock = open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
+    lock = vlm.open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
     retrieval = vlm.Retrieval(data, val_rows, device)
 
     torch.manual_seed(flags.seed)
@@ -483,38 +346,17 @@ def export(flags, data, generator, state, retrieval, device):
     """Writes the best state's connectors, ranking.csv and ledger.json, and prints the ranking."""
     best, updates = state["best"], state["updates"]
     generator.load_state_dict(best["weights"])
-    ranked = vlm.rank_pairs(best["recalls"])
     about = {"generator": flags.generator, "logit_scale": flags.logit_scale, "seed": flags.seed, "epoch": best["epoch"]}
-    paths = []
-    for row in ranked:
-        pair = row["image"], row["text"]
-        about["updates"] = updates[":".join(pair)]
-        paths.append(vlm.save_connector(flags.out, data, generator.predict(*pair), row, about))
-    vlm.write_csv(flags.out / "ranking.csv", ranked)
-    ledger = {
-        "pairs": sum(count > 0 for count in updates.values()),
-        "steps": state["step"],
-        "batch_size": flags.batch_size,
-        "pair_samples": flags.batch_size * sum(updates.values()),
-        "updates_per_pair": updates,
-        "flops": state["flops"],
-        "seconds": round(state["seconds"], 3),
-        "peak_bytes": vlm.peak_bytes(device),
-        "trainable_parameters": sum(tensor.numel() for tensor in generator.state_dict().values()),
-    }
-    vlm.write_json(flags.out / "ledger.json", ledger)
 
-    vlm.print_ranking(best["recalls"], retrieval)
-    if best["score"] < 2 * retrieval.chance[2]:
-        print(
-            "All pairs are at chance. A lower --lr or more --epochs may help; do captions and images belong together?"
-        )
-    print(
-        f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}: {state['flops'] / 1e12:.2f} TFLOP in "
-        f"{state['seconds']:.0f} s, {min(updates.values())} to {max(updates.values())} updates a pair"
-    )
-    print(f"\nbest connector: {paths[0]}")
-    print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(paths[0])!r})")
+    def connector_of(pair):
+        return generator.predict(*pair.split(":")), about | {"updates": updates[pair]}
+
+    state["trainable_parameters"] = sum(tensor.numel() for tensor in generator.state_dict().values())
+    state["peak_bytes"] = vlm.peak_bytes(device)
+    ranked = vlm.rank_pairs(best["recalls"])
+    paths = vlm.write_results(flags.out, data, ranked, connector_of, flags.batch_size, state)
+    made = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
+    vlm.print_results(ranked, best["recalls"], retrieval, made, state, paths[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts share: encoders, the embedding folder, the connector, the stitched model, the run folder.
+"""What the scripts share: encoders, the embedding folder, the connector, the stitched model, training, the run folder.
 
     from vlm import get_vlm_from_checkpoint
     vlm = get_vlm_from_checkpoint("runs/hyma/connectors/vit_l16_mlp1_mpnet.pt")
@@ -19,6 +19,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -37,10 +38,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import true_rank
+from kernels import Layer, clip_loss, connector_mlp, true_rank
 
 HIDDEN_DIM = 1024
 FORMAT_VERSION = 1
+SAMPLE = Path(__file__).parent / "sample" / "embeddings"
 
 
 class BadInput(ValueError):
@@ -656,24 +658,30 @@ class Retrieval:
         return found
 
 
-def rank_pairs(recalls):
-    """{"image:text": six recalls} to the rows of ranking.csv, best first by R@10, R@5, R@1; equals share a rank."""
+def rank_pairs(recalls, outlived=None):
+    """{"image:text": six recalls} to the rows of ranking.csv, best first by R@10, R@5, R@1; equals share a rank.
+
+    outlived: {"image:text": number}, which comes before the recalls: pairs given up sooner rank below.
+    """
     table = []
     for pair, six in recalls.items():
         image, _, text = pair.partition(":")
         means = [round((six[k] + six[k + 3]) / 2, 6) for k in range(3)]  # of both directions
         table.append({"image": image, "text": text} | {f"val_recall{k}": mean for k, mean in zip(Retrieval.ks, means)})
-    value = lambda row: (row["val_recall10"], row["val_recall5"], row["val_recall1"])  # noqa: E731
+
+    def value(row):
+        recall = row["val_recall10"], row["val_recall5"], row["val_recall1"]
+        return (outlived or {}).get(f"{row['image']}:{row['text']}", 0), *recall
+
     table.sort(key=value, reverse=True)
     for row in table:
         row["rank"] = 1 + sum(value(other) > value(row) for other in table)
     return table
 
 
-def print_ranking(recalls, retrieval):
-    """The ranking as a table: recalls in per cent, both directions, against chance."""
+def print_ranking(table, recalls, retrieval):
+    """The rows of `rank_pairs` as a table: recalls in per cent, both directions, against chance."""
     chance = " / ".join(f"{100 * c:.1f}" for c in retrieval.chance)
-    table = rank_pairs(recalls)
     wide, narrow = (max(len(row[part]) for row in table) for part in ("image", "text"))
     print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
     print(f"{'':{wide + narrow + 8}}text -> image        image -> text        mean")
@@ -681,6 +689,222 @@ def print_ranking(recalls, retrieval):
     for row in table:
         six = "".join(f"{100 * value:6.1f}" for value in recalls[f"{row['image']}:{row['text']}"])
         print(f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}{100 * row['val_recall10']:7.1f}")
+
+
+# --------------------------------------------------------------------------------------- what both trainers need
+
+
+def add_training_flags(parser, name):
+    """The flags that mean the same to every trainer. Runs go to runs/<name>-... by default."""
+    add = parser.add_argument
+    add(
+        "--pairs",
+        nargs="+",
+        default=["all"],
+        metavar="IMAGE:TEXT",
+        help="all, vit_l16:mpnet, wildcards, several (default: all)",
+    )
+    add("--data", type=Path, help="embedding folder (default: the sample's)")
+    add("--out", type=Path, help=f"run folder (default: runs/{name}-<date>-<time>)")
+    add("--resume", action="store_true", help="go on with the run in --out, or with the newest; its flags are kept")
+    add(
+        "--connector",
+        choices=["mlp0", "mlp1", "mlp2"],
+        default="mlp1",
+        help="hidden layers of 1024 (default: %(default)s)",
+    )
+    add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
+    add("--batch-size", type=int, default=512, help="rows a step (default: %(default)s)")
+    add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
+    add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help="of the matrix products (default: tf32 on CUDA, else fp32)",
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
+
+
+def check_training_flags(flags, *positive):
+    """Raises BadInput for a number out of its range. `positive`: further flags that must be above zero."""
+    for name in ("epochs", "batch_size", "lr", "clip_norm", *positive):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
+    if not 1 <= flags.logit_scale <= 150:
+        raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
+    if flags.warmup_steps < 0 or flags.weight_decay < 0:
+        raise BadInput("--warmup-steps and --weight-decay must not be negative")
+    if flags.batch_size < 2:
+        raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
+
+
+def settle_training_flags(flags, name, device, row_count):
+    """Puts values in the place of those flags whose default depends on data and device, so that config.json has them."""
+    flags.data = flags.data or SAMPLE
+    if row_count < flags.batch_size:
+        raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
+    flags.out = flags.out or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
+    flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
+
+
+def find_run(out=None):
+    """The run folder to go on with: `out`, or the newest in runs/."""
+    runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if out is None and not runs:
+        raise BadInput("--resume: there is no run in runs/; name one with --out")
+    return out or runs[-1].parent
+
+
+def resume_flags(parser, out):
+    """The flags and the configuration of the run in `out`; flags given now may not contradict them."""
+    if not (out / "config.json").is_file():
+        raise BadInput(f"--resume: {out} holds no run (no config.json)")
+    config = read_json(out / "config.json")
+    if config.get("script") != Path(sys.argv[0]).name:
+        raise BadInput(f"--resume: {out} was not made by {Path(sys.argv[0]).name}")
+    parser.set_defaults(**config["flags"])
+    flags = parser.parse_args()  # again, so that what is given now shows against what the run was started with
+    flags.data, flags.out = Path(flags.data), out
+    for name, value in config["flags"].items():
+        now = getattr(flags, name)
+        if name != "out" and (str(now) if isinstance(now, Path) else now) != value:
+            raise BadInput(f"--{name.replace('_', '-')} {now}: contradicts {out}, which was started with {value}")
+    return flags, config
+
+
+def open_data(flags):
+    """The embedding folder and the pairs that the flags ask for."""
+    data = Embeddings(flags.data or SAMPLE)
+    return data, choose_pairs(data, flags.pairs)
+
+
+def split_for_training(data, seed):
+    """Row numbers to train on and to choose by (`split_rows`), and a line that says how many."""
+    train_rows, val_rows = split_rows(data, seed=seed)
+    sample = " (the sample)" if data.folder == SAMPLE else ""
+    print(
+        f"data: {os.path.relpath(data.folder)}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows"
+    )
+    return train_rows, val_rows
+
+
+def open_run(flags, config, identity, device, wait=False):
+    """Makes the run folder, or, for a resumed run, sees that it is of the same pairs and embeddings. Locks it."""
+    out = flags.out
+    if config is None:
+        if (out / "config.json").exists():
+            raise BadInput(f"--out {out}: holds a run already; choose another, or go on with it: --resume --out {out}")
+        (out / "connectors").mkdir(parents=True, exist_ok=True)
+    elif any(config[key] != value for key, value in identity.items()):
+        raise BadInput(f"--resume: the embeddings in {flags.data} are no longer those that {out} was started with")
+    lock = lock_folder(out, wait)
+    if config is None:
+        plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(flags).items() if name != "resume"}
+        about = {"script": Path(sys.argv[0]).name, "flags": plain} | identity | provenance(device)
+        write_json(out / "config.json", about)
+    return lock
+
+
+def unique(names):
+    return list(dict.fromkeys(names))
+
+
+def draw_rows(step, seed, rows, batch_size):
+    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
+    epoch, place = divmod(step, len(rows) // batch_size)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
+
+
+def learning_rate(step, steps, peak, warmup_steps):
+    """Linear warm-up, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def own_layers(features, pairs, weights):
+    """What `connector_mlp` takes, for pairs with weights of their own: [[(weight, bias)] per layer] per pair."""
+    texts, layers = list(features), []
+    for depth in range(len(weights[0])):
+        wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
+        layers.append(Layer([w[depth][0] for w in weights], [w[depth][1] for w in weights], wiring))
+    return list(features.values()), layers
+
+
+def connector_flops(batch_size, shapes):
+    """Of a connector with layers [(out, in)] on a batch, forward and backward, 2 a multiply-add.
+
+    The first layer's inputs are frozen embeddings, which get no gradient.
+    """
+    return batch_size * sum((4 if depth == 0 else 6) * out * into for depth, (out, into) in enumerate(shapes))
+
+
+def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
+    """Symmetric InfoNCE of each pair on a batch of rows: [P], float32."""
+    texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
+    inputs, layers = generator({text: store.take(text, rows).to(dtype) for text in texts}, pairs)
+    layers = [Layer([w.to(dtype) for w in ws], [b.to(dtype) for b in bs], wiring) for ws, bs, wiring in layers]
+    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p], [P, B]
+    targets = [store.take(image, rows).to(dtype) for image in images]  # each [B, D_i]
+    losses, _ = clip_loss(z, targets, [images.index(image) for image, _ in pairs], logit_scale, sumsq=sumsq)
+    return losses
+
+
+@torch.no_grad()
+def validate(generator, store, retrieval, pairs):
+    """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows."""
+    recalls = {}
+    for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
+        group = [pair for pair in pairs if pair[1] == text]
+        z, _ = connector_mlp(*generator({text: store.take(text, retrieval.rows)}, group))
+        for (image, _), mapped in zip(group, z.split([store.dims[image] for image, _ in group], dim=1)):
+            recalls[f"{image}:{text}"] = retrieval.recalls(mapped, store.take(image, retrieval.rows))
+    return {":".join(pair): recalls[":".join(pair)] for pair in pairs}
+
+
+def write_results(out, data, ranked, connector_of, batch_size, state):
+    """Writes connectors and cards, ranking.csv and, last, ledger.json. Returns the connectors' paths, best first.
+
+    ranked: the rows of `rank_pairs`. connector_of("image:text"): its layers and what its card is to record. state: what
+    a checkpoint holds: step, updates (of each pair), flops, seconds, peak_bytes, trainable_parameters.
+    """
+    paths = []
+    for row in ranked:
+        layers, about = connector_of(f"{row['image']}:{row['text']}")
+        paths.append(save_connector(out, data, layers, row, about))
+    write_csv(out / "ranking.csv", ranked)
+    ledger = {
+        "pairs": sum(count > 0 for count in state["updates"].values()),  # a pair may be predicted untrained
+        "steps": state["step"],
+        "batch_size": batch_size,
+        "pair_samples": batch_size * sum(state["updates"].values()),
+        "updates_per_pair": state["updates"],
+        "flops": state["flops"],
+        "seconds": round(state["seconds"], 3),
+        "peak_bytes": state["peak_bytes"],
+        "trainable_parameters": state["trainable_parameters"],
+    }
+    write_json(out / "ledger.json", ledger)
+    return paths
+
+
+def print_results(ranked, recalls, retrieval, made, state, best):
+    """The ranking, what it cost, and the best connector, ready to load. made: a few words on how it was trained."""
+    print_ranking(ranked, recalls, retrieval)
+    if sum(row["val_recall10"] for row in ranked) < 2 * len(ranked) * retrieval.chance[2]:
+        print(
+            "All pairs are at chance. A lower --lr or more --epochs may help; do captions and images belong together?"
+        )
+    least, most = min(state["updates"].values()), max(state["updates"].values())
+    cost = f"{state['flops'] / 1e12:.2f} TFLOP in {state['seconds']:.0f} s, {least} to {most} updates a pair"
+    print(f"{made}: {cost}")
+    print(f"\nbest connector: {best}")
+    print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(best)!r})")
 
 
 # ------------------------------------------------------------------------------------------ files and run folders
