@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, SAMPLE, sample_captions, write_csv
 from PIL import Image
@@ -294,6 +295,34 @@ def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, t
     assert ((ours * theirs).sum(1) > 0.9995).all() and ours.std(0).mean() > 0.001
     record = vlm.read_json(tmp_path / "e" / "manifest.json")["encoders"][encoder]
     assert record["weights_sha256"] == shipped.manifest["encoders"][encoder]["weights_sha256"]
+
+
+def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
+    """config.json and model.safetensors: as `local-dir:` encoder, and as the weights of a registered one."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(weights["efflite0"])
+    found = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").to_dict()
+    config = {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": found}
+    (folder / "config.json").write_text(json.dumps(config))
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:4]))
+    flags = ("--data", corpus, "--out", "e", "--device", "cpu")
+    assert run("embed.py", "--encoder", f"x=local-dir:{folder}", *flags).code == 0
+    assert run("embed.py", "--encoder", "efflite0", "--weights", f"efflite0={folder}", *flags).code == 0
+    assert run("embed.py", "--encoder", "y=efflite0", "--weights", f"y={weights['efflite0']}", *flags).code == 0
+    data = vlm.Embeddings(tmp_path / "e")
+    assert len({record["weights_sha256"] for record in data.manifest["encoders"].values()}) == 1
+    assert torch.equal(data.load("efflite0"), data.load("y")) and data.load("x").shape == (3, 1280)
+
+    path = tmp_path / "x_mlp1_minilm_l6.pt"  # and the stitched model of a pair outside the registry: its card says who
+    torch.save(vlm.init_modality_connector(384, [1024], 1280).state_dict(), path)
+    path.with_suffix(".json").write_text(
+        json.dumps({"image_encoder": f"local-dir:{folder}", "text_encoder": "all-MiniLM-L6-v2"})
+    )
+    model = vlm.get_vlm_from_checkpoint(path, "cpu", text_encoder=str(weights["minilm_l6"]))
+    pixels = model.transform(vlm.open_image(corpus.parent / "0.webp"))[None]
+    assert (model.encode_image(pixels) @ data.load("x")[0].float()).item() > 0.9995
+    assert model.encode_text("a dog").shape == (1280,)
 
 
 def test_progress_shows_rate_and_eta(run, corpus):

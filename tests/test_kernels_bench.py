@@ -39,4 +39,9 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
     found = {(r["operation"], r["impl"]) for r in result["rows"]}
     for operation in ("forward", "backward", "loss", "step"):
         assert {(operation, name) for name in ("torch", "loop", "padded", "strong")} <= found
-    assert {("adamw_outer", "torch"), ("adamw_outer", "strong"), ("true_rank", "torch"), ("true_rank", "whole")} <= found
+    assert {
+        ("adamw_outer", "torch"),
+        ("adamw_outer", "strong"),
+        ("true_rank", "torch"),
+        ("true_rank", "whole"),
+    } <= found
