@@ -14,6 +14,7 @@ an encoder is built: `import vlm` costs what `import torch` costs.
 
 import contextlib
 import csv
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -954,7 +955,12 @@ def write_csv(path, rows):
 
 def save_tensors(value, path):
     with atomic_file(path) as file:  # a file and not its path, whose name torch.save would write into the bytes
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # what torch makes of a write that failed
+            raise OSError(
+                errno.EIO, "could not be written (is the disk full?); what was there is kept", str(path)
+            ) from error
 
 
 def read_json(path):

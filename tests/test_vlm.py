@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 import subprocess
 import sys
 
@@ -417,6 +418,21 @@ def test_atomic_file_keeps_the_old_one(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     vlm.write_text(path, "new")
     assert path.read_text() == "new" and path.stat().st_mode & 0o044
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    vlm.save_tensors({"step": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, limits[1])
+    )  # no file may grow beyond: a write fails as on a full disk
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            vlm.save_tensors({"step": 2, "weights": torch.randn(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert vlm.load_tensors(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_lock_keeps_a_second_process_out(tmp_path):
