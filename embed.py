@@ -377,12 +377,10 @@ def shard_path(folder, start):
 
 
 def weights_digest(model):
-    """sha256 over the names and bytes of a model's tensors: the same weights, however they came here."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
+    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
+    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def count_truncated(encoder, rows):
