@@ -26,7 +26,7 @@ from kernels.baselines import HIDDEN, SCALE
 
 WIDTHS = {  # text encoders, image encoders
     "design": ([384, 768, 1024], [384] * 3 + [768] * 3 + [1024] * 3),
-    "sample": ([384, 384, 768], [1280] * 3),
+    "sample": ([384, 768], [1280] * 3 + [512]),
 }
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 HEAD_OUTPUTS = 2**19  # the published hypernetwork's last layer: 537 M parameters
