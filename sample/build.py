@@ -249,13 +249,14 @@ def select(rows, n):
 
 
 def split(rows, folds=7):
-    """Mark one row in seven `val`: every label in both splits, every series in one."""
+    """Mark one row in seven `val` and one in seven `test`: every label in all three splits, every series in one."""
     fold = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     labels, groups = [row["label"] for row in rows], [row["series"] for row in rows]
     if min(Counter(labels).values(), default=0) < folds:
         raise SystemExit(f"--rows: of {len(rows)} rows some label has fewer than {folds} to split; ask for 300 or more")
-    validation = set(next(fold.split(rows, labels, groups))[1].tolist())
-    return [{**row, "split": "val" if i in validation else "train"} for i, row in enumerate(rows)]
+    names = ["val", "test"] + ["train"] * (folds - 2)
+    found = {i: name for name, (_, part) in zip(names, fold.split(rows, labels, groups)) for i in part.tolist()}
+    return [{**row, "split": found[i]} for i, row in enumerate(rows)]
 
 
 def write_sample(rows, out, size, quality):
