@@ -6,6 +6,7 @@
     python train_grid.py --budget-of runs/hyma                        # as many FLOPs as that run has spent
     python train_grid.py --halving                                    # gives up the worse half of the pairs, repeatedly
     python train_grid.py --closed-form ridge                          # no training at all
+    python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # refines that run's connector
     python train_grid.py --resume                                     # the newest run, after an interruption
 
 All pairs go through the kernels in one pass, on the batches that train_hyma.py draws for the same seed, each with its
@@ -39,6 +40,7 @@ def parse_flags():
     add, budget = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of weights and batches; several: a run each, OUT-s<seed>")
+    add("--from", metavar="RUN", help="start from that run's connectors (default: from random weights)")
     add("--pairs-per-pass", type=int, help="pairs trained at a time, to bound memory (default: all)")
     add("--shard", metavar="I/N", help="every N-th pair from the I-th on, into OUT-shard-I-of-N; the last one merges")
     budget(
@@ -53,6 +55,8 @@ def parse_flags():
             raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
         if flags.shard and not flags.out:
             raise BadInput(f"--shard {flags.shard}: needs --out, the same for all shards")
+        if flags.closed_form and getattr(flags, "from"):
+            raise BadInput(f"--from {getattr(flags, 'from')}: contradicts --closed-form, which starts from nothing")
         if flags.halving and (flags.shard or flags.pairs_per_pass):
             raise BadInput(
                 "--halving: compares all pairs as it goes, so neither --shard nor --pairs-per-pass goes with it"
@@ -84,9 +88,10 @@ def shard_suffix(flags):
 
 
 class Connectors(nn.Module):
-    """A connector of its own for each pair, started from nothing but the seed and the pair's name."""
+    """A connector of its own for each pair, started from nothing but the seed and the pair's name, or from the run
+    folder `source`."""
 
-    def __init__(self, pairs, dims, hidden_layers, seed):
+    def __init__(self, pairs, dims, hidden_layers, seed, source=None):
         super().__init__()
         self.pairs, self.layers = list(pairs), nn.ModuleList()
         for image, text in pairs:
@@ -95,6 +100,9 @@ class Connectors(nn.Module):
                 torch.manual_seed(int.from_bytes(digest[:7]))
                 widths = [dims[text]] + [HIDDEN_DIM] * hidden_layers + [dims[image]]
                 self.layers.append(nn.ModuleList(nn.Linear(*shape) for shape in zip(widths, widths[1:])))
+            if source:
+                for parameter, tensor in zip(self.layers[-1].parameters(), start_of(source, image, text, hidden_layers)):
+                    parameter.data.copy_(tensor)
 
     def of(self, pair):
         """The pair's connector: [(weight [out, in], bias [out])] per layer."""
@@ -103,6 +111,12 @@ class Connectors(nn.Module):
     def forward(self, features, pairs):
         """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
         return vlm.own_layers(features, pairs, [self.of(pair) for pair in pairs])
+
+
+def start_of(source, image, text, hidden_layers):
+    """The pair's tensors in the run folder `source`: weight, bias, and so on, layer after layer."""
+    path = Path(source, "connectors", vlm.connector_name(image, hidden_layers, text))
+    return vlm.read_connector(path)[3].values()
 
 
 def clip_each(connectors, pairs, clip_norm):
@@ -172,7 +186,7 @@ def keep_best(state, name, six, layers, about):
 
 def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkpoint):
     """Trains these pairs over the whole schedule. `checkpoint(state, tensors)` saves; `saved` is what it saved last."""
-    connectors = Connectors(pairs, store.dims, int(flags.connector[-1]), seed).to(store.device)
+    connectors = Connectors(pairs, store.dims, int(flags.connector[-1]), seed, getattr(flags, "from")).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
     if "state" in saved:
@@ -345,10 +359,12 @@ def main():
         raise BadInput(f"--shard {flags.shard}: there are only {len(all_pairs)} pairs")
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
     if config is None:
-        row_count = len(vlm.split_rows(data, seed=flags.seeds[0])[0])
+        row_count = len(vlm.split_rows(data, flags.seeds[0], flags.rows)[0])
         vlm.settle_training_flags(flags, "grid", device, row_count)
         flags.connector = "mlp0" if flags.closed_form else flags.connector
         runs = [(argparse.Namespace(**vars(flags) | {"out": run_folder(flags, seed)}), None) for seed in flags.seeds]
+        for pair in all_pairs if getattr(flags, "from") else []:
+            start_of(getattr(flags, "from"), *pair, int(flags.connector[-1]))
         steps = plan_steps(flags, all_pairs, {name: encoder.dim for name, encoder in data.encoders.items()}, row_count)
         if flags.halving:
             halving_rungs(len(pairs), steps)
@@ -364,7 +380,7 @@ def main():
     for flags, about, _ in opened:
         encoders = f"{len(images)} image and {len(texts)} text encoders"
         print(f"run: {flags.out}, seed {about['seed']}, {len(pairs)} pairs of {encoders}")
-        train_rows, val_rows = vlm.split_for_training(data, about["seed"])
+        train_rows, val_rows = vlm.split_for_training(data, about["seed"], flags.rows)
         retrieval = vlm.Retrieval(data, val_rows, device)
         state = run_groups(flags, about, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))

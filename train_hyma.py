@@ -256,7 +256,7 @@ def main():
         if image not in images or text not in texts:
             name = text if image in images else image
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
-    train_rows, val_rows = vlm.split_for_training(data, flags.seed)
+    train_rows, val_rows = vlm.split_for_training(data, flags.seed, flags.rows)
     flags = settle(flags, device, len(train_rows), images, texts, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)

@@ -578,8 +578,10 @@ def hash_keys(rows) -> str:
     return digest.hexdigest()
 
 
-def split_rows(data: Embeddings, seed=0, fraction=0.1, most=5000):
+def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
     """Row numbers to train on and to choose by: (train [n], validation [m]).
+
+    count: only so many rows, both kinds in proportion, drawn by the seed; a smaller draw is part of every larger one.
 
     A `split` column decides where there is one: train, or none, is trained on; val, valid, validation, dev choose;
     any other name (test) is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a
@@ -600,7 +602,11 @@ def split_rows(data: Embeddings, seed=0, fraction=0.1, most=5000):
         held_out = {unique[i] for i in order[: min(most, max(1, round(fraction * len(unique))))]}
         validation = [i for i, picture in enumerate(pictures) if picture in held_out]
         train = [i for i, picture in enumerate(pictures) if picture not in held_out]
-    return torch.tensor(train), torch.tensor(validation)
+    parts, share = [torch.tensor(train), torch.tensor(validation)], (count or math.inf) / (len(train) + len(validation))
+    if share < 1:
+        random = torch.Generator().manual_seed(seed)
+        parts = [part[torch.randperm(len(part), generator=random)[: max(1, int(share * len(part)))]] for part in parts]
+    return parts[0].sort().values, parts[1].sort().values
 
 
 def choose_pairs(data: Embeddings, patterns):
@@ -715,7 +721,8 @@ def add_training_flags(parser, name):
         help="hidden layers of 1024 (default: %(default)s)",
     )
     add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
-    add("--batch-size", type=int, default=512, help="rows a step (default: %(default)s)")
+    add("--rows", type=int, help="choose from so many rows of the folder, drawn by the seed (default: all)")
+    add("--batch-size", type=int, help="rows a step (default: 512, or all there are)")
     add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -730,7 +737,7 @@ def add_training_flags(parser, name):
 
 def check_training_flags(flags, *positive):
     """Raises BadInput for a number out of its range. `positive`: further flags that must be above zero."""
-    for name in ("epochs", "batch_size", "lr", "clip_norm", *positive):
+    for name in ("rows", "epochs", "batch_size", "lr", "clip_norm", *positive):
         value = getattr(flags, name)
         if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -738,13 +745,14 @@ def check_training_flags(flags, *positive):
         raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
     if flags.warmup_steps < 0 or flags.weight_decay < 0:
         raise BadInput("--warmup-steps and --weight-decay must not be negative")
-    if flags.batch_size < 2:
+    if flags.batch_size == 1:
         raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
 
 
 def settle_training_flags(flags, name, device, row_count):
     """Puts values in the place of those flags whose default depends on data and device, so that config.json has them."""
     flags.data = flags.data or SAMPLE
+    flags.batch_size = flags.batch_size or max(2, min(512, row_count))
     if row_count < flags.batch_size:
         raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
     flags.out = flags.out or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
@@ -783,9 +791,9 @@ def open_data(flags):
     return data, choose_pairs(data, flags.pairs)
 
 
-def split_for_training(data, seed):
+def split_for_training(data, seed, count):
     """Row numbers to train on and to choose by (`split_rows`), and a line that says how many."""
-    train_rows, val_rows = split_rows(data, seed=seed)
+    train_rows, val_rows = split_rows(data, seed, count)
     sample = " (the sample)" if data.folder == SAMPLE else ""
     print(
         f"data: {os.path.relpath(data.folder)}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows"
