@@ -376,13 +376,6 @@ def shard_path(folder, start):
     return folder / f"{start:09d}.pt"
 
 
-def weights_digest(model):
-    """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
-    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
-    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
 def count_truncated(encoder, rows):
     """How many captions are longer than the text encoder reads."""
     limit, tokenizer = encoder.model.max_seq_length, encoder.model.tokenizer
@@ -400,7 +393,7 @@ def embed_encoder(wanted, weights, root, rows, keys_sha256, flags, out):
         "kind": wanted.kind,
         "spec": wanted.spec,
         "full_name": encoder.full_name,
-        "weights_sha256": weights_digest(encoder.model),
+        "weights_sha256": vlm.weights_digest(encoder.model),
         "dim": encoder.embed_dim,
         "dtype": flags.dtype,
         "transform": encoder.config,

@@ -254,6 +254,13 @@ def go_offline_without_hub():
             sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
 
 
+def weights_digest(model):
+    """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
+    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
+    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
 def cannot_load(encoder: Encoder, error: Exception) -> str:
     """One line for a model whose weights are not to be had: what is missing and where to put it."""
     import difflib
@@ -570,12 +577,24 @@ class RowStore:
 
 
 def hash_keys(rows) -> str:
-    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split)."""
+    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split, a question)."""
     digest = hashlib.sha256()
     for row in rows:
         parts = [str(row.get(part, "")) for part in ("key", "caption", "label", "split")]
+        parts += [row[part] for part in ("question", "answer", "choices") if part in row]
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
+
+
+def draw_distractors(key, pool, right, count):
+    """`count` different ones of `pool` that are not in the set `right` (all, if there are fewer), drawn by `key` alone:
+    the same ones with every version of everything."""
+    wrong = [item for item in dict.fromkeys(pool) if item not in right]
+    drawn, turn = {}, 0
+    while len(drawn) < min(count, len(wrong)):
+        digest = hashlib.sha256(f"{key}:{turn}".encode()).digest()
+        drawn[wrong[int.from_bytes(digest[:8]) % len(wrong)]], turn = None, turn + 1
+    return list(drawn)
 
 
 def split_rows(data: Embeddings, seed=0, fraction=0.1, most=5000):
@@ -648,15 +667,20 @@ class Retrieval:
             chances.append([1 - missed[k].mean().item() for k in self.ks])
         self.chance = [sum(pair) / 2 for pair in zip(*chances)]
 
-    def recalls(self, text, image):
-        """text, image: [n, D] of the rows, any length. Returns R@1, 5, 10 of text to image, then of image to text."""
+    def ranks(self, text, image):
+        """text, image: [n, D] of the rows, any length. Returns how many candidates come before a query's first right
+        one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
         vectors = {"caption": F.normalize(text, dim=1), "image": F.normalize(image, dim=1)}
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
             ranks = true_rank(vectors[query], vectors[target][self.first[target]], self.place[target])  # [n]
-            best = torch.full_like(self.first[query], len(ranks)).scatter_reduce(0, self.place[query], ranks, "amin")
-            found += [(best < k).double().mean().item() for k in self.ks]
+            worst = torch.full_like(self.first[query], len(ranks))
+            found.append(worst.scatter_reduce(0, self.place[query], ranks, "amin"))
         return found
+
+    def recalls(self, text, image):
+        """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""
+        return [(ranks < k).double().mean().item() for ranks in self.ranks(text, image) for k in self.ks]
 
 
 def rank_pairs(recalls, outlived=None):
