@@ -320,7 +320,10 @@ def map_texts(texts, connector, templates):
     for part in texts.split(templates * max(1, BLOCK // templates)):
         z = F.normalize(connector(F.normalize(part.float(), dim=1)), dim=1)  # [part, D_i]
         parts.append(F.normalize(z.unflatten(0, (-1, templates)).mean(1), dim=1))
-    return torch.cat(parts)
+    mapped = torch.cat(parts)
+    if not mapped.isfinite().all():  # no comparison holds for a NaN, so that nothing would seem nearer than the match
+        raise BadInput("the connector gives vectors that are not finite; its file is of no use")
+    return mapped
 
 
 def answered(images, choices, right, mapped):

@@ -671,11 +671,14 @@ class Retrieval:
         """text, image: [n, D] of the rows, any length. Returns how many candidates come before a query's first right
         one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
         vectors = {"caption": F.normalize(text, dim=1), "image": F.normalize(image, dim=1)}
+        own = (vectors["caption"] * vectors["image"]).sum(1).nan_to_num()  # [n], what is right of each query scores
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
-            ranks = true_rank(vectors[query], vectors[target][self.first[target]], self.place[target])  # [n]
-            worst = torch.full_like(self.first[query], len(ranks))
-            found.append(worst.scatter_reduce(0, self.place[query], ranks, "amin"))
+            place, worst = self.place[query], torch.full_like(self.first[query], len(own))
+            best = own.new_full(worst.shape, -torch.inf).scatter_reduce(0, place, own, "amax")  # [queries]
+            rows = torch.arange(len(own), device=own.device).where(own == best[place], len(own))
+            rows = worst.scatter_reduce(0, place, rows, "amin")  # [queries], where a query's nearest right one is
+            found.append(true_rank(vectors[query][rows], vectors[target][self.first[target]], self.place[target][rows]))
         return found
 
     def recalls(self, text, image):

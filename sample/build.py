@@ -374,7 +374,6 @@ def write_prompts(folder, weights):
     sys.path.insert(0, str(HERE.parent))
     import evaluate
 
-    shutil.rmtree(folder / "prompts", ignore_errors=True)
     for task in evaluate.open_tasks("sample", folder, argparse.Namespace(templates="1", device="cpu")):
         for name in TEXT_ENCODERS:
             evaluate.text_inputs(task, name, weights)
@@ -405,7 +404,8 @@ def main():
     command = [sys.executable, HERE.parent / "embed.py", "--data", args.out / "captions.csv"]
     command += ["--out", args.out / "embeddings", "--encoder", *IMAGE_ENCODERS, *TEXT_ENCODERS]
     command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
     write_prompts(args.out / "embeddings", weights)
 
 
