@@ -1,31 +1,229 @@
-"""Scores a run's connectors: zero-shot classification, retrieval in both directions, multiple-choice questions.
+"""Which encoder pair to stitch, how sure that is, what it cost: runs and selectors judged by their own connectors.
 
-    python evaluate.py runs/hyma                                   # the test rows of the data that the run trained on
-    python evaluate.py runs/hyma runs/grid --task coco=embeddings/coco --task imagenet=embeddings/imagenet1k
-    python evaluate.py runs/hyma --templates 80 --weights mpnet=weights/mpnet
+    python evaluate.py                                             # the newest run, on its data's test rows
+    python evaluate.py runs/hyma runs/halving runs/grid-s0 runs/grid-s1        # the full grid's runs are the oracle
+    python evaluate.py runs/hyma --oracle runs/grid-s* --task coco=embeddings/coco --task in1k=embeddings/in1k
+    python evaluate.py --demo                                      # makes runs of every kind on the sample first
 
-It knows connectors and embeddings only. Pictures and captions come from an embedding folder: `embed.py` makes one of
-your own data or of a standard set. Prompts come from its prompts/, or the text encoder adds them there once.
+It knows connectors and embeddings only. The true score of a pair on a task is what the oracle's connector scores
+there, the mean over the oracle's seeds. Every way of choosing a pair (a run's ranking.csv, made from validation rows,
+or a selector that trains nothing) is judged by what its choice loses against the best: regret, in points. Writes
+report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each figure as PNG and CSV.
+
+Pictures and captions of a task come from an embedding folder: `embed.py` makes one of your own data or of a standard
+set. Prompts come from its prompts/, or the text encoder adds them there once.
 """
 
 import argparse
+import base64
+import csv
 import functools
 import hashlib
+import html
+import io
 import json
+import math
+import os
+import re
+import subprocess
 import sys
+import textwrap
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
 import vlm
 from kernels import true_rank
-from vlm import BadInput
+from vlm import BadInput, unique
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
+    add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help="runs whose connectors are the truth, a seed each (default: full grids among RUN)")  # fmt: skip
+    add("--task", action="append", default=[], metavar="NAME=FOLDER", help="an embedding folder to score on; repeatable (default: the runs' own data, its test rows)")  # fmt: skip
+    add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
+    add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
+    add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
+    add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
+    add("--bootstrap", type=int, default=1000, help="resamples behind every interval (default: %(default)s)")
+    add("--selector-rows", type=int, default=2000, help="training rows that selectors see; 0: no selectors (default: %(default)s)")  # fmt: skip
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
+    add("--demo", action="store_true", help="make runs/demo-* on the sample, those not there yet, and report on them")
+    flags = parser.parse_args()
+    if flags.bootstrap < 1:
+        raise BadInput(f"--bootstrap {flags.bootstrap}: one resample is the least; 1000 gives steady intervals")
+    if flags.selector_rows and flags.selector_rows < 50:
+        raise BadInput(f"--selector-rows {flags.selector_rows}: 50 rows are the least; 0 leaves the selectors out")
+    for name in ("task", "weights"):
+        items = [item.partition("=") for item in getattr(flags, name)]
+        for key, equals, value in items:
+            if not (key and equals and value):
+                raise BadInput(f"--{name} {key}: expected NAME={'FOLDER' if name == 'task' else 'PATH'}")
+        if len({key for key, _, _ in items}) < len(items):
+            raise BadInput(f"--{name}: a name is given twice")
+        setattr(flags, name, {key: value for key, _, value in items})
+    if flags.demo and (flags.runs or flags.oracle or flags.task or flags.data):
+        raise BadInput(
+            "--demo: makes its own runs on the sample, so RUN, --oracle, --task and --data do not go with it"
+        )
+    flags.device = vlm.pick_device(flags.device)
+    return flags
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    """A finished run folder."""
+
+    folder: Path
+    config: dict
+    ledger: dict
+    ranks: dict  # (image, text) -> rank by validation rows, 1 the best; equals share a rank
+    seed: int
+    hidden_layers: int
+
+    @property
+    def flags(self):
+        return self.config["flags"]
+
+    def connector(self, image, text):
+        """The path of a pair's connector."""
+        return self.folder / "connectors" / vlm.connector_name(image, self.hidden_layers, text)
+
+
+def open_run(folder) -> Run:
+    """Reads a run folder. Raises BadInput if it is none, is unfinished or lacks a connector."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: holds no run (no config.json); make one with train_hyma.py or train_grid.py")
+    config = vlm.read_json(folder / "config.json")
+    try:
+        script, seed = config["script"], config.get("seed", config["flags"].get("seed", 0))
+        hidden_layers = int(config["flags"]["connector"][-1])
+        config["embeddings"].items()
+        if not (folder / "ledger.json").is_file():
+            raise BadInput(
+                f"{folder}: is not finished (no ledger.json); go on: python {script} --resume --out {folder}"
+            )
+        ledger = vlm.read_json(folder / "ledger.json")
+        for key in ("batch_size", "pair_samples", "flops", "seconds"):
+            float(ledger[key])
+        with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
+            ranks = {(row["image"], row["text"]): int(row["rank"]) for row in csv.DictReader(file)}
+        assert ranks
+        for pair in ranks:
+            ledger["updates_per_pair"][":".join(pair)]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{folder}: is damaged ({type(error).__name__}: {error}); make the run again") from None
+    run = Run(folder, config, ledger, ranks, seed, hidden_layers)
+    for pair in ranks:
+        if not run.connector(*pair).is_file():
+            raise BadInput(f"{run.connector(*pair)}: no such file, but {folder}/ranking.csv ranks {':'.join(pair)}")
+    return run
+
+
+def open_embeddings(runs, moved) -> vlm.Embeddings:
+    """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
+    first = runs[0]
+    data = vlm.Embeddings(moved or first.flags["data"])
+    for run in runs:
+        for name, digest in run.config["embeddings"].items():
+            if first.config["embeddings"].get(name, digest) != digest:
+                raise BadInput(
+                    f"{run.folder}: was trained on another {name}.pt than {first.folder}; compare runs of one"
+                )
+            if name not in data.encoders:
+                raise BadInput(
+                    f"{data.folder}: has no {name}, which {run.folder} was trained on; name the folder: --data"
+                )
+            if data.fingerprint([name])[name] != digest:
+                raise BadInput(
+                    f"{data.folder}/{name}.pt: is not what {run.folder} was trained on (sha256); train again"
+                )
+    return data
+
+
+def is_full_grid(run):
+    flags = run.flags
+    full = flags.get("budget_of") == "full" and not flags.get("halving") and not flags.get("closed_form")
+    return run.config["script"] == "train_grid.py" and full
+
+
+# What does not make a run another method's: where it is, what it ran on, its seed.
+INCIDENTAL = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass", "resume"}
+
+
+def recipe(run):
+    """The flags that make the method; runs that share them differ in their seed alone."""
+    kept = {name: value for name, value in run.flags.items() if name not in INCIDENTAL}
+    if run.flags.get("budget_of", "full") != "full":
+        kept["budget_of"] = "a run"  # of several seeds' runs, each has another's budget
+    return {"script": run.config["script"]} | kept
+
+
+def label(run):
+    flags, connector = run.flags, f"mlp{run.hidden_layers}"
+    if run.config["script"] == "train_hyma.py":
+        return f"hyma {flags.get('generator')} {connector}"
+    if flags.get("closed_form"):
+        return f"{flags['closed_form']} {connector}"
+    if flags.get("halving"):
+        return f"halving {connector}"
+    if flags.get("budget_of", "full") != "full":
+        return f"grid {connector}, FLOPs of {Path(flags['budget_of']).name}"
+    return f"grid {connector}"
+
+
+class Method(NamedTuple):
+    """A way of choosing a pair: a run of one or more seeds, or a selector."""
+
+    name: str
+    orders: np.ndarray  # [S, P] a row a seed: higher is better, equals are ties
+    runs: list  # [S] the seeds' runs; none of a selector
+    cost: dict  # of a selector: flops, seconds, rows
+
+
+def group_runs(runs, pairs):
+    """Methods of the runs: those that differ only in their seed are one. Labels are made unique."""
+    groups = []
+    for run in runs:
+        for group in groups:
+            if recipe(group[0]) == recipe(run) and run.seed not in {other.seed for other in group}:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    names = [label(group[0]) for group in groups]
+    for name in {name for name in names if names.count(name) > 1}:  # say in what they differ
+        same = [k for k, other in enumerate(names) if other == name]
+        recipes = [recipe(groups[k][0]) for k in same]
+        differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
+        for k, own in zip(same, recipes):
+            names[k] += "".join(f", {key} {own.get(key)}" for key in differing[:2])
+    for k, name in enumerate(names):  # still alike: one seed twice, or a third flag
+        names[k] = name if names.count(name) == 1 else f"{name} ({groups[k][0].folder.name})"
+    methods = []
+    for name, group in zip(names, groups):
+        orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)
+        methods.append(Method(name, orders, group, {}))
+    return methods
+
 
 # ---------------------------------------------------------------------------------------------------------- tasks
 
@@ -349,37 +547,1110 @@ def score_retrieval(retrieval, caption_ranks, picture_ranks):
     return Score(metrics, value, units.cpu())
 
 
-# ----------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------- selectors that train nothing
+
+NEIGHBOURS = 10  # of the mutual nearest neighbours
+COMPONENTS = 100  # leading principal components that canonical correlations are taken between
+STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
+KEPT, POWER = 100, 8  # relative representations: anchors that a row keeps, and the exponent of its similarities
+
+
+def selector_rows(data, rows, count):
+    """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    if data.rows:
+        rows = torch.tensor(list({data.rows[i]["image"]: i for i in rows.tolist()}.values()))
+    if len(rows) < 50:
+        raise BadInput(f"{data.folder}: selectors need 50 training pictures; it has {len(rows)}; use --selector-rows 0")
+    return rows[:count]
+
+
+def linear_cka(features, pairs):
+    """Centred kernel alignment of linear kernels (Kornblith et al., arXiv 1905.00414, eq. 4): 0 to 1."""
+    own = {name: (x.T @ x).norm() for name, x in features.items()}
+    values = {(i, t): ((features[i].T @ features[t]).norm() ** 2 / (own[i] * own[t])).item() for i, t in pairs}
+    return values, gram_flops(features, pairs)
+
+
+def debiased_cka(features, pairs):
+    """The same with the unbiased estimate of HSIC (Song et al., JMLR 2012, eq. 5; Nguyen et al., arXiv 2010.15327), which
+    does not grow with the widths: about 0 for unrelated sides. No [n, n] kernel is formed."""
+
+    def hsic(x, y):
+        n = len(x)
+        x_diagonal, y_diagonal = x.square().sum(1), y.square().sum(1)  # [n]
+        x_rows, y_rows = x @ x.sum(0) - x_diagonal, y @ y.sum(0) - y_diagonal  # [n] kernels' row sums, diagonals zero
+        trace = (x.T @ y).square().sum() - x_diagonal @ y_diagonal
+        rest = x_rows.sum() * y_rows.sum() / ((n - 1) * (n - 2)) - 2 * (x_rows @ y_rows) / (n - 2)
+        return (trace + rest) / (n * (n - 3))
+
+    own = {name: hsic(x, x).clamp(min=1e-30).sqrt() for name, x in features.items()}
+    values = {(i, t): (hsic(features[i], features[t]) / (own[i] * own[t])).item() for i, t in pairs}
+    rows = len(next(iter(features.values())))
+    sums = sum(2 * rows * features[name].shape[1] for pair in pairs for name in pair)
+    sums += sum(4 * rows * x.shape[1] for x in features.values())
+    return values, gram_flops(features, pairs) + sums
+
+
+def gram_flops(features, pairs):
+    """Of the products [D, n] [n, D'] of every encoder with itself and of every pair."""
+    rows = len(next(iter(features.values())))
+    dims = {name: x.shape[1] for name, x in features.items()}
+    return 2 * rows * (sum(dim**2 for dim in dims.values()) + sum(dims[i] * dims[t] for i, t in pairs))
+
+
+def mutual_neighbours(features, pairs):
+    """Share of a row's 10 nearest rows by picture that are also among its 10 nearest by caption (Huh et al., arXiv
+    2405.07987, section 2), by cosine of centred vectors."""
+    nearest = {}
+    for name, x in features.items():
+        x = F.normalize(x, dim=1)
+        found = []
+        for block in torch.arange(len(x), device=x.device).split(2048):
+            scores = x[block] @ x.T  # [block, n]
+            scores[torch.arange(len(block), device=x.device), block] = -math.inf
+            found.append(scores.topk(NEIGHBOURS, dim=1).indices)
+        nearest[name] = torch.cat(found)  # [n, 10]
+    values = {
+        (i, t): (nearest[i][:, :, None] == nearest[t][:, None]).sum().item() / nearest[i].numel() for i, t in pairs
+    }
+    return values, sum(2 * len(x) ** 2 * x.shape[1] for x in features.values())
+
+
+def canonical_correlations(features, pairs, spectra=None):
+    """Mean squared canonical correlation between the leading principal components of both sides, as many on each side
+    (Raghu et al., arXiv 1706.05806). spectra: a dict that gets each pair's correlations, largest first."""
+    rows, axes, flops = len(next(iter(features.values()))), {}, 0
+    count = min(COMPONENTS, rows // 5, *(x.shape[1] for x in features.values()))
+    for name, x in features.items():
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        axes[name] = x @ vectors[:, -count:] / values[-count:].clamp(min=1e-12).sqrt()  # [n, count] orthonormal
+        wide = x.shape[1]
+        flops += 2 * rows * wide**2 + eigh_flops(wide) + 2 * rows * wide * count
+    found = {(i, t): torch.linalg.svdvals(axes[i].T @ axes[t]).clamp(max=1) for i, t in pairs}
+    flops += len(pairs) * (2 * rows * count**2 + 4 * count**3)  # singular values alone: 4 n^3
+    if spectra is not None:
+        spectra |= {pair: values.tolist() for pair, values in found.items()}
+    return {pair: values.square().mean().item() for pair, values in found.items()}, flops
+
+
+def eigh_flops(wide):
+    return 9 * wide**3  # with vectors (Golub and Van Loan, section 8.3)
+
+
+def ridge_probe(features, pairs, held_out):
+    """R@10, both directions, of ridge regression from captions to pictures, on the fifth of the rows it has not seen."""
+    cut, values = len(next(iter(features.values()))) - len(held_out.rows), {}
+    flops = retrieval_flops(features, pairs, len(held_out.rows))
+    for text in unique(text for _, text in pairs):
+        x, wide = features[text][:cut], features[text].shape[1]
+        gram = x.T @ x
+        factor = torch.linalg.cholesky(gram + STRENGTH * gram.trace() / wide * torch.eye(wide).to(gram))
+        flops += 2 * cut * wide**2 + wide**3 // 3
+        for image in (image for image, other in pairs if other == text):
+            y = features[image][:cut]
+            weight = torch.cholesky_solve(x.T @ y, factor)  # [D_t, D_i]
+            values[image, text] = recall10(held_out, features[text][cut:] @ weight, features[image][cut:])
+            flops += 2 * (cut + wide + len(held_out.rows)) * wide * y.shape[1]
+    return {pair: values[pair] for pair in pairs}, flops
+
+
+def relative_representations(features, pairs, held_out):
+    """R@10, both directions, of rows described by their similarities to the other rows' pictures, or captions (ASIF,
+    Norelli et al., arXiv 2210.01738): the largest kept, raised to a power."""
+    cut, described = len(next(iter(features.values()))) - len(held_out.rows), {}
+    for name, x in features.items():
+        x = F.normalize(x, dim=1)
+        scores = (x[cut:] @ x[:cut].T).clamp(min=0)  # [held out, anchors]
+        least = scores.topk(min(KEPT, cut), dim=1).values[:, -1:]
+        described[name] = torch.where(scores >= least, scores, 0) ** POWER
+    values = {(i, t): recall10(held_out, described[t], described[i]) for i, t in pairs}
+    flops = sum(2 * len(held_out.rows) * cut * x.shape[1] for x in features.values())
+    return values, flops + retrieval_flops(described, pairs, len(held_out.rows))
+
+
+def recall10(held_out, texts, images):
+    found = held_out.recalls(texts, images)
+    return (found[2] + found[5]) / 2
+
+
+def retrieval_flops(features, pairs, rows):
+    """Of the scores of every caption against every picture and back."""
+    return sum(4 * rows**2 * features[image].shape[1] for image, _ in pairs)
+
+
+def run_selectors(data, pairs, rows, device):
+    """Every selector on the same rows: [Method], {pair: canonical correlations}, and lines on encoders that are alike."""
+    names = unique(name for pair in pairs for name in pair)
+    store = vlm.RowStore(data, names, device)
+    features = {name: store.take(name, rows) for name in names}  # [n, D]
+    features = {name: x - x.mean(0) for name, x in features.items()}
+    held_out = vlm.Retrieval(data, rows[len(rows) - len(rows) // 5 :], device)
+    spectra = {}
+    asked = {
+        "linear CKA": linear_cka,
+        "debiased CKA": debiased_cka,
+        "mutual k-NN": mutual_neighbours,
+        "canonical correlations": functools.partial(canonical_correlations, spectra=spectra),
+        "ridge probe R@10": functools.partial(ridge_probe, held_out=held_out),
+        "relative representations R@10": functools.partial(relative_representations, held_out=held_out),
+    }
+    methods = []
+    for name, selector in tqdm(asked.items(), desc="selectors"):
+        started = time.perf_counter()
+        values, flops = selector(features, pairs)
+        seconds = time.perf_counter() - started
+        order = np.array([[values[pair] for pair in pairs]]).round(9)
+        methods.append(Method(name, order, [], {"flops": flops, "seconds": seconds, "rows": len(rows)}))
+    # Parameter counts are not in the manifest; among models of a family the wider is the larger.
+    widths = np.array([[data.encoders[image].dim + data.encoders[text].dim for image, text in pairs]], dtype=float)
+    nothing = {"flops": 0, "seconds": 0.0, "rows": 0}
+    methods.append(Method("largest (sum of widths)", widths, [], nothing))
+    methods.append(Method("random", np.zeros((1, len(pairs))), [], nothing))
+    return methods, spectra, find_duplicates(data, features)
+
+
+def find_duplicates(data, features):
+    """A line for every two encoders of a kind whose embeddings are the same file, or the same up to a rotation."""
+    lines = []
+    for kind in ("image", "text"):
+        names = [name for name in data.names(kind) if name in features]
+        digests = data.fingerprint(names)
+        both = [(one, two) for k, one in enumerate(names) for two in names[k + 1 :]]
+        alike, _ = linear_cka({name: features[name] for name in names}, both) if both else ({}, 0)
+        for (one, two), cka in alike.items():
+            if digests[one] == digests[two] or cka > 0.9999:
+                how = (
+                    "the same file"
+                    if digests[one] == digests[two]
+                    else f"alike up to a rotation (linear CKA {cka:.6f})"
+                )
+                lines.append(
+                    f"{one} and {two} are duplicates: {how}; their pairs tie, and agreement looks better than it is"
+                )
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- truth and its bootstrap
+
+
+class Judged(NamedTuple):
+    """The scores of every run's connectors on a task, or on the mean of several."""
+
+    name: str
+    headline: str  # what is scored, in words
+    protocol: str
+    counted: str  # how many pictures or questions
+    chance: float
+    scores: dict  # method -> [S, P], 0 to 1
+    resampled: dict  # method -> [S, R, P], the same resample of the task's pictures for every pair
+
+
+def score_runs(tasks, methods, pairs, data, flags, results):
+    """[Judged] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
+    judged, runs = [], [run for method in methods for run in method.runs]
+    progress = tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector")
+    for task in tasks:
+        units = {}  # method -> [[[U] a pair] a seed]
+        for method in methods:
+            units[method.name] = []
+            for run in method.runs:
+                found = {}
+                for image, text in pairs:
+                    scored = score_connector(task, run, image, text, data, flags)
+                    found[image, text] = scored.units.double().numpy()
+                    record = {"dataset": task.name, "model": run.connector(image, text).stem}
+                    record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
+                    record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
+                    results.append(record | {"seed": run.seed, "protocol": task.protocol})
+                    progress.update()
+                units[method.name].append([found[pair] for pair in pairs])
+        units = {name: np.array(values) for name, values in units.items()}  # [S, P, U]
+        counted = next(iter(units.values())).shape[-1]
+        scores = {name: values.mean(-1).round(9) for name, values in units.items()}
+        what = "questions" if task.kind == "vqa" else "pictures"
+        words = f"{counted} {what}", task.chance, scores, resample(units, flags.bootstrap, str(task.data.folder))
+        judged.append(Judged(f"{task.name} {task.kind}", HEADLINES[task.kind], task.protocol, *words))
+    progress.close()
+    return judged
+
+
+CLIP_BENCHMARK_TASKS = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification", "vqa": "vqa"}
+HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 accuracy", "vqa": "accuracy"}
+
+
+def score_connector(task, run, image, text, data, flags):
+    dims = data.encoders[image].dim, data.encoders[text].dim
+    _, hidden_layers, _, state = vlm.read_connector(run.connector(image, text), *dims)
+    connector = vlm.init_modality_connector(dims[1], [vlm.HIDDEN_DIM] * hidden_layers, dims[0])
+    connector.load_state_dict(state)
+    texts = text_inputs(task, text, flags.weights, flags.device, data)
+    return score(task, texts, image_inputs(task, image, data), connector.to(flags.device))
+
+
+def resample(units, times, folder):
+    """Means of [S, P, U] over `times` draws of U units with replacement: {method: [S, R, P]}.
+
+    Tasks on the same pictures of a folder get the same draws, so that their mean is drawn as one.
+    """
+    count = next(iter(units.values())).shape[-1]
+    random = np.random.default_rng([count, int.from_bytes(hashlib.sha256(folder.encode()).digest()[:4])])
+    found = {name: [] for name in units}
+    for start in range(0, times, 100):
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
+        for name, values in units.items():
+            found[name].append(np.einsum("ru,spu->srp", drawn, values, optimize=True) / count)
+    return {name: np.concatenate(parts, axis=1).round(9) for name, parts in found.items()}
+
+
+def mean_of_tasks(judged):
+    """The mean of every task's headline score, task by task drawn as it was."""
+    names = " and ".join([", ".join(each.name for each in judged[:-1]), judged[-1].name])
+    scores = {name: np.mean([each.scores[name] for each in judged], axis=0).round(9) for name in judged[0].scores}
+    drawn = {name: np.mean([each.resampled[name] for each in judged], axis=0).round(9) for name in scores}
+    chance = sum(each.chance for each in judged) / len(judged)
+    counted = unique(each.counted for each in judged)
+    return Judged(
+        f"mean of {len(judged)} tasks", f"mean of the scores of {names}", "", ", ".join(counted), chance, scores, drawn
+    )
+
+
+def draw_seeds(methods, times):
+    """{method: [R, S]}: the weights of a method's seeds in each resample, drawn with replacement."""
+    random = np.random.default_rng(1)
+    counts = {method.name: max(1, len(method.runs)) for method in methods}
+    return {name: random.multinomial(s, np.full(s, 1 / s), size=times) / s for name, s in counts.items()}
+
+
+METRICS = ["regret", "top1", "recall3", "ndcg1", "ndcg3", "ndcg5", "ndcg", "spearman", "tau"]
+
+
+def fidelity(truth, order):
+    """How well an order of P pairs finds the best by true scores. truth: [R, P], 0 to 1; order: [P], higher is better,
+    equals are ties. Returns {metric: [R]}, every one the expectation over a random breaking of the order's ties:
+
+    regret: the best true score minus that of the pair chosen, in points. top1: whether that pair is a best one.
+    recall3: share of the first three that score no less than the third best. ndcg1, 3, 5 and ndcg (all): gain = true
+    score minus the worst pair's, discount 1 / log2(1 + place). spearman: of average ranks. tau: Kendall's tau-b. An
+    order that ties everything is a random order; its spearman and tau are 0.
+    """
+    count = truth.shape[1]
+    before = (order > order[:, None]).sum(1)  # [P] how many come before a pair
+    ties = (order == order[:, None]).sum(1)  # [P] how many share its place, itself included
+    first, three = (((k - before) / ties).clip(0, 1) for k in (1, 3))  # [P] chance to be among the first k
+    ranked = np.sort(truth, axis=1)[:, ::-1]
+    best, third, worst = ranked[:, :1], ranked[:, [min(3, count) - 1]], ranked[:, -1:]
+    found = {
+        "regret": 100 * (best[:, 0] - truth @ first),
+        "top1": (truth == best) @ first,
+        "recall3": (truth >= third) @ three / min(3, count),
+    }
+    for name, k in (("ndcg1", 1), ("ndcg3", 3), ("ndcg5", 5), ("ndcg", count)):
+        discounts = np.where(np.arange(count) < k, 1 / np.log2(np.arange(count) + 2), 0)
+        expected = np.array([discounts[b : b + t].mean() for b, t in zip(before, ties)])  # [P]
+        gained, ideal = (truth - worst) @ expected, (ranked - worst) @ discounts
+        found[name] = np.where(ideal > 0, gained / np.where(ideal > 0, ideal, 1), 1.0)
+    ranks, own = rankdata(truth, axis=1) - (count + 1) / 2, rankdata(order) - (count + 1) / 2
+    found["spearman"] = ratio(ranks @ own, (ranks**2).sum(1) * (own**2).sum())
+    own = np.sign(order - order[:, None])  # [P, P]
+    taus = []
+    for part in np.array_split(truth, math.ceil(truth.size * count / 1e7)):  # [R, P, P] a few at a time
+        signs = np.sign(part[:, None] - part[:, :, None])
+        taus.append(ratio((signs * own).sum((1, 2)), (signs**2).sum((1, 2)) * (own**2).sum()))
+    return found | {"tau": np.concatenate(taus)}
+
+
+def ratio(product, squares):
+    return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
+
+
+def judge(judged, methods, oracle, drawn):
+    """A row a method: every metric with its 95 % bootstrap interval over rows and seeds and its expectation under a
+    random order, and, of a run, how its own connectors compare with the oracle's."""
+    truth = judged.scores[oracle.name].mean(0)  # [P]
+    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)  # [R, P]
+    chance = fidelity(truth[None], np.zeros(len(truth)))
+    top = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
+    rows = []
+    for method in methods:
+        point = [fidelity(truth[None], order) for order in method.orders]
+        again = [fidelity(truths, order) for order in method.orders]
+        row = {"task": judged.name, "method": method.name, "kind": "run" if method.runs else "selector"}
+        row |= {"seeds": len(method.runs), "chosen": chosen_pairs(method.orders.mean(0))}
+        for name in METRICS:
+            values = (drawn[method.name] * np.stack([each[name] for each in again], axis=1)).sum(1)  # [R]
+            low, high = np.percentile(values, [2.5, 97.5])
+            row |= {name: np.mean([each[name][0] for each in point]), f"{name}_low": low, f"{name}_high": high}
+            row[f"{name}_random"] = chance[name][0]
+        gap = 100 * (judged.scores[method.name].mean(0) - truth) if method.runs else None  # [P]
+        first = fidelity_first(method.orders)  # [S, P]
+        row["own_score"] = 100 * (judged.scores[method.name] * first).sum(1).mean() if method.runs else None
+        row["gap_all"] = gap.mean() if method.runs else None
+        row["gap_top_third"] = gap[top].mean() if method.runs else None
+        rows.append(row)
+    return rows
+
+
+def fidelity_first(orders):
+    """The chance of each pair to be the one chosen: [S, P], equal shares among those tied for the first place."""
+    first = orders == orders.max(1, keepdims=True)
+    return first / first.sum(1, keepdims=True)
+
+
+def chosen_pairs(order):
+    """Numbers of the pairs tied for the first place."""
+    return np.flatnonzero(order == order.max()).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- the ledger
+
+# Forward cost of the registered encoders in GFLOP, 2 a multiply-add: of a picture, counted by FlopCounterMode on the
+# pinned timm models; of a token, twice the weights of the transformer's blocks (12 layers width^2).
+PICTURE_GFLOP = {
+    "vit_s16": 9.197, "deit_s16": 9.197, "deit3_s16": 9.197, "vit_b16": 35.13, "deit_b16": 35.13, "deit3-ft_b16": 35.13,
+    "vit_l16": 123.1, "deit3-ft_l16": 382.1, "eva2-ft_l16": 723.5, "efflite0": 0.768, "efflite1": 1.198,
+    "efflite2": 1.717, "control": 3.627,
+}  # fmt: skip
+TOKEN_GFLOP = {"minilm_l6": 0.0212, "minilm": 0.0425, "mpnet": 0.170, "roberta": 0.604}
+TOKENS_A_WORD = 1.4
+
+
+def ledger(method, data, pairs, reference):
+    """What a method cost, the mean over its seeds: FLOPs as run, at the reference's batch size, and at its updates too;
+    seconds, pair-samples, updates of a pair, rows embedded (rows x encoders), and the FLOPs with those of embedding.
+
+    Embedding counts rows to train on and to choose by, or a selector's few, for each encoder; None where the cost of an
+    encoder is not known.
+    """
+    names = unique(name for pair in pairs for name in pair)
+    if method.runs:
+        used = sum(len(rows) for rows in vlm.split_rows(data, method.runs[0].seed))
+        each = [run_costs(run, data, reference) for run in method.runs]
+        row = {key: float(np.mean([costs[key] for costs in each])) for key in each[0]}
+        updates = [list(run.ledger["updates_per_pair"].values()) for run in method.runs]
+        row |= {"updates_low": min(map(min, updates)), "updates_high": max(map(max, updates))}
+        row |= {"batch_size": method.runs[0].ledger["batch_size"]}
+    else:
+        flops, used = method.cost["flops"], method.cost["rows"]
+        row = {"flops": flops, "seconds": method.cost["seconds"], "pair_samples": used * len(pairs)}
+        row |= {"flops_equal_batch": flops, "flops_equal_updates": flops}
+        row |= {"updates_low": 0, "updates_high": 0, "batch_size": None}
+    embedding = embedding_flops(data, names, used)
+    with_embedding = None if embedding is None else row["flops"] + embedding
+    row |= {"rows_embedded": used * len(names), "embedding_flops": embedding, "flops_with_embedding": with_embedding}
+    return row
+
+
+def run_costs(run, data, reference):
+    """A run's FLOPs are samples x (connector + 4 B D_i for the logits), summed over pairs, and a rest: what a generator's
+    parts save by being shared, which goes with the samples, or, of `mlp`, what it costs to predict, which goes with the
+    steps."""
+    batch, updates = run.ledger["batch_size"], run.ledger["updates_per_pair"]
+    plain = at_reference = 0
+    for image, text in run.ranks:
+        widths = [data.encoders[text].dim] + [vlm.HIDDEN_DIM] * run.hidden_layers + [data.encoders[image].dim]
+        samples, logits = batch * updates[f"{image}:{text}"], 4 * data.encoders[image].dim
+        connector = vlm.connector_flops(1, list(zip(widths[1:], widths)))
+        plain += samples * (connector + logits * batch)
+        at_reference += samples * (connector + logits * reference["batch_size"])
+    costs = {key: run.ledger[key] for key in ("flops", "seconds", "pair_samples")}
+    if run.flags.get("closed_form"):
+        return costs | {"flops_equal_batch": costs["flops"], "flops_equal_updates": costs["flops"]}
+    steps = batch / reference["batch_size"] if run.flags.get("generator") == "mlp" else 1
+    equal_batch = at_reference + (costs["flops"] - plain) * steps
+    samples = reference["pair_samples"] / costs["pair_samples"]  # at one batch size, updates go with the samples
+    return costs | {"flops_equal_batch": equal_batch, "flops_equal_updates": equal_batch * samples}
+
+
+def embedding_flops(data, names, rows):
+    """Of `rows` rows through every encoder, or None if the cost of one is not known."""
+    total = 0
+    for name in names:
+        encoder = data.encoders[name]
+        known = vlm.ENCODERS.get(name)
+        per = (PICTURE_GFLOP if encoder.kind == "image" else TOKEN_GFLOP).get(name)
+        if per is None or known.spec != encoder.spec or (encoder.kind == "text" and not data.rows):
+            return None
+        if encoder.kind == "text":
+            words = sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
+            per *= 2 + TOKENS_A_WORD * words
+        total += rows * per * 1e9
+    return int(total)
+
+
+# ------------------------------------------------------------------------------------------------------- the figures
+
+# Okabe and Ito's colours, told apart by the colour-blind, with markers that survive a grey print.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
+
+
+class Plot(NamedTuple):
+    name: str  # of its .png and .csv
+    caption: str
+    figure: Figure
+    rows: list  # of the CSV: dicts
+
+
+def style_of(methods):
+    """{method: (colour, marker)}: the runs filled, the selectors' colours the other way round."""
+    return {method.name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, method in enumerate(methods)}
+
+
+def heatmaps(judged, method, oracle, pairs, name):
+    """The oracle's scores, the run's, and the difference: images down, texts across."""
+    images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
+    place = {pair: (images.index(pair[0]), texts.index(pair[1])) for pair in pairs}
+    truth, own = (100 * judged.scores[each.name].mean(0) for each in (oracle, method))
+    panels = [(f"oracle: {oracle.name}", truth), (method.name, own), ("difference", own - truth)]
+    low, high = min(truth.min(), own.min()), max(truth.max(), own.max())
+    widest = max(map(len, images)) * 0.075
+    size = (widest + 3 * (0.72 * max(3, len(texts)) + 0.35), 1.3 + 0.36 * len(images) + 0.06 * max(map(len, texts)))
+    figure = Figure(figsize=size, layout="constrained")
+    for k, (axis, (title, values)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels)):
+        grid = np.full((len(images), len(texts)), np.nan)
+        for pair, value in zip(pairs, values):
+            grid[place[pair]] = value
+        most = max(1e-9, np.abs(own - truth).max())
+        limits = (
+            {"cmap": "cividis", "vmin": low, "vmax": high} if k < 2 else {"cmap": "PuOr", "vmin": -most, "vmax": most}
+        )
+        drawn = axis.imshow(grid, aspect="auto", **limits)
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                shade = np.dot(drawn.cmap(drawn.norm(value))[:3], (0.3, 0.59, 0.11))
+                colour = "black" if shade > 0.5 else "white"
+                said = f"{value:.1f}" if k < 2 else f"{value:+.1f}"
+                axis.text(column, row, said, ha="center", va="center", color=colour, fontsize=8)
+        chosen = chosen_pairs((truth, method.orders.mean(0), truth)[k]) if k < 2 else []
+        for number in chosen:
+            row, column = place[pairs[number]]
+            axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=2.5))
+        axis.set_title(textwrap.fill(title, 9 * max(3, len(texts))), fontsize=9)
+        axis.set_xticks(range(len(texts)), texts, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(len(images)), images, fontsize=8)
+        axis.tick_params(length=0)
+        figure.colorbar(drawn, ax=axis, fraction=0.06, pad=0.02).ax.tick_params(labelsize=7)
+    rows = [
+        {"image": i, "text": t, "oracle": round(a, 3), "run": round(b, 3), "difference": round(b - a, 3)}
+        for (i, t), a, b in zip(pairs, truth, own)
+    ]
+    caption = (
+        f"{judged.name}, score in % of every pair: {oracle.name} (the oracle), {method.name}, and the difference in "
+    )
+    caption += "points. Boxed: the oracle's best on the task, and the pair that the run chose by validation rows."
+    return Plot(name, caption, figure, rows)
+
+
+def cost_against_regret(judged, rows, costs, styles, name):
+    """Regret with its interval over FLOPs, without and with those of embedding."""
+    panels = [("search alone", "flops"), ("with embedding", "flops_with_embedding")]
+    panels = [(title, key) for title, key in panels if all(costs[row["method"]][key] is not None for row in rows)]
+    figure = Figure(figsize=(3.4 * len(panels) + 2.6, 4.2), layout="constrained")
+    for axis, (title, key) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        spent = {row["method"]: costs[row["method"]][key] / 1e12 for row in rows}
+        least = min(value for value in spent.values() if value > 0)
+        for row in rows:
+            colour, marker = styles[row["method"]]
+            free = spent[row["method"]] <= 0
+            x = least / 4 if free else spent[row["method"]]
+            error = [[max(0, row["regret"] - row["regret_low"])], [max(0, row["regret_high"] - row["regret"])]]
+            face = colour if row["kind"] == "run" else "white"
+            shown = row["method"] + (" (no FLOPs)" if free else "")
+            axis.errorbar(
+                x, row["regret"], error, fmt=marker, color=colour, mfc=face, ms=8, lw=1, capsize=2, label=shown
+            )
+        axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
+        axis.set_xscale("log")
+        axis.set_xlabel(f"TFLOP, {title}")
+        axis.grid(alpha=0.25)
+    axis = figure.axes[0]
+    axis.set_ylabel("regret, points")
+    axis.set_ylim(bottom=min(-0.02 * axis.get_ylim()[1], 0))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    keep = ("task", "method", "kind", "regret", "regret_low", "regret_high", "regret_random")
+    table = [
+        {key: row[key] for key in keep} | {key: costs[row["method"]][key] for key in ("flops", "flops_with_embedding")}
+        for row in rows
+    ]
+    caption = (
+        f"{judged.name}: what each way of choosing loses against what it costs (log axis; down and left is better). "
+    )
+    caption += "Bars: 95 % bootstrap interval. Filled: runs; open: selectors that train nothing."
+    return Plot(name, caption, figure, table)
+
+
+def rank_scatter(judged, methods, oracle, pairs, name):
+    """A panel a method: the rank it gives a pair over the pair's true rank."""
+    truth = rankdata(-judged.scores[oracle.name].mean(0))
+    shown = [method for method in methods if np.ptp(method.orders)]
+    across = min(4, len(shown))
+    down = math.ceil(len(shown) / across)
+    figure = Figure(figsize=(2.15 * across + 0.4, 2.25 * down + 0.4), layout="constrained")
+    axes, table = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat, []
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis, method in zip(axes, shown):
+        own = rankdata(-method.orders.mean(0))
+        best = own == own.min()
+        axis.plot([1, len(pairs)], [1, len(pairs)], color="grey", lw=0.8, ls=":")
+        axis.scatter(truth[~best], own[~best], s=22, color=COLOURS[0], alpha=0.7, linewidths=0)
+        axis.scatter(truth[best], own[best], s=46, color=COLOURS[1], marker="D")
+        axis.set_title(textwrap.fill(method.name, 26), fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.2)
+        for (image, text), true, rank in zip(pairs, truth, own):
+            table.append({"method": method.name, "image": image, "text": text, "true_rank": true, "rank": rank})
+    figure.supxlabel("true rank (1: the best)", fontsize=9)
+    figure.supylabel("rank given", fontsize=9)
+    caption = f"{judged.name}: true rank of every pair and the rank each method gives it; ties at their average rank. "
+    caption += "Diamond: the pair chosen."
+    return Plot(name, caption, figure, table)
+
+
+def looks_at(run):
+    """[(epoch, {pair: R@10 on validation rows})] of a run's metrics.jsonl; one line only of a closed form."""
+    lines = vlm.read_jsonl(run.folder / "metrics.jsonl")
+    return [(line["epoch"], {pair: (six[2] + six[5]) / 2 for pair, six in line["recalls"].items()}) for line in lines]
+
+
+def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
+    """A panel a run: the rank of every pair at each look at the validation rows. Last: regret of the leading pair."""
+    truth = judged.scores[oracle.name].mean(0)
+    names = [":".join(pair) for pair in pairs]
+    marked = [names[k] for k in np.argsort(-truth, kind="stable")[:3]] + [names[int(truth.argmin())]]
+    trained = [method for method in methods if method.runs and len(looks_at(method.runs[0])) > 1]
+    if not trained:
+        return None
+    across = min(3, len(trained) + 1)
+    down = math.ceil((len(trained) + 1) / across)
+    figure = Figure(figsize=(2.9 * across, 2.6 * down + 0.5), layout="constrained")
+    axes, table = list(figure.subplots(down, across, squeeze=False).flat), []
+    for axis in axes[len(trained) + 1 :]:
+        axis.set_visible(False)
+    last = axes[len(trained)]
+    for axis, method in zip(axes, trained):
+        looks, lost = looks_at(method.runs[0]), []
+        for epoch, recalls in looks:
+            present = [pair for pair in names if pair in recalls]
+            ranks = dict(zip(present, rankdata([-recalls[pair] for pair in present])))
+            order = np.array([recalls.get(pair, -1.0) for pair in names])
+            regret = fidelity(truth[None], order)["regret"][0]
+            lost.append((epoch, regret))
+            for pair, rank in ranks.items():
+                image, _, text = pair.partition(":")
+                table.append({"method": method.name, "epoch": epoch, "image": image, "text": text, "rank": rank})
+        for pair in [each for each in names if each not in marked] + marked[::-1]:
+            line = [(row["epoch"], row["rank"]) for row in table if row["method"] == method.name]
+            pair_line = [
+                (row["epoch"], row["rank"])
+                for row in table
+                if row["method"] == method.name and f"{row['image']}:{row['text']}" == pair
+            ]
+            known = pair in marked
+            colour = COLOURS[marked.index(pair)] if known else "#c4c4c4"
+            axis.plot(*zip(*pair_line), color=colour, lw=2 if known else 0.9, label=pair if known else None)
+        axis.set_ylim(len(names) + 0.5, 0.5)
+        axis.set_title(textwrap.fill(method.name, 34), fontsize=8)
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.tick_params(labelsize=7)
+        del line
+        colour, _ = styles[method.name]
+        last.plot(*zip(*lost), color=colour, lw=1.5, label=method.name)
+    axes[0].set_ylabel("rank by validation R@10", fontsize=8)
+    last.set_title("regret of the leading pair, points", fontsize=8)
+    last.set_xlabel("epoch", fontsize=8)
+    last.tick_params(labelsize=7)
+    last.legend(fontsize=6.5, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    order = [labels.index(pair) for pair in unique(marked) if pair in labels]
+    figure.legend(
+        [handles[k] for k in order],
+        [labels[k] for k in order],
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
+    caption = "Rank of every pair at each look at the validation rows (first seed). Coloured: the three truly best on "
+    caption += f"{judged.name}, and the worst. Last panel: what stopping there would have cost."
+    return Plot(name, caption, figure, table)
+
+
+def loss_curves(methods, styles, name):
+    figure = Figure(figsize=(7.6, 3.1), layout="constrained")
+    (left, right), table = figure.subplots(1, 2), []
+    for method in methods:
+        for k, run in enumerate(method.runs):
+            lines = vlm.read_jsonl(run.folder / "metrics.jsonl")
+            colour, marker = styles[method.name]
+            shown = {"color": colour, "lw": 1.3, "marker": marker, "ms": 3, "label": None if k else method.name}
+            with_loss = [line for line in lines if "loss" in line]  # a closed form has none
+            if with_loss:
+                left.plot([line["epoch"] for line in with_loss], [line["loss"] for line in with_loss], **shown)
+            right.plot([line["epoch"] for line in lines], [100 * line["val_recall10"] for line in lines], **shown)
+            for line in lines:
+                row = {"method": method.name, "seed": run.seed, "epoch": line["epoch"], "loss": line.get("loss")}
+                table.append(row | {"val_recall10": line["val_recall10"], "seconds": line["seconds"]})
+    for axis, title in ((left, "loss on training batches"), (right, "mean R@10 of the pairs on validation rows, %")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("epoch", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.2)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return Plot(name, "Loss and validation recall of every run, a line a seed.", figure, table)
+
+
+def correlation_spectra(judged, oracle, pairs, spectra, name):
+    truth = judged.scores[oracle.name].mean(0)
+    order = np.argsort(-truth, kind="stable")
+    marked = list(order[:3]) + [order[-1]]
+    figure = Figure(figsize=(6.4, 3.1), layout="constrained")
+    axis, table = figure.subplots(), []
+    for number in list(order[::-1]):
+        known = number in marked
+        colour = COLOURS[marked.index(number)] if known else "#c4c4c4"
+        said = ":".join(pairs[number]) if known else None
+        values = spectra[pairs[number]]
+        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.8 if known else 0.8, label=said)
+        image, text = pairs[number]
+        table += [{"image": image, "text": text, "place": k + 1, "correlation": v} for k, v in enumerate(values)]
+    axis.set_xlabel("canonical direction")
+    axis.set_ylabel("correlation")
+    axis.grid(alpha=0.2)
+    axis.legend(*(part[::-1] for part in axis.get_legend_handles_labels()), fontsize=8, frameon=False)
+    caption = "Canonical correlations of picture and caption embeddings between their leading principal components. "
+    caption += f"Coloured: the three truly best pairs on {judged.name}, and the worst."
+    return Plot(name, caption, figure, table)
+
+
+# ------------------------------------------------------------------------------------------------------- the gallery
+
+
+def gallery(tasks, run, pairs_shown, flags, count=6):
+    """(paragraphs and a table as HTML, rows of its CSV): real captions and their five nearest pictures, for each of the
+    pairs shown: [(pair, why)]. Says so where there are no pictures to show."""
+    task = next((task for task in tasks if task.kind == "retrieval" and task.data.manifest and task.data.rows), None)
+    if task is None:
+        return "<p>No task here has captions and pictures to show.</p>", []
+    rows = task.rows.tolist()
+    first = {}  # each picture once
+    for place, i in enumerate(rows):
+        first.setdefault(task.data.rows[i]["image"], place)
+    pictures = list(first)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    root, shown, lost, table = task.data.folder / task.data.manifest["root"], {}, [], []
+
+    def thumbnail(picture):
+        if picture not in shown:
+            try:
+                small = vlm.open_image(root / picture)
+                small.thumbnail((112, 112))
+                jpeg = io.BytesIO()
+                small.save(jpeg, "JPEG", quality=80)
+                shown[picture] = base64.b64encode(jpeg.getvalue()).decode()
+            except Exception:  # Pillow's errors are of many types, and none may stop a report
+                shown[picture] = None
+                lost.append(picture)
+        return shown[picture]
+
+    columns = []
+    for (image, text), _ in pairs_shown:
+        dims = task.data.encoders[image].dim, task.data.encoders[text].dim
+        _, hidden_layers, _, state = vlm.read_connector(run.connector(image, text), *dims)
+        connector = vlm.init_modality_connector(dims[1], [vlm.HIDDEN_DIM] * hidden_layers, dims[0])
+        connector.load_state_dict(state)
+        texts = load(task.data, text)[task.rows[drawn]].float()
+        vectors = F.normalize(image_inputs(task, image)[list(first.values())].float(), dim=1)  # [pictures, D_i]
+        with torch.no_grad():
+            scores = F.normalize(connector(F.normalize(texts, dim=1)), dim=1) @ vectors.T  # [queries, pictures]
+        columns.append(scores.topk(min(5, len(pictures)), dim=1).indices.tolist())
+    lines = []
+    for q, place in enumerate(drawn):
+        row, cells = task.data.rows[rows[place]], []
+        right = {task.data.rows[i]["image"] for i in rows if task.data.rows[i]["caption"] == row["caption"]}
+        for (pair, _), column in zip(pairs_shown, columns):
+            tiles = ""
+            for nth, k in enumerate(column[q]):
+                found, jpeg = pictures[k] in right, thumbnail(pictures[k])
+                alt = html.escape(pictures[k], quote=True)
+                tile = f'<img src="data:image/jpeg;base64,{jpeg}" alt="{alt}">' if jpeg else f"<small>{alt}</small>"
+                tiles += f'<span class="tile{" right" if found else ""}">{tile}</span>'
+                table.append({"caption": row["caption"], "pair": ":".join(pair), "place": nth + 1, "picture": pictures[k], "right": found})  # fmt: skip
+            cells.append(f"<td>{tiles}</td>")
+        lines.append(f"<tr><td class=caption>{html.escape(row['caption'])}</td>{''.join(cells)}</tr>")
+    heads = "".join(f"<th>{html.escape(':'.join(pair))}: {html.escape(why)}</th>" for pair, why in pairs_shown)
+    note = f"Captions of {html.escape(task.name)} drawn at random, and their five nearest of {len(pictures)} pictures, "
+    note += (
+        f"nearest first, by the connectors of {html.escape(str(run.folder))}. Outlined with a bar: the caption's own."
+    )
+    body = f"<p>{note}</p>"
+    if lost:
+        body += f"<p class=warning>{len(lost)} pictures are not to be had under {html.escape(str(root))}; their names stand for them.</p>"
+    return body + f"<table class=gallery><tr><th>caption</th>{heads}</tr>{''.join(lines)}</table>", table
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+CSS = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+.answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
+.warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
+th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e2e2 }
+th:first-child, td:first-child, .words td, .words th { text-align: left } th { border-bottom: 1.5px solid #777; vertical-align: bottom }
+td small { color: #555; display: block; white-space: nowrap } tr.random td { color: #555; font-style: italic }
+tr.chosen td { font-weight: 600 } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
+figcaption { font-size: .85rem; color: #333 } .gallery td { text-align: left; white-space: nowrap }
+.gallery td.caption { white-space: normal; max-width: 11rem; overflow-wrap: anywhere }
+.tile { display: inline-block; width: 4.4rem; height: 4.4rem; margin: 2px; border: 1px solid #ddd; text-align: center;
+        vertical-align: top; overflow: hidden; white-space: normal; overflow-wrap: anywhere }
+.tile img { max-width: 100%; max-height: 100% } .tile.right { border: 3px solid #D55E00; border-bottom-width: 8px }
+code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
+@page { size: A4; margin: 14mm }
+@media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
+  th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
+  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm } .gallery td.caption { max-width: 3cm }
+  .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
+"""
+HEADS = {
+    "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
+    "ndcg5": "NDCG@5", "ndcg": "NDCG, all", "spearman": "Spearman", "tau": "Kendall tau-b",
+}  # fmt: skip
+
+
+def number(value, digits=2):
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}".replace("-0.00", "0.00") if digits else f"{value:,.0f}"
+
+
+def flops(value):
+    """In TFLOP, three figures."""
+    return "–" if value is None else f"{value / 1e12:.3g}" if value < 1e15 else f"{value / 1e12:,.0f}"
+
+
+def html_table(heads, rows, classes=None, kind=""):
+    """Cells are text, or (text, small print), all escaped here."""
+
+    def cell(value):
+        text, small = value if isinstance(value, tuple) else (value, "")
+        return html.escape(str(text)) + (f"<small>{html.escape(small)}</small>" if small else "")
+
+    body = "<tr>" + "".join(f"<th>{cell(head)}</th>" for head in heads) + "</tr>"
+    for k, row in enumerate(rows):
+        name = f' class="{classes[k]}"' if classes and classes[k] else ""
+        body += f"<tr{name}>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>\n"
+    return f'<div class=scroll><table class="{kind}">{body}</table></div>'
+
+
+def fidelity_table(rows, pairs):
+    heads = ["chosen by", "pair", *HEADS.values(), "its own connector's score, %", "own to oracle, all pairs", "own to oracle, best third"]  # fmt: skip
+    lines = []
+    for row in rows:
+        chosen = [":".join(pairs[k]) for k in row["chosen"]]
+        chosen = chosen[0] if len(chosen) == 1 else (f"tie of {len(chosen)}", ", ".join(chosen[:2]) + ", ..." * (len(chosen) > 2))  # fmt: skip
+        line = [(row["method"], f"{row['seeds']} seeds" if row["seeds"] > 1 else ""), chosen]
+        for name in HEADS:
+            line.append((number(row[name]), f"{number(row[f'{name}_low'])} to {number(row[f'{name}_high'])}"))
+        lines.append([*line, *(number(row[key], 1) for key in ("own_score", "gap_all", "gap_top_third"))])
+    random = ["expected under a random order", "", *(number(rows[0][f"{name}_random"]) for name in HEADS), "", "", ""]
+    return html_table(heads, [*lines, random], [""] * len(lines) + ["random"])
+
+
+def cost_table(methods, costs, oracle):
+    heads = ["method", "TFLOP as run", "at equal batch", "at equal batch and updates", "with embedding", "x oracle, equal batch", "x oracle, with embedding", "seconds", "pair-samples", "updates a pair", "batch", "rows embedded"]  # fmt: skip
+    base, lines = costs[oracle.name], []
+    for method in methods:
+        cost = costs[method.name]
+        low, high = cost["updates_low"], cost["updates_high"]
+        whole = (
+            None
+            if cost["flops_with_embedding"] is None
+            else cost["flops_with_embedding"] / base["flops_with_embedding"]
+        )
+        line = [method.name, *(flops(cost[key]) for key in ("flops", "flops_equal_batch", "flops_equal_updates", "flops_with_embedding"))]  # fmt: skip
+        line += [number(cost["flops_equal_batch"] / base["flops_equal_batch"], 3), number(whole, 3), number(cost["seconds"], 1)]  # fmt: skip
+        line += [number(cost["pair_samples"], 0), f"{low}" if low == high else f"{low} to {high}", cost["batch_size"] or "–", number(cost["rows_embedded"], 0)]  # fmt: skip
+        lines.append(line)
+    return html_table(heads, lines)
+
+
+def advise(judged, methods, primary, oracle, drawn, pairs, costs):
+    """(one sentence: the pair to stitch, how sure that is, what it cost; the pair's number)."""
+    order = primary.orders.mean(0)
+    tied = chosen_pairs(order)
+    chosen, truth = tied[0], judged.scores[oracle.name].mean(0)
+    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)  # [R, P]
+    best = truths == truths.max(1, keepdims=True)
+    sure = (best[:, chosen] / best.sum(1)).mean()
+    low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] others to the chosen
+    alike = [k for k in np.argsort(-truth, kind="stable") if low[k] <= 0 <= high[k] and k != chosen]
+    names = ", ".join(":".join(pairs[k]) for k in alike[:3]) + (f" and {len(alike) - 3} more" if len(alike) > 3 else "")
+    lost = 100 * (truths.max(1) - truths[:, chosen])
+    regret = f"{100 * (truth.max() - truth[chosen]):.1f} points below the best (95 %: {np.percentile(lost, 2.5):.1f} to {np.percentile(lost, 97.5):.1f})"  # fmt: skip
+    image, text = pairs[chosen]
+    seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+    cost = costs[primary.name]
+    spent = f"{flops(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
+    if oracle is not primary:
+        spent += f", {cost['flops_equal_batch'] / costs[oracle.name]['flops_equal_batch']:.2f}x of {oracle.name} at equal batch size"
+    said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), the choice of {primary.name}"
+    said += f", tied with {len(tied) - 1} more" * (len(tied) > 1)
+    said += f": {100 * truth[chosen]:.1f} % on {judged.name}, {regret}; the best in {sure:.0%} of resamples of {judged.counted}{seeds}"
+    said += f", within noise of {names}" if names else ", clear of every other pair"
+    return f"{said}; {spent}.", chosen
+
+
+def print_table(rows, costs, oracle):
+    """A line a method, as the trainers print their rankings."""
+    wide = max(len(row["method"]) for row in rows)
+    base = costs[oracle.name]["flops_equal_batch"]
+    print(f"{'':{wide}}  regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle")
+    for row in rows:
+        cost = costs[row["method"]]
+        regret = f"{row['regret']:6.2f} ({row['regret_low']:.2f} to {row['regret_high']:.2f})"
+        six = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
+        ratio = f"{cost['flops_equal_batch'] / base:10.3f}" if base else ""
+        print(f"{row['method']:{wide}}  {regret:21}{six}{flops(cost['flops']):>9}{cost['seconds']:9.1f}{ratio}")
+
+
+def ranking_rows(judged, methods, oracle, drawn, pairs):
+    """ranking.csv: a row a task and pair, truly best first: true score in points, its interval, every method's rank, and
+    the score of every run's own connector."""
+    table = []
+    for each in judged:
+        truth = 100 * each.scores[oracle.name].mean(0)
+        truths = 100 * np.einsum("rs,srp->rp", drawn[oracle.name], each.resampled[oracle.name])
+        low, high = np.percentile(truths, [2.5, 97.5], axis=0)
+        ranks = {method.name: rankdata(-method.orders.mean(0)) for method in methods}
+        for k in np.argsort(-truth, kind="stable"):
+            row = {"task": each.name, "image": pairs[k][0], "text": pairs[k][1], "true_rank": rankdata(-truth)[k]}
+            row |= {"true_score": round(truth[k], 3), "low": round(low[k], 3), "high": round(high[k], 3)}
+            row |= {f"rank by {name}": values[k] for name, values in ranks.items()}
+            own = {name: round(100 * values.mean(0)[k], 3) for name, values in each.scores.items()}
+            table.append(row | {f"score of {name}": value for name, value in own.items()})
+    return table
+
+
+def ranking_table(judged, methods, oracle, drawn, pairs, chosen):
+    runs, lines = [method for method in methods if method.runs], []
+    table = ranking_rows([judged], methods, oracle, drawn, pairs)
+    for row in table:
+        line = [f"{row['true_rank']:g}", row["image"], row["text"], (number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}")]  # fmt: skip
+        lines.append(
+            line + [(number(row[f"score of {m.name}"], 1), f"rank {row[f'rank by {m.name}']:g}") for m in runs]
+        )
+    classes = ["chosen" if (row["image"], row["text"]) == pairs[chosen] else "" for row in table]
+    return html_table(["true rank", "image", "text", "true score, %", *(m.name for m in runs)], lines, classes, "pairs")
+
+
+def write_report(out, found):
+    """Writes every file of the report; what an earlier report left under a name of its own goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    earlier = vlm.read_json(out / "results.json").get("files", []) if (out / "results.json").is_file() else []
+    sections, files = [], ["report.html", "results.json", "ranking.csv", "selectors.csv"]
+    for item in found["body"]:
+        if isinstance(item, Plot):
+            png = io.BytesIO()
+            item.figure.savefig(png, dpi=160, metadata={"Software": None})
+            with vlm.atomic_file(out / f"{item.name}.png") as file:
+                file.write(png.getvalue())
+            vlm.write_csv(out / f"{item.name}.csv", item.rows)
+            files += [f"{item.name}.png", f"{item.name}.csv"]
+            wide = int(item.figure.get_figwidth() * 96)
+            source, alt = base64.b64encode(png.getvalue()).decode(), html.escape(item.caption, quote=True)
+            links = f'<a href="{item.name}.png">PNG</a>, <a href="{item.name}.csv">CSV</a>'
+            picture = f'<img width="{wide}" src="data:image/png;base64,{source}" alt="{alt}">'
+            sections.append(f"<figure>{picture}<figcaption>{html.escape(item.caption)} ({links})</figcaption></figure>")
+        else:
+            sections.append(item)
+    if found["gallery"]:
+        vlm.write_csv(out / "gallery.csv", found["gallery"])
+        files.append("gallery.csv")
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Hyma: {html.escape(found['title'])}</title>"
+    head += '<meta name=viewport content="width=device-width, initial-scale=1">'
+    vlm.write_text(out / "report.html", f"{head}<style>{CSS}</style><body>{''.join(sections)}</body></html>\n")
+    vlm.write_csv(out / "ranking.csv", found["ranking"])
+    vlm.write_csv(out / "selectors.csv", found["selectors"])
+    vlm.write_json(out / "results.json", {"files": files} | found["results"])
+    for name in set(earlier) - set(files):
+        if re.fullmatch(r"[\w-]+\.(png|csv)", name):
+            (out / name).unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+DEMO = {
+    "demo-hyma": ["train_hyma.py", "--pairs", "all"],
+    "demo-halving": ["train_grid.py", "--halving"],
+    "demo-ridge": ["train_grid.py", "--closed-form", "ridge"],
+    "demo-grid": ["train_grid.py", "--seeds", "0", "1"],
+}
+
+
+def run_demo(device):
+    """The demo's run folders on the sample; those that are finished already are taken as they are."""
+    folders = []
+    for name, (script, *arguments) in DEMO.items():
+        out = Path("runs") / name
+        made = [out.with_name(f"{name}-s{seed}") for seed in (0, 1)] if name == "demo-grid" else [out]
+        if not all((folder / "ledger.json").is_file() for folder in made):
+            started = any((folder / "config.json").is_file() for folder in made)
+            command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
+            command += ["--resume"] if started else [*arguments, "--device", str(device)]
+            print(f"demo: {script} {' '.join(command[2:])}", flush=True)
+            if code := subprocess.run(command).returncode:
+                raise BadInput(f"--demo: {script} ended with status {code}; what it said is above")
+        folders += made
+    return folders
+
+
+def default_runs():
+    """The newest finished run."""
+    newest = sorted(Path("runs").glob("*/ledger.json"), key=lambda path: path.stat().st_mtime)
+    if not newest:
+        raise BadInput("runs/ holds no finished run; make one: python train_hyma.py --pairs all, or see --demo")
+    return [newest[-1].parent]
+
+
+def choose_oracle(flags, runs, methods):
+    """(the method whose connectors are the truth, the method that is advised by, lines of warning)."""
+    named = {Path(folder).resolve() for folder in flags.oracle}
+    full = [m for m in methods if all(r.folder.resolve() in named if named else is_full_grid(r) for r in m.runs)]
+    if named and (len(full) != 1 or len(full[0].runs) < len(named)):
+        raise BadInput(
+            f"--oracle {' '.join(map(str, flags.oracle))}: must be seeds of one method, the same flags otherwise"
+        )
+    others = [method for method in methods if method not in full] or methods
+    primary = others[0]
+    if full:
+        same = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
+        return (same or full)[0], primary, []
+    said = f"no oracle among the runs: the truth here is {primary.name}'s own connectors, which cannot show what it has missed; "
+    return (
+        primary,
+        primary,
+        [said + "add the runs of train_grid.py with its whole budget, or name others with --oracle"],
+    )
+
+
+def open_all_tasks(flags, runs, data):
+    if flags.task:
+        return [task for name, folder in flags.task.items() for task in open_tasks(name, folder, flags)], []
+    if not any(row.get("split") == "test" for row in data.rows or []):
+        seeds = sorted({run.seed for run in runs})
+        if len(seeds) > 1 and not any(row.get("split") for row in data.rows or []):
+            raise BadInput(f"{data.folder}: has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside; name a --task, or give runs of one seed")  # fmt: skip
+        said = f"{data.folder} has no test split: the validation rows that chose the connectors also judge them; name a --task"
+        return open_tasks(None, data.folder, flags, runs[0].seed), [said]
+    return open_tasks(None, data.folder, flags, runs[0].seed), []
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    add("--task", nargs="+", default=[], metavar="NAME=FOLDER", help="embedding folders (default: the run's own data)")
-    add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
-    add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
-    flags = parser.parse_args()
-    flags.device = vlm.pick_device(flags.device)
-    weights = dict(item.partition("=")[::2] for item in flags.weights)
-    for run in flags.runs:
-        config = vlm.read_json(run / "config.json")
-        run_data = vlm.Embeddings(config["flags"]["data"])
-        if run_data.fingerprint(config["embeddings"]) != config["embeddings"]:
-            raise BadInput(f"{run}: the embeddings in {run_data.folder} have changed since it was trained")
-        tasks = [task for item in flags.task for task in open_tasks(*item.partition("=")[::2], flags)]
-        for task in tasks or open_tasks(None, run_data.folder, flags, config["flags"].get("seed", 0)):
-            for path in sorted((run / "connectors").glob("*.pt")):
-                image, hidden_layers, text, state = vlm.read_connector(path)
-                shapes = [value.shape for key, value in state.items() if key.endswith("weight")]
-                dims = shapes[0][1], [vlm.HIDDEN_DIM] * hidden_layers, shapes[-1][0]
-                connector = vlm.init_modality_connector(*dims)
-                connector.load_state_dict(state)
-                texts = text_inputs(task, text, weights, flags.device, run_data)
-                found = score(task, texts, image_inputs(task, image, run_data), connector.to(flags.device))
-                line = {"dataset": task.name, "model": path.stem, "pretrained": str(run), "task": task.kind}
-                print(json.dumps(line | {"metrics": found.metrics, "protocol": task.protocol}))
+    flags = parse_flags()
+    folders = run_demo(flags.device) if flags.demo else flags.runs or default_runs()
+    runs = [open_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
+    oracles = {os.path.normpath(folder) for folder in flags.oracle}
+    pairs = list(next(run for run in runs if len(oracles) == len(runs) or str(run.folder) not in oracles).ranks)
+    data = open_embeddings(runs, flags.data)
+    pairs = [pair for pair in vlm.choose_pairs(data, ["all"]) if pair in pairs]
+    for run in runs:
+        if missing := [":".join(pair) for pair in pairs if pair not in run.ranks]:
+            raise BadInput(f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)}); judge by runs of the same pairs")  # fmt: skip
+    methods = group_runs(runs, pairs)
+    oracle, primary, warnings = choose_oracle(flags, runs, methods)
+    tasks, said = open_all_tasks(flags, runs, data)
+    warnings += said
+
+    spectra = {}
+    if flags.selector_rows:
+        train_rows, _ = vlm.split_rows(data, runs[0].seed)
+        rows = selector_rows(data, train_rows, flags.selector_rows)
+        selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
+        methods, warnings = methods + selectors, warnings + alike
+    results = []
+    judged = score_runs(tasks, [method for method in methods if method.runs], pairs, data, flags, results)
+    if len(judged) > 1:
+        judged = [mean_of_tasks(judged), *judged]
+    drawn = draw_seeds(methods, flags.bootstrap)
+    fidelities = [judge(each, methods, oracle, drawn) for each in judged]
+    reference = oracle.runs[0].ledger
+    costs = {method.name: ledger(method, data, pairs, reference) for method in methods}
+    sentence, chosen = advise(judged[0], methods, primary, oracle, drawn, pairs, costs)
+
+    table = ranking_rows(judged, methods, oracle, drawn, pairs)
+    selectors = [
+        {key: plain(value) for key, value in row.items() if key != "chosen"}
+        | {"chosen": " ".join(":".join(pairs[k]) for k in row["chosen"])}
+        | {key: plain(value) for key, value in costs[row["method"]].items()}
+        for rows in fidelities
+        for row in rows
+    ]
+    body, shown = compose(judged, fidelities, methods, oracle, primary, drawn, pairs, costs, spectra, tasks, chosen, sentence, warnings, flags)  # fmt: skip
+    about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results}
+    about |= {"methods": selectors, "report": vlm.provenance(flags.device)}
+    title = f"stitch {':'.join(pairs[chosen])}"
+    write_report(flags.out, {"body": body, "gallery": shown, "ranking": table, "selectors": selectors, "results": about, "title": title})  # fmt: skip
+
+    print(f"\n{judged[0].name}, {judged[0].counted}; truth: {oracle.name}, {len(oracle.runs)} seeds")
+    print_table(fidelities[0], costs, oracle)
+    print(
+        f"a random order: regret {fidelities[0][0]['regret_random']:.2f}; intervals: 95 % of {flags.bootstrap} resamples"
+    )
+    for line in warnings:
+        print(f"warning: {line}")
+    print(f"\n{sentence}")
+    print(f"connector: {primary.runs[0].connector(*pairs[chosen])}\nreport: {flags.out / 'report.html'}")
+
+
+def plain(value):
+    return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
+
+
+def compose(judged, fidelities, methods, oracle, primary, drawn, pairs, costs, spectra, tasks, chosen, sentence, warnings, flags):  # fmt: skip
+    """The report from top to bottom: pieces of HTML, and plots."""
+    styles = style_of(methods)
+    runs = [method for method in methods if method.runs]
+    connector = primary.runs[0].connector(*pairs[chosen])
+    body = ["<h1>Which pair to stitch</h1>", f"<p class=answer>{html.escape(sentence)}</p>"]
+    body += [f"<p>Its connector: <code>{html.escape(str(connector))}</code></p>"]
+    body += [f"<p class=warning>{html.escape(line)}</p>" for line in warnings]
+    said = f"True score: what the oracle's connectors ({oracle.name}, {len(oracle.runs)} seeds) score on the task. Runs order the pairs by validation rows, selectors by training rows; no order has seen the rows that judge it, unless a warning says so. "  # fmt: skip
+    said += f"Beneath each number: its 95 % interval over {flags.bootstrap} resamples of the task's pictures and of the seeds. NDCG's gain is the true score minus the worst pair's. An order's ties are broken at random, in expectation."  # fmt: skip
+    for number_of, (each, rows) in enumerate(zip(judged, fidelities)):
+        body += [f"<h2>{html.escape(each.name)}</h2>"]
+        about = f"{each.headline}; {each.counted}. " + (f"Protocol: {each.protocol}. " if each.protocol else "")
+        body += [f"<p>{html.escape(about)}</p>", fidelity_table(rows, pairs)]
+        if number_of == 0:
+            body += [f"<p>{html.escape(said)}</p>"]
+        body += [cost_against_regret(each, rows, costs, styles, f"cost-regret-{number_of}")]
+        if number_of == 0:
+            body += ["<h3>Every pair</h3>", ranking_table(each, methods, oracle, drawn, pairs, chosen)]
+            shown = [method for method in runs if method is not oracle] or [oracle]
+            body += [heatmaps(each, m, oracle, pairs, f"heatmap-{number_of}-{k}") for k, m in enumerate(shown)]
+            body += [rank_scatter(each, methods, oracle, pairs, f"ranks-{number_of}")]
+        elif oracle is not primary:
+            body += [heatmaps(each, primary, oracle, pairs, f"heatmap-{number_of}-0")]
+    body += ["<h2>What it cost</h2>", cost_table(methods, costs, oracle)]
+    said = f"As run; at the oracle's batch size (the logits' share grows with the batch); and at its updates of each pair too. A run's cost is one seed's. Selectors train nothing: their FLOPs stand unchanged. Rows embedded: rows times encoders. Seconds of embedding are not in the manifest; its FLOPs are the forward passes of these rows, captions at {TOKENS_A_WORD} tokens a word, and – where an encoder's cost is not known."  # fmt: skip
+    body += [f"<p>{html.escape(said)}</p>", "<h2>Over the epochs</h2>"]
+    body += [ranking_over_epochs(judged[0], methods, oracle, pairs, styles, "ranking-over-epochs")]
+    body += [loss_curves(runs, styles, "loss")]
+    if spectra:
+        body += [correlation_spectra(judged[0], oracle, pairs, spectra, "canonical-correlations")]
+    worst = pairs[int(judged[0].scores[oracle.name].mean(0).argmin())]
+    shown, table = gallery(tasks, primary.runs[0], [(pairs[chosen], "the pair to stitch"), (worst, "the worst")], flags)
+    body += ["<h2>What the best and the worst pair find</h2>", shown, "<h2>Where it comes from</h2>"]
+    heads = ["run", "method", "seed", "commit", "torch", "device", "started"]
+    lines = []
+    for method in runs:
+        for run in method.runs:
+            config = run.config
+            lines.append([run.folder, method.name, run.seed, config.get("commit") or "–", config["versions"]["torch"], config["device"], config["started"]])  # fmt: skip
+    return [item for item in [*body, html_table(heads, lines, kind="words")] if item is not None], table
 
 
 if __name__ == "__main__":
