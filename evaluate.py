@@ -39,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
@@ -704,9 +705,7 @@ def run_selectors(data, pairs, rows, device):
         methods.append(Method(name, order, [], {"flops": flops, "seconds": seconds, "rows": len(rows)}))
     # Parameter counts are not in the manifest; among models of a family the wider is the larger.
     widths = np.array([[data.encoders[image].dim + data.encoders[text].dim for image, text in pairs]], dtype=float)
-    nothing = {"flops": 0, "seconds": 0.0, "rows": 0}
-    methods.append(Method("largest (sum of widths)", widths, [], nothing))
-    methods.append(Method("random", np.zeros((1, len(pairs))), [], nothing))
+    methods.append(Method("largest (sum of widths)", widths, [], {"flops": 0, "seconds": 0.0, "rows": 0}))
     return methods, spectra, find_duplicates(data, features)
 
 
@@ -811,7 +810,13 @@ def mean_of_tasks(judged):
     chance = sum(each.chance for each in judged) / len(judged)
     counted = unique(each.counted for each in judged)
     return Judged(
-        f"mean of {len(judged)} tasks", f"mean of the scores of {names}", "", ", ".join(counted), chance, scores, drawn
+        f"the mean of {len(judged)} tasks",
+        f"mean of the scores of {names}",
+        "",
+        ", ".join(counted),
+        chance,
+        scores,
+        drawn,
     )
 
 
@@ -864,11 +869,16 @@ def ratio(product, squares):
     return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
 
 
+def true_scores(judged, oracle, drawn):
+    """The true score of every pair [P], 0 to 1, and its resamples [R, P]: the mean over the oracle's seeds."""
+    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name])
+    return judged.scores[oracle.name].mean(0).round(9), truths.round(9)
+
+
 def judge(judged, methods, oracle, drawn):
     """A row a method: every metric with its 95 % bootstrap interval over rows and seeds and its expectation under a
     random order, and, of a run, how its own connectors compare with the oracle's."""
-    truth = judged.scores[oracle.name].mean(0)  # [P]
-    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)  # [R, P]
+    truth, truths = true_scores(judged, oracle, drawn)  # [P], [R, P]
     chance = fidelity(truth[None], np.zeros(len(truth)))
     top = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
     rows = []
@@ -1062,11 +1072,15 @@ def cost_against_regret(judged, rows, costs, styles, name):
             )
         axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
         axis.set_xscale("log")
+        few = max(spent.values()) > 30 * least
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"TFLOP, {title}")
         axis.grid(alpha=0.25)
     axis = figure.axes[0]
     axis.set_ylabel("regret, points")
-    axis.set_ylim(bottom=min(-0.02 * axis.get_ylim()[1], 0))
+    axis.set_ylim(bottom=-0.04 * axis.get_ylim()[1])
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     keep = ("task", "method", "kind", "regret", "regret_low", "regret_high", "regret_random")
     table = [
@@ -1116,15 +1130,15 @@ def looks_at(run):
 
 def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
     """A panel a run: the rank of every pair at each look at the validation rows. Last: regret of the leading pair."""
-    truth = judged.scores[oracle.name].mean(0)
+    truth = judged.scores[oracle.name].mean(0).round(9)
     names = [":".join(pair) for pair in pairs]
     marked = [names[k] for k in np.argsort(-truth, kind="stable")[:3]] + [names[int(truth.argmin())]]
     trained = [method for method in methods if method.runs and len(looks_at(method.runs[0])) > 1]
     if not trained:
         return None
-    across = min(3, len(trained) + 1)
+    across = len(trained) + 1 if len(trained) < 4 else 3
     down = math.ceil((len(trained) + 1) / across)
-    figure = Figure(figsize=(2.9 * across, 2.6 * down + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.5 * across, 2.6 * down + 0.5), layout="constrained")
     axes, table = list(figure.subplots(down, across, squeeze=False).flat), []
     for axis in axes[len(trained) + 1 :]:
         axis.set_visible(False)
@@ -1138,23 +1152,16 @@ def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
             regret = fidelity(truth[None], order)["regret"][0]
             lost.append((epoch, regret))
             for pair, rank in ranks.items():
-                image, _, text = pair.partition(":")
-                table.append({"method": method.name, "epoch": epoch, "image": image, "text": text, "rank": rank})
-        for pair in [each for each in names if each not in marked] + marked[::-1]:
-            line = [(row["epoch"], row["rank"]) for row in table if row["method"] == method.name]
-            pair_line = [
-                (row["epoch"], row["rank"])
-                for row in table
-                if row["method"] == method.name and f"{row['image']}:{row['text']}" == pair
-            ]
+                table.append({"method": method.name, "epoch": epoch, "pair": pair, "rank": rank})
+        for pair in [each for each in names if each not in marked] + unique(marked[::-1]):
+            line = [(row["epoch"], row["rank"]) for row in table if (row["method"], row["pair"]) == (method.name, pair)]
             known = pair in marked
             colour = COLOURS[marked.index(pair)] if known else "#c4c4c4"
-            axis.plot(*zip(*pair_line), color=colour, lw=2 if known else 0.9, label=pair if known else None)
+            axis.plot(*zip(*line), color=colour, lw=2 if known else 0.9, label=pair if known else None)
         axis.set_ylim(len(names) + 0.5, 0.5)
         axis.set_title(textwrap.fill(method.name, 34), fontsize=8)
         axis.set_xlabel("epoch", fontsize=8)
         axis.tick_params(labelsize=7)
-        del line
         colour, _ = styles[method.name]
         last.plot(*zip(*lost), color=colour, lw=1.5, label=method.name)
     axes[0].set_ylabel("rank by validation R@10", fontsize=8)
@@ -1202,7 +1209,7 @@ def loss_curves(methods, styles, name):
 
 
 def correlation_spectra(judged, oracle, pairs, spectra, name):
-    truth = judged.scores[oracle.name].mean(0)
+    truth = judged.scores[oracle.name].mean(0).round(9)
     order = np.argsort(-truth, kind="stable")
     marked = list(order[:3]) + [order[-1]]
     figure = Figure(figsize=(6.4, 3.1), layout="constrained")
@@ -1227,7 +1234,7 @@ def correlation_spectra(judged, oracle, pairs, spectra, name):
 # ------------------------------------------------------------------------------------------------------- the gallery
 
 
-def gallery(tasks, run, pairs_shown, flags, count=6):
+def gallery(tasks, run, pairs_shown, count=6):
     """(paragraphs and a table as HTML, rows of its CSV): real captions and their five nearest pictures, for each of the
     pairs shown: [(pair, why)]. Says so where there are no pictures to show."""
     task = next((task for task in tasks if task.kind == "retrieval" and task.data.manifest and task.data.rows), None)
@@ -1293,17 +1300,18 @@ def gallery(tasks, run, pairs_shown, flags, count=6):
 # -------------------------------------------------------------------------------------------------------- the report
 
 CSS = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto;
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
 .answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
 .warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
 th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e2e2 }
-th:first-child, td:first-child, .words td, .words th { text-align: left } th { border-bottom: 1.5px solid #777; vertical-align: bottom }
-td small { color: #555; display: block; white-space: nowrap } tr.random td { color: #555; font-style: italic }
-tr.chosen td { font-weight: 600 } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
-figcaption { font-size: .85rem; color: #333 } .gallery td { text-align: left; white-space: nowrap }
+th:first-child, td:first-child, .words td, .words th,
+.words2 td:nth-child(2), .words2 th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left } th { border-bottom: 1.5px solid #777; vertical-align: bottom }
+td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
+figcaption { font-size: .85rem; color: #333 } .gallery td, .gallery th { text-align: left; white-space: nowrap }
+.gallery td + td + td, .gallery th + th + th { border-left: 1.5px solid #777; padding-left: .8rem }
 .gallery td.caption { white-space: normal; max-width: 11rem; overflow-wrap: anywhere }
 .tile { display: inline-block; width: 4.4rem; height: 4.4rem; margin: 2px; border: 1px solid #ddd; text-align: center;
         vertical-align: top; overflow: hidden; white-space: normal; overflow-wrap: anywhere }
@@ -1347,17 +1355,23 @@ def html_table(heads, rows, classes=None, kind=""):
 
 
 def fidelity_table(rows, pairs):
-    heads = ["chosen by", "pair", *HEADS.values(), "its own connector's score, %", "own to oracle, all pairs", "own to oracle, best third"]  # fmt: skip
     lines = []
     for row in rows:
         chosen = [":".join(pairs[k]) for k in row["chosen"]]
-        chosen = chosen[0] if len(chosen) == 1 else (f"tie of {len(chosen)}", ", ".join(chosen[:2]) + ", ..." * (len(chosen) > 2))  # fmt: skip
-        line = [(row["method"], f"{row['seeds']} seeds" if row["seeds"] > 1 else ""), chosen]
+        chosen = chosen[0] if len(chosen) == 1 else f"a tie of {len(chosen)}"
+        line = [row["method"], chosen]
         for name in HEADS:
-            line.append((number(row[name]), f"{number(row[f'{name}_low'])} to {number(row[f'{name}_high'])}"))
-        lines.append([*line, *(number(row[key], 1) for key in ("own_score", "gap_all", "gap_top_third"))])
-    random = ["expected under a random order", "", *(number(rows[0][f"{name}_random"]) for name in HEADS), "", "", ""]
-    return html_table(heads, [*lines, random], [""] * len(lines) + ["random"])
+            line.append((number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}"))
+        lines.append(line)
+    return html_table(["chosen by", "pair", *HEADS.values()], lines, [row["kind"] for row in rows], "words2")
+
+
+def own_table(rows):
+    """How good the connectors of each run are beside the oracle's."""
+    heads = ["run", "seeds", "its connector of its choice, %", "its to the oracle's, all pairs", "the best third"]
+    keys = ("own_score", "gap_all", "gap_top_third")
+    lines = [[row["method"], row["seeds"], *(number(row[key], 1) for key in keys)] for row in rows if row["seeds"]]
+    return html_table(heads, lines)
 
 
 def cost_table(methods, costs, oracle):
@@ -1378,30 +1392,35 @@ def cost_table(methods, costs, oracle):
     return html_table(heads, lines)
 
 
-def advise(judged, methods, primary, oracle, drawn, pairs, costs):
-    """(one sentence: the pair to stitch, how sure that is, what it cost; the pair's number)."""
-    order = primary.orders.mean(0)
-    tied = chosen_pairs(order)
-    chosen, truth = tied[0], judged.scores[oracle.name].mean(0)
-    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)  # [R, P]
-    best = truths == truths.max(1, keepdims=True)
+def advise(found):
+    """One sentence: the pair to stitch, how sure that is, what it cost."""
+    judged, oracle, primary, pairs, chosen = found.judged[0], found.oracle, found.primary, found.pairs, found.chosen
+    truth, truths = true_scores(judged, oracle, found.drawn)  # [P], [R, P]
+    best, top = truths == truths.max(1, keepdims=True), int(truth.argmax())
     sure = (best[:, chosen] / best.sum(1)).mean()
-    low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] others to the chosen
-    alike = [k for k in np.argsort(-truth, kind="stable") if low[k] <= 0 <= high[k] and k != chosen]
-    names = ", ".join(":".join(pairs[k]) for k in alike[:3]) + (f" and {len(alike) - 3} more" if len(alike) > 3 else "")
-    lost = 100 * (truths.max(1) - truths[:, chosen])
-    regret = f"{100 * (truth.max() - truth[chosen]):.1f} points below the best (95 %: {np.percentile(lost, 2.5):.1f} to {np.percentile(lost, 97.5):.1f})"  # fmt: skip
+    low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others to the chosen
+    order = [k for k in np.argsort(-truth, kind="stable") if k != chosen]
     image, text = pairs[chosen]
-    seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
-    cost = costs[primary.name]
-    spent = f"{flops(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
-    if oracle is not primary:
-        spent += f", {cost['flops_equal_batch'] / costs[oracle.name]['flops_equal_batch']:.2f}x of {oracle.name} at equal batch size"
     said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), the choice of {primary.name}"
-    said += f", tied with {len(tied) - 1} more" * (len(tied) > 1)
-    said += f": {100 * truth[chosen]:.1f} % on {judged.name}, {regret}; the best in {sure:.0%} of resamples of {judged.counted}{seeds}"
-    said += f", within noise of {names}" if names else ", clear of every other pair"
-    return f"{said}; {spent}.", chosen
+    ties = len(chosen_pairs(primary.orders.mean(0))) - 1
+    said += f" (tied with {ties} more)" if ties else ""
+    said += f": {100 * truth[chosen]:.1f} % on {judged.name}, "
+    if truth[chosen] < truth[top]:
+        said += f"{100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}, "
+    seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+    said += f"the best of {len(pairs)} pairs in {100 * sure:.0f} % of resamples of {judged.counted}{seeds}"
+    for words, some in (
+        ("clearly better", [k for k in order if low[k] > 0]),
+        ("within noise", [k for k in order if low[k] <= 0 <= high[k]]),
+    ):
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+        said += f"; {words}: {', '.join(':'.join(pairs[k]) for k in some[:3])}{more}" if some else ""
+    cost = found.costs[primary.name]
+    said += f"; {flops(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
+    if oracle is not primary:
+        ratio = cost["flops_equal_batch"] / found.costs[oracle.name]["flops_equal_batch"]
+        said += f", {ratio:.2g}x of {oracle.name} at equal batch size"
+    return said + "."
 
 
 def print_table(rows, costs, oracle):
@@ -1417,15 +1436,14 @@ def print_table(rows, costs, oracle):
         print(f"{row['method']:{wide}}  {regret:21}{six}{flops(cost['flops']):>9}{cost['seconds']:9.1f}{ratio}")
 
 
-def ranking_rows(judged, methods, oracle, drawn, pairs):
+def ranking_rows(judged, found):
     """ranking.csv: a row a task and pair, truly best first: true score in points, its interval, every method's rank, and
     the score of every run's own connector."""
-    table = []
+    table, pairs = [], found.pairs
     for each in judged:
-        truth = 100 * each.scores[oracle.name].mean(0)
-        truths = 100 * np.einsum("rs,srp->rp", drawn[oracle.name], each.resampled[oracle.name])
+        truth, truths = (100 * values for values in true_scores(each, found.oracle, found.drawn))
         low, high = np.percentile(truths, [2.5, 97.5], axis=0)
-        ranks = {method.name: rankdata(-method.orders.mean(0)) for method in methods}
+        ranks = {method.name: rankdata(-method.orders.mean(0)) for method in found.methods}
         for k in np.argsort(-truth, kind="stable"):
             row = {"task": each.name, "image": pairs[k][0], "text": pairs[k][1], "true_rank": rankdata(-truth)[k]}
             row |= {"true_score": round(truth[k], 3), "low": round(low[k], 3), "high": round(high[k], 3)}
@@ -1435,31 +1453,116 @@ def ranking_rows(judged, methods, oracle, drawn, pairs):
     return table
 
 
-def ranking_table(judged, methods, oracle, drawn, pairs, chosen):
-    runs, lines = [method for method in methods if method.runs], []
-    table = ranking_rows([judged], methods, oracle, drawn, pairs)
+def ranking_table(judged, found):
+    runs, lines = [method for method in found.methods if method.runs], []
+    table = ranking_rows([judged], found)
     for row in table:
         line = [f"{row['true_rank']:g}", row["image"], row["text"], (number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}")]  # fmt: skip
         lines.append(
             line + [(number(row[f"score of {m.name}"], 1), f"rank {row[f'rank by {m.name}']:g}") for m in runs]
         )
-    classes = ["chosen" if (row["image"], row["text"]) == pairs[chosen] else "" for row in table]
+    classes = ["chosen" if (row["image"], row["text"]) == found.pairs[found.chosen] else "" for row in table]
     return html_table(["true rank", "image", "text", "true score, %", *(m.name for m in runs)], lines, classes, "pairs")
 
 
-def write_report(out, found):
-    """Writes every file of the report; what an earlier report left under a name of its own goes."""
+class Findings(NamedTuple):
+    """All that the report is made of."""
+
+    pairs: list  # (image, text)
+    methods: list
+    oracle: Method  # whose connectors are the truth
+    primary: Method  # whose choice is advised
+    chosen: int  # the number of that pair
+    judged: list  # the mean of the tasks first, if there are several
+    drawn: dict  # method -> [R, S] weights of the seeds
+    fidelities: list  # of each in `judged`, a row a method
+    costs: dict  # method -> its row of the ledger
+    spectra: dict  # pair -> canonical correlations
+    warnings: list
+
+
+def compose(found, tasks, flags):
+    """(the answer in a sentence; the report from top to bottom: HTML and plots; rows of the gallery's CSV)."""
+    judged, methods, oracle, primary, pairs = found.judged, found.methods, found.oracle, found.primary, found.pairs
+    styles, runs, sentence = style_of(methods), [method for method in methods if method.runs], advise(found)
+    connector = primary.runs[0].connector(*pairs[found.chosen])
+    body = ["<h1>Which pair to stitch</h1>", f"<p class=answer>{html.escape(sentence)}</p>"]
+    body += [f"<p>Its connector: <code>{html.escape(str(connector))}</code></p>"]
+    body += [f"<p class=warning>{html.escape(line)}</p>" for line in found.warnings]
+    for place, (each, rows) in enumerate(zip(judged, found.fidelities)):
+        about = f"{each.headline}; {each.counted}" + (f". Protocol: {each.protocol}" if each.protocol else "")
+        body += [f"<h2>{html.escape(each.name.capitalize())}</h2>", f"<p>{html.escape(about)}.</p>"]
+        body += [fidelity_table(rows, pairs)]
+        if place == 0:
+            body += [f"<p>{html.escape(READING.format(oracle.name, len(oracle.runs), flags.bootstrap))}</p>"]
+        body += [own_table(rows), cost_against_regret(each, rows, found.costs, styles, f"cost-regret-{place}")]
+        if place == 0:
+            body += ["<h3>Every pair</h3>", ranking_table(each, found)]
+            body += [rank_scatter(each, methods, oracle, pairs, f"ranks-{place}")]
+        beside = [method for method in runs if method is not oracle] or [oracle]
+        for k, method in enumerate(beside if place == 0 else [primary]):
+            body += [heatmaps(each, method, oracle, pairs, f"heatmap-{place}-{k}")]
+    body += ["<h2>What it cost</h2>", cost_table(methods, found.costs, oracle), f"<p>{html.escape(COSTS)}</p>"]
+    body += ["<h2>Over the epochs</h2>"]
+    body += [ranking_over_epochs(judged[0], methods, oracle, pairs, styles, "ranking-over-epochs")]
+    body += [loss_curves(runs, styles, "loss")]
+    if found.spectra:
+        body += ["<h2>Before any training</h2>"]
+        body += [correlation_spectra(judged[0], oracle, pairs, found.spectra, "canonical-correlations")]
+    worst = pairs[int(judged[0].scores[oracle.name].mean(0).argmin())]
+    shown = [(pairs[found.chosen], "the pair to stitch"), (worst, "the worst")]
+    tiles, table = gallery(tasks, primary.runs[0], shown)
+    heads, lines = ["run", "method", "seed", "commit", "torch", "device", "started"], []
+    for method in runs:
+        for run in method.runs:
+            known = [run.config.get(key) or "–" for key in ("commit", "device", "started")]
+            torch_version = run.config.get("versions", {}).get("torch", "–")
+            lines.append([run.folder, method.name, run.seed, known[0], torch_version, *known[1:]])
+    body += ["<h2>What the best and the worst pair find</h2>", tiles]
+    body += ["<h2>Where it comes from</h2>", html_table(heads, lines, kind="words")]
+    return sentence, [item for item in body if item is not None], table
+
+
+READING = (
+    "True score: what the connectors of the oracle ({0}, seeds: {1}) score on the task. Runs order the pairs by "
+    "validation rows, selectors by training rows: no order has seen the rows that judge it, unless a warning says so. "
+    "Small print: the 95 % interval over {2} resamples of the task's pictures and of the seeds; the best of many noisy "
+    "scores is too high, so intervals of regret lean upwards. NDCG's gain is the true score minus the worst pair's. Ties "
+    "in an order are broken at random, in expectation; the last line is a random order's."
+)
+COSTS = (
+    "As run; at the oracle's batch size (the share of the logits grows with the batch); and at its updates of each pair "
+    "too. A run's cost is one seed's. Selectors train nothing, so theirs does not change. Rows embedded: rows times "
+    "encoders. Embedding is the forward pass of those rows, captions at "
+    f"{TOKENS_A_WORD} tokens a word, and – where an encoder's cost is not known; its seconds are not recorded."
+)
+
+
+def selector_lines(found):
+    """selectors.csv: a row a task and method, runs and selectors alike, with every metric and cost."""
+    lines = []
+    for row in (row for rows in found.fidelities for row in rows):
+        row = row | {"chosen": " ".join(":".join(found.pairs[k]) for k in row["chosen"])} | found.costs[row["method"]]
+        lines.append({key: round(float(v), 6) if isinstance(v, float) else v for key, v in row.items()})
+    return lines
+
+
+def write_report(out, title, body, tables, results):
+    """Writes every file of the report; what an earlier report left under a name of its own goes.
+
+    body: HTML and plots, top to bottom. tables: {file name: rows}. results: what results.json holds.
+    """
     out.mkdir(parents=True, exist_ok=True)
     earlier = vlm.read_json(out / "results.json").get("files", []) if (out / "results.json").is_file() else []
-    sections, files = [], ["report.html", "results.json", "ranking.csv", "selectors.csv"]
-    for item in found["body"]:
+    sections, files = [], ["report.html", "results.json"]
+    for item in body:
         if isinstance(item, Plot):
             png = io.BytesIO()
             item.figure.savefig(png, dpi=160, metadata={"Software": None})
             with vlm.atomic_file(out / f"{item.name}.png") as file:
                 file.write(png.getvalue())
-            vlm.write_csv(out / f"{item.name}.csv", item.rows)
-            files += [f"{item.name}.png", f"{item.name}.csv"]
+            tables |= {f"{item.name}.csv": item.rows}
+            files.append(f"{item.name}.png")
             wide = int(item.figure.get_figwidth() * 96)
             source, alt = base64.b64encode(png.getvalue()).decode(), html.escape(item.caption, quote=True)
             links = f'<a href="{item.name}.png">PNG</a>, <a href="{item.name}.csv">CSV</a>'
@@ -1467,15 +1570,14 @@ def write_report(out, found):
             sections.append(f"<figure>{picture}<figcaption>{html.escape(item.caption)} ({links})</figcaption></figure>")
         else:
             sections.append(item)
-    if found["gallery"]:
-        vlm.write_csv(out / "gallery.csv", found["gallery"])
-        files.append("gallery.csv")
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Hyma: {html.escape(found['title'])}</title>"
+    for name, rows in tables.items():
+        if rows:
+            vlm.write_csv(out / name, rows)
+            files.append(name)
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
     head += '<meta name=viewport content="width=device-width, initial-scale=1">'
     vlm.write_text(out / "report.html", f"{head}<style>{CSS}</style><body>{''.join(sections)}</body></html>\n")
-    vlm.write_csv(out / "ranking.csv", found["ranking"])
-    vlm.write_csv(out / "selectors.csv", found["selectors"])
-    vlm.write_json(out / "results.json", {"files": files} | found["results"])
+    vlm.write_json(out / "results.json", {"files": files} | results)
     for name in set(earlier) - set(files):
         if re.fullmatch(r"[\w-]+\.(png|csv)", name):
             (out / name).unlink(missing_ok=True)
@@ -1571,86 +1673,30 @@ def main():
         rows = selector_rows(data, train_rows, flags.selector_rows)
         selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
         methods, warnings = methods + selectors, warnings + alike
+    methods.append(Method("random order", np.zeros((1, len(pairs))), [], {"flops": 0, "seconds": 0.0, "rows": 0}))
     results = []
     judged = score_runs(tasks, [method for method in methods if method.runs], pairs, data, flags, results)
     if len(judged) > 1:
         judged = [mean_of_tasks(judged), *judged]
     drawn = draw_seeds(methods, flags.bootstrap)
     fidelities = [judge(each, methods, oracle, drawn) for each in judged]
-    reference = oracle.runs[0].ledger
-    costs = {method.name: ledger(method, data, pairs, reference) for method in methods}
-    sentence, chosen = advise(judged[0], methods, primary, oracle, drawn, pairs, costs)
+    costs = {method.name: ledger(method, data, pairs, oracle.runs[0].ledger) for method in methods}
+    chosen = chosen_pairs(primary.orders.mean(0))[0]
+    found = Findings(pairs, methods, oracle, primary, chosen, judged, drawn, fidelities, costs, spectra, warnings)
 
-    table = ranking_rows(judged, methods, oracle, drawn, pairs)
-    selectors = [
-        {key: plain(value) for key, value in row.items() if key != "chosen"}
-        | {"chosen": " ".join(":".join(pairs[k]) for k in row["chosen"])}
-        | {key: plain(value) for key, value in costs[row["method"]].items()}
-        for rows in fidelities
-        for row in rows
-    ]
-    body, shown = compose(judged, fidelities, methods, oracle, primary, drawn, pairs, costs, spectra, tasks, chosen, sentence, warnings, flags)  # fmt: skip
+    sentence, body, shown = compose(found, tasks, flags)
     about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results}
-    about |= {"methods": selectors, "report": vlm.provenance(flags.device)}
-    title = f"stitch {':'.join(pairs[chosen])}"
-    write_report(flags.out, {"body": body, "gallery": shown, "ranking": table, "selectors": selectors, "results": about, "title": title})  # fmt: skip
+    lines = selector_lines(found)
+    about |= {"methods": lines, "made": vlm.provenance(flags.device)}
+    tables = {"ranking.csv": ranking_rows(judged, found), "selectors.csv": lines, "gallery.csv": shown}
+    write_report(flags.out, f"Stitch {':'.join(pairs[chosen])}", body, tables, about)
 
-    print(f"\n{judged[0].name}, {judged[0].counted}; truth: {oracle.name}, {len(oracle.runs)} seeds")
+    print(f"\n{judged[0].name}, {judged[0].counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
     print_table(fidelities[0], costs, oracle)
-    print(
-        f"a random order: regret {fidelities[0][0]['regret_random']:.2f}; intervals: 95 % of {flags.bootstrap} resamples"
-    )
     for line in warnings:
         print(f"warning: {line}")
     print(f"\n{sentence}")
     print(f"connector: {primary.runs[0].connector(*pairs[chosen])}\nreport: {flags.out / 'report.html'}")
-
-
-def plain(value):
-    return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
-
-
-def compose(judged, fidelities, methods, oracle, primary, drawn, pairs, costs, spectra, tasks, chosen, sentence, warnings, flags):  # fmt: skip
-    """The report from top to bottom: pieces of HTML, and plots."""
-    styles = style_of(methods)
-    runs = [method for method in methods if method.runs]
-    connector = primary.runs[0].connector(*pairs[chosen])
-    body = ["<h1>Which pair to stitch</h1>", f"<p class=answer>{html.escape(sentence)}</p>"]
-    body += [f"<p>Its connector: <code>{html.escape(str(connector))}</code></p>"]
-    body += [f"<p class=warning>{html.escape(line)}</p>" for line in warnings]
-    said = f"True score: what the oracle's connectors ({oracle.name}, {len(oracle.runs)} seeds) score on the task. Runs order the pairs by validation rows, selectors by training rows; no order has seen the rows that judge it, unless a warning says so. "  # fmt: skip
-    said += f"Beneath each number: its 95 % interval over {flags.bootstrap} resamples of the task's pictures and of the seeds. NDCG's gain is the true score minus the worst pair's. An order's ties are broken at random, in expectation."  # fmt: skip
-    for number_of, (each, rows) in enumerate(zip(judged, fidelities)):
-        body += [f"<h2>{html.escape(each.name)}</h2>"]
-        about = f"{each.headline}; {each.counted}. " + (f"Protocol: {each.protocol}. " if each.protocol else "")
-        body += [f"<p>{html.escape(about)}</p>", fidelity_table(rows, pairs)]
-        if number_of == 0:
-            body += [f"<p>{html.escape(said)}</p>"]
-        body += [cost_against_regret(each, rows, costs, styles, f"cost-regret-{number_of}")]
-        if number_of == 0:
-            body += ["<h3>Every pair</h3>", ranking_table(each, methods, oracle, drawn, pairs, chosen)]
-            shown = [method for method in runs if method is not oracle] or [oracle]
-            body += [heatmaps(each, m, oracle, pairs, f"heatmap-{number_of}-{k}") for k, m in enumerate(shown)]
-            body += [rank_scatter(each, methods, oracle, pairs, f"ranks-{number_of}")]
-        elif oracle is not primary:
-            body += [heatmaps(each, primary, oracle, pairs, f"heatmap-{number_of}-0")]
-    body += ["<h2>What it cost</h2>", cost_table(methods, costs, oracle)]
-    said = f"As run; at the oracle's batch size (the logits' share grows with the batch); and at its updates of each pair too. A run's cost is one seed's. Selectors train nothing: their FLOPs stand unchanged. Rows embedded: rows times encoders. Seconds of embedding are not in the manifest; its FLOPs are the forward passes of these rows, captions at {TOKENS_A_WORD} tokens a word, and – where an encoder's cost is not known."  # fmt: skip
-    body += [f"<p>{html.escape(said)}</p>", "<h2>Over the epochs</h2>"]
-    body += [ranking_over_epochs(judged[0], methods, oracle, pairs, styles, "ranking-over-epochs")]
-    body += [loss_curves(runs, styles, "loss")]
-    if spectra:
-        body += [correlation_spectra(judged[0], oracle, pairs, spectra, "canonical-correlations")]
-    worst = pairs[int(judged[0].scores[oracle.name].mean(0).argmin())]
-    shown, table = gallery(tasks, primary.runs[0], [(pairs[chosen], "the pair to stitch"), (worst, "the worst")], flags)
-    body += ["<h2>What the best and the worst pair find</h2>", shown, "<h2>Where it comes from</h2>"]
-    heads = ["run", "method", "seed", "commit", "torch", "device", "started"]
-    lines = []
-    for method in runs:
-        for run in method.runs:
-            config = run.config
-            lines.append([run.folder, method.name, run.seed, config.get("commit") or "–", config["versions"]["torch"], config["device"], config["started"]])  # fmt: skip
-    return [item for item in [*body, html_table(heads, lines, kind="words")] if item is not None], table
 
 
 if __name__ == "__main__":
