@@ -383,7 +383,7 @@ def multiple_choice(asked):
     rows = []
     for (number, image, question, answers), answer in zip(asked, best):
         pool = pools[question.lower().split()[0]]
-        pool = pool if len(pool.keys() - answers) >= 3 else pools[None]
+        pool = list(pool if len(pool.keys() - answers) >= 3 else pools[None])
         choices = sorted([answer, *vlm.draw_distractors(number, pool, set(answers), 3)])
         row = {"image": image, "caption": f"{question} {answer}", "question": question, "answer": answer}
         rows.append(row | {"choices": choices})

@@ -349,22 +349,22 @@ def vqa_task(name, data, where, rows, flags):
             others = vlm.draw_distractors(data.rows[i]["key"], classes, {classes[label]}, 3)
             asked.append((QUESTION, spoken(classes[label]), [spoken(c) for c in [classes[label], *others]]))
         about = f"{QUESTION!r} and the label, the others drawn from {len(classes)} labels"
-    texts, right, choices = {}, [], []
-    for i, (question, answer, candidates) in zip(rows.tolist(), asked):
+    if not asked:
+        raise Unfit("no row has a question")
+    for i, (_, answer, candidates) in zip(rows.tolist(), asked):
         if not isinstance(candidates, list) or answer not in candidates or len(set(candidates)) < 2:
             said = "its choices must be a list of two or more that holds the answer"
             raise BadInput(f"{data.folder}/rows.jsonl: row {data.rows[i]['key']}: {said}")
-        numbers = [texts.setdefault(f"{question} {c}", len(texts)) for c in dict.fromkeys(candidates)]
-        choices.append(torch.tensor(numbers))
-        right.append(texts[f"{question} {answer}"])
-    if not asked:
-        raise Unfit("no row has a question")
+    texts = sorted({f"{question} {c}" for question, _, candidates in asked for c in candidates})
+    number = {text: k for k, text in enumerate(texts)}
+    right = torch.tensor([number[f"{question} {answer}"] for question, answer, _ in asked])  # [n]
+    choices = [torch.tensor([number[f"{q} {c}"] for c in dict.fromkeys(candidates)]) for q, _, candidates in asked]
     counts = torch.tensor([len(numbers) for numbers in choices])
     chance = (1 / counts.double()).mean().item()
     choices = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)  # [n, K]
     many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     protocol = f"{where}; {len(rows)} questions, {many} choices, {about}; nearest to the picture; chance {chance:.2%}"
-    return Task(name, "vqa", protocol, chance, data, rows, None, tuple(texts), 1, torch.tensor(right), choices)
+    return Task(name, "vqa", protocol, chance, data, rows, None, tuple(texts), 1, right, choices)
 
 
 def labelled(data, rows):

@@ -587,13 +587,14 @@ def hash_keys(rows) -> str:
 
 
 def draw_distractors(key, pool, right, count):
-    """`count` different ones of `pool` that are not in the set `right` (all, if there are fewer), drawn by `key` alone:
-    the same ones with every version of everything."""
-    wrong = [item for item in dict.fromkeys(pool) if item not in right]
-    drawn, turn = {}, 0
-    while len(drawn) < min(count, len(wrong)):
-        digest = hashlib.sha256(f"{key}:{turn}".encode()).digest()
-        drawn[wrong[int.from_bytes(digest[:8]) % len(wrong)]], turn = None, turn + 1
+    """`count` of the different items of the list `pool` that are not in the set `right` (all, if there are fewer),
+    drawn by `key` alone: the same ones with every version of everything."""
+    drawn, turn, most = {}, 0, min(count, len(pool) - len(right.intersection(pool)))
+    while len(drawn) < most:
+        item = pool[int.from_bytes(hashlib.sha256(f"{key}:{turn}".encode()).digest()[:8]) % len(pool)]
+        if item not in right:
+            drawn[item] = None
+        turn += 1
     return list(drawn)
 
 
