@@ -1007,6 +1007,11 @@ def style_of(methods):
     return {method.name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, method in enumerate(methods)}
 
 
+def short(name):
+    """A name that fits into a figure; its CSV has the whole."""
+    return name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
+
+
 def heatmaps(judged, method, oracle, pairs, name):
     """The oracle's scores, the run's, and the difference: images down, texts across."""
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
@@ -1014,9 +1019,11 @@ def heatmaps(judged, method, oracle, pairs, name):
     truth, own = (100 * judged.scores[each.name].mean(0) for each in (oracle, method))
     panels = [(f"oracle: {oracle.name}", truth), (method.name, own), ("difference", own - truth)]
     low, high = min(truth.min(), own.min()), max(truth.max(), own.max())
-    widest = max(map(len, images)) * 0.075
-    size = (widest + 3 * (0.72 * max(3, len(texts)) + 0.35), 1.3 + 0.36 * len(images) + 0.06 * max(map(len, texts)))
-    figure = Figure(figsize=size, layout="constrained")
+    down, across = list(map(short, images)), list(map(short, texts))
+    upright = max(map(len, across)) > 9
+    wide = 0.075 * max(map(len, down)) + 3 * (0.7 * max(3, len(texts)) + 0.2)
+    tall = 0.75 + 0.36 * len(images) + (0.075 * max(map(len, across)) if upright else 0.2)
+    figure = Figure(figsize=(wide, tall), layout="constrained")
     for k, (axis, (title, values)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels)):
         grid = np.full((len(images), len(texts)), np.nan)
         for pair, value in zip(pairs, values):
@@ -1030,17 +1037,16 @@ def heatmaps(judged, method, oracle, pairs, name):
             if np.isfinite(value):
                 shade = np.dot(drawn.cmap(drawn.norm(value))[:3], (0.3, 0.59, 0.11))
                 colour = "black" if shade > 0.5 else "white"
-                said = f"{value:.1f}" if k < 2 else f"{value:+.1f}"
+                said = f"{value:.1f}" if k < 2 else f"{round(value, 1) + 0.0:+.1f}"
                 axis.text(column, row, said, ha="center", va="center", color=colour, fontsize=8)
         chosen = chosen_pairs((truth, method.orders.mean(0), truth)[k]) if k < 2 else []
         for number in chosen:
             row, column = place[pairs[number]]
             axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=2.5))
         axis.set_title(textwrap.fill(title, 9 * max(3, len(texts))), fontsize=9)
-        axis.set_xticks(range(len(texts)), texts, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
-        axis.set_yticks(range(len(images)), images, fontsize=8)
+        axis.set_xticks(range(len(texts)), across, rotation=90 if upright else 0, fontsize=8)
+        axis.set_yticks(range(len(images)), down, fontsize=8)
         axis.tick_params(length=0)
-        figure.colorbar(drawn, ax=axis, fraction=0.06, pad=0.02).ax.tick_params(labelsize=7)
     rows = [
         {"image": i, "text": t, "oracle": round(a, 3), "run": round(b, 3), "difference": round(b - a, 3)}
         for (i, t), a, b in zip(pairs, truth, own)
@@ -1157,7 +1163,12 @@ def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
             line = [(row["epoch"], row["rank"]) for row in table if (row["method"], row["pair"]) == (method.name, pair)]
             known = pair in marked
             colour = COLOURS[marked.index(pair)] if known else "#c4c4c4"
-            axis.plot(*zip(*line), color=colour, lw=2 if known else 0.9, label=pair if known else None)
+            axis.plot(
+                *zip(*line),
+                color=colour,
+                lw=2 if known else 0.9,
+                label=":".join(map(short, pair.split(":"))) if known else None,
+            )
         axis.set_ylim(len(names) + 0.5, 0.5)
         axis.set_title(textwrap.fill(method.name, 34), fontsize=8)
         axis.set_xlabel("epoch", fontsize=8)
@@ -1170,15 +1181,8 @@ def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
     last.tick_params(labelsize=7)
     last.legend(fontsize=6.5, frameon=False)
     handles, labels = axes[0].get_legend_handles_labels()
-    order = [labels.index(pair) for pair in unique(marked) if pair in labels]
-    figure.legend(
-        [handles[k] for k in order],
-        [labels[k] for k in order],
-        loc="outside lower center",
-        ncols=2,
-        fontsize=8,
-        frameon=False,
-    )
+    legend = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
+    figure.legend(handles[::-1], labels[::-1], **legend)  # drawn last, so as to lie on top: the best
     caption = "Rank of every pair at each look at the validation rows (first seed). Coloured: the three truly best on "
     caption += f"{judged.name}, and the worst. Last panel: what stopping there would have cost."
     return Plot(name, caption, figure, table)
@@ -1217,7 +1221,7 @@ def correlation_spectra(judged, oracle, pairs, spectra, name):
     for number in list(order[::-1]):
         known = number in marked
         colour = COLOURS[marked.index(number)] if known else "#c4c4c4"
-        said = ":".join(pairs[number]) if known else None
+        said = ":".join(map(short, pairs[number])) if known else None
         values = spectra[pairs[number]]
         axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.8 if known else 0.8, label=said)
         image, text = pairs[number]
@@ -1303,6 +1307,7 @@ CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+.words2 td:nth-child(2) { overflow-wrap: anywhere; max-width: 13rem }
 .answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
 .warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
@@ -1310,9 +1315,9 @@ th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-b
 th:first-child, td:first-child, .words td, .words th,
 .words2 td:nth-child(2), .words2 th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left } th { border-bottom: 1.5px solid #777; vertical-align: bottom }
 td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
-figcaption { font-size: .85rem; color: #333 } .gallery td, .gallery th { text-align: left; white-space: nowrap }
+figcaption { font-size: .85rem; color: #333 } .gallery td, .gallery th { text-align: left } .gallery td { white-space: nowrap }
 .gallery td + td + td, .gallery th + th + th { border-left: 1.5px solid #777; padding-left: .8rem }
-.gallery td.caption { white-space: normal; max-width: 11rem; overflow-wrap: anywhere }
+.gallery td.caption { white-space: normal; min-width: 6rem; max-width: 11rem; overflow-wrap: anywhere }
 .tile { display: inline-block; width: 4.4rem; height: 4.4rem; margin: 2px; border: 1px solid #ddd; text-align: center;
         vertical-align: top; overflow: hidden; white-space: normal; overflow-wrap: anywhere }
 .tile img { max-width: 100%; max-height: 100% } .tile.right { border: 3px solid #D55E00; border-bottom-width: 8px }
@@ -1320,7 +1325,7 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @page { size: A4; margin: 14mm }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
-  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm } .gallery td.caption { max-width: 3cm }
+  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm } .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
 """
 HEADS = {
@@ -1332,7 +1337,7 @@ HEADS = {
 def number(value, digits=2):
     if value is None:
         return "–"
-    return f"{value:.{digits}f}".replace("-0.00", "0.00") if digits else f"{value:,.0f}"
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no minus before a zero
 
 
 def flops(value):
@@ -1347,7 +1352,7 @@ def html_table(heads, rows, classes=None, kind=""):
         text, small = value if isinstance(value, tuple) else (value, "")
         return html.escape(str(text)) + (f"<small>{html.escape(small)}</small>" if small else "")
 
-    body = "<tr>" + "".join(f"<th>{cell(head)}</th>" for head in heads) + "</tr>"
+    body = "<thead><tr>" + "".join(f"<th>{cell(head)}</th>" for head in heads) + "</tr></thead>"
     for k, row in enumerate(rows):
         name = f' class="{classes[k]}"' if classes and classes[k] else ""
         body += f"<tr{name}>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>\n"
@@ -1368,7 +1373,7 @@ def fidelity_table(rows, pairs):
 
 def own_table(rows):
     """How good the connectors of each run are beside the oracle's."""
-    heads = ["run", "seeds", "its connector of its choice, %", "its to the oracle's, all pairs", "the best third"]
+    heads = ["run", "seeds", "its own connector of its choice, %", "own less oracle's, all pairs", "best third"]
     keys = ("own_score", "gap_all", "gap_top_third")
     lines = [[row["method"], row["seeds"], *(number(row[key], 1) for key in keys)] for row in rows if row["seeds"]]
     return html_table(heads, lines)
