@@ -748,29 +748,28 @@ class Judged(NamedTuple):
 def score_runs(tasks, methods, pairs, data, flags, results):
     """[Judged] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
     judged, runs = [], [run for method in methods for run in method.runs]
-    progress = tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector")
-    for task in tasks:
-        units = {}  # method -> [[[U] a pair] a seed]
-        for method in methods:
-            units[method.name] = []
-            for run in method.runs:
-                found = {}
-                for image, text in pairs:
-                    scored = score_connector(task, run, image, text, data, flags)
-                    found[image, text] = scored.units.double().numpy()
-                    record = {"dataset": task.name, "model": run.connector(image, text).stem}
-                    record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
-                    record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
-                    results.append(record | {"seed": run.seed, "protocol": task.protocol})
-                    progress.update()
-                units[method.name].append([found[pair] for pair in pairs])
-        units = {name: np.array(values) for name, values in units.items()}  # [S, P, U]
-        counted = next(iter(units.values())).shape[-1]
-        scores = {name: values.mean(-1).round(9) for name, values in units.items()}
-        what = "questions" if task.kind == "vqa" else "pictures"
-        words = f"{counted} {what}", task.chance, scores, resample(units, flags.bootstrap, str(task.data.folder))
-        judged.append(Judged(f"{task.name} {task.kind}", HEADLINES[task.kind], task.protocol, *words))
-    progress.close()
+    with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
+        for task in tasks:
+            units = {}  # method -> [[[U] a pair] a seed]
+            for method in methods:
+                units[method.name] = []
+                for run in method.runs:
+                    found = {}
+                    for image, text in pairs:
+                        scored = score_connector(task, run, image, text, data, flags)
+                        found[image, text] = scored.units.double().numpy()
+                        record = {"dataset": task.name, "model": run.connector(image, text).stem}
+                        record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
+                        record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
+                        results.append(record | {"seed": run.seed, "protocol": task.protocol})
+                        progress.update()
+                    units[method.name].append([found[pair] for pair in pairs])
+            units = {name: np.array(values) for name, values in units.items()}  # [S, P, U]
+            counted = next(iter(units.values())).shape[-1]
+            scores = {name: values.mean(-1).round(9) for name, values in units.items()}
+            what = "questions" if task.kind == "vqa" else "pictures"
+            words = f"{counted} {what}", task.chance, scores, resample(units, flags.bootstrap, str(task.data.folder))
+            judged.append(Judged(f"{task.name} {task.kind}", HEADLINES[task.kind], task.protocol, *words))
     return judged
 
 
@@ -813,7 +812,7 @@ def mean_of_tasks(judged):
         f"the mean of {len(judged)} tasks",
         f"mean of the scores of {names}",
         "",
-        ", ".join(counted),
+        " and ".join(counted),
         chance,
         scores,
         drawn,
@@ -873,6 +872,16 @@ def true_scores(judged, oracle, drawn):
     """The true score of every pair [P], 0 to 1, and its resamples [R, P]: the mean over the oracle's seeds."""
     truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name])
     return judged.scores[oracle.name].mean(0).round(9), truths.round(9)
+
+
+def at_chance(judged, oracle, drawn):
+    """A line if the pairs together score no better than guessing."""
+    _, truths = true_scores(judged, oracle, drawn)
+    low, high = np.percentile(truths.mean(1), [2.5, 97.5])
+    if low > judged.chance:
+        return []
+    said = f"{judged.name}: the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {judged.chance:.1%}; "
+    return [said + "do captions and pictures belong together?"]
 
 
 def judge(judged, methods, oracle, drawn):
@@ -1325,6 +1334,7 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @page { size: A4; margin: 14mm }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
+  figure img { max-height: 11.5cm; width: auto }
   h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm } .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
 """
@@ -1672,6 +1682,11 @@ def main():
     tasks, said = open_all_tasks(flags, runs, data)
     warnings += said
 
+    results = []
+    judged = score_runs(tasks, methods, pairs, data, flags, results)
+    if len(judged) > 1:
+        judged = [mean_of_tasks(judged), *judged]
+
     spectra = {}
     if flags.selector_rows:
         train_rows, _ = vlm.split_rows(data, runs[0].seed)
@@ -1679,11 +1694,8 @@ def main():
         selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
         methods, warnings = methods + selectors, warnings + alike
     methods.append(Method("random order", np.zeros((1, len(pairs))), [], {"flops": 0, "seconds": 0.0, "rows": 0}))
-    results = []
-    judged = score_runs(tasks, [method for method in methods if method.runs], pairs, data, flags, results)
-    if len(judged) > 1:
-        judged = [mean_of_tasks(judged), *judged]
     drawn = draw_seeds(methods, flags.bootstrap)
+    warnings += [line for each in judged for line in at_chance(each, oracle, drawn)]
     fidelities = [judge(each, methods, oracle, drawn) for each in judged]
     costs = {method.name: ledger(method, data, pairs, oracle.runs[0].ledger) for method in methods}
     chosen = chosen_pairs(primary.orders.mean(0))[0]
