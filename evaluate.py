@@ -747,29 +747,25 @@ class Judged(NamedTuple):
 
 def score_runs(tasks, methods, pairs, data, flags, results):
     """[Judged] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
-    judged, runs = [], [run for method in methods for run in method.runs]
-    with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
+    judged, jobs = [], [(method, run, pair) for method in methods for run in method.runs for pair in pairs]
+    with tqdm(total=len(tasks) * len(jobs), desc="score", unit="connector") as progress:
         for task in tasks:
-            units = {}  # method -> [[[U] a pair] a seed]
-            for method in methods:
-                units[method.name] = []
-                for run in method.runs:
-                    found = {}
-                    for image, text in pairs:
-                        scored = score_connector(task, run, image, text, data, flags)
-                        found[image, text] = scored.units.double().numpy()
-                        record = {"dataset": task.name, "model": run.connector(image, text).stem}
-                        record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
-                        record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
-                        results.append(record | {"seed": run.seed, "protocol": task.protocol})
-                        progress.update()
-                    units[method.name].append([found[pair] for pair in pairs])
-            units = {name: np.array(values) for name, values in units.items()}  # [S, P, U]
-            counted = next(iter(units.values())).shape[-1]
+            units = {method.name: [] for method in methods}
+            for method, run, (image, text) in jobs:
+                scored = score_connector(task, run, image, text, data, flags)
+                units[method.name].append(scored.units.double().numpy())
+                record = {"dataset": task.name, "model": run.connector(image, text).stem}
+                record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
+                record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
+                results.append(record | {"seed": run.seed, "protocol": task.protocol})
+                progress.update()
+            count = len(scored.units)
+            units = {name: np.stack(each).reshape(-1, len(pairs), count) for name, each in units.items()}  # [S, P, U]
             scores = {name: values.mean(-1).round(9) for name, values in units.items()}
-            what = "questions" if task.kind == "vqa" else "pictures"
-            words = f"{counted} {what}", task.chance, scores, resample(units, flags.bootstrap, str(task.data.folder))
-            judged.append(Judged(f"{task.name} {task.kind}", HEADLINES[task.kind], task.protocol, *words))
+            counted = f"{count} {'questions' if task.kind == 'vqa' else 'pictures'}"
+            drawn = resample(units, flags.bootstrap, str(task.data.folder))
+            about = HEADLINES[task.kind], task.protocol, counted, task.chance
+            judged.append(Judged(f"{task.name} {task.kind}", *about, scores, drawn))
     return judged
 
 
