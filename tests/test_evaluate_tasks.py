@@ -624,6 +624,8 @@ def test_a_set_without_its_files(refused, tmp_path, name, says):
 def test_a_set_in_another_form(refused, files, tmp_path):
     files({"annotations/captions_val2017.json": {"images": []}})
     refused("embed.py", *TINY, "--data", f"coco:{tmp_path / 'set'}", says=["coco:", "not as published", "annotations"])
+    files({"dataset_flickr8k.json": {"images": []}}, "Images/0.jpg")
+    refused("embed.py", *TINY, "--data", f"flickr8k:{tmp_path / 'set'}", says=["flickr8k:", "hold no row"])
 
 
 def test_nothing_to_evaluate(refused, ridge, tmp_path):
