@@ -418,6 +418,8 @@ def read_standard_set(name, data, out):
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"--data {name}:{data}: not as published: {type(error).__name__}: {error}") from None
+    if not rows:
+        raise BadInput(f"--data {name}:{data}: its files hold no row of this set")
     return root, name, [row | {"split": "test"} for row in rows], protocol
 
 

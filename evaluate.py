@@ -494,11 +494,12 @@ def score(task, texts, images, connector) -> Score:
     A tie counts against what is right, so that a collapsed connector scores zero and not everything. No more than a
     block of the scores is ever held.
     """
-    images = F.normalize(images.to(texts.device).float(), dim=1)  # [n, D_i]
+    images = images.to(texts.device).float()  # [n, D_i]
     mapped = map_texts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
     right = task.right.to(texts.device) if task.right is not None else None
     if task.kind == "retrieval":
         return score_retrieval(task.retrieval, *task.retrieval.ranks(mapped, images))
+    images = F.normalize(images, dim=1)
     if task.kind == "zeroshot":
         ranks = true_rank(images, mapped, right)  # [n] classes that score at least as high
         hits = (ranks == 0).double()

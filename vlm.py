@@ -672,7 +672,7 @@ class Retrieval:
         """text, image: [n, D] of the rows, any length. Returns how many candidates come before a query's first right
         one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
         vectors = {"caption": F.normalize(text, dim=1), "image": F.normalize(image, dim=1)}
-        own = (vectors["caption"] * vectors["image"]).sum(1).nan_to_num()  # [n], what is right of each query scores
+        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
             place, worst = self.place[query], torch.full_like(self.first[query], len(own))

@@ -183,10 +183,12 @@ def test_vqa_by_hand(tmp_path):
     assert task.texts == ("and now c", "and now d", "what is it a", "what is it b", "what is it c")
     assert "4 questions, 2 to 3 choices" in task.protocol
     assert task.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
-    texts = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0.6, 0.8], [0, 1]])  # the first two cannot be told apart
-    images = torch.tensor([[1.0, 0], [0.1, 1], [1, 0], [1, 0]])
+    texts = torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [1, 0], [0, 1]])  # the first two cannot be told apart
+    images = torch.tensor(
+        [[0.1, 1], [0.1, 1], [1, 0], [1, 0]]
+    )  # nearest to both first ones is c, which one may not say
     assert evaluate.score(task, texts, images, torch.nn.Identity()).units.tolist() == [1, 0, 0, 0]
-    images[1] = torch.tensor([0.6, 0.8])
+    images[1] = torch.tensor([1.0, 0])
     result = evaluate.score(task, texts, images, torch.nn.Identity())
     assert result.units.tolist() == [1, 1, 0, 0] and result.metrics == {"acc": 0.5} and result.value == 0.5
 
@@ -314,7 +316,7 @@ def test_distractors_depend_on_the_key_alone():
     drawn = collections.Counter(
         name for k in range(3000) for name in vlm.draw_distractors(k, pool, {"3", f"{k % 30}"}, 3)
     )
-    assert "3" not in drawn and len(drawn) == 29 and max(drawn.values()) < 1.25 * min(drawn.values())
+    assert "3" not in drawn and len(drawn) == 29 and max(drawn.values()) < 1.4 * min(drawn.values())
     assert sorted(vlm.draw_distractors("x", ["a", "b"], {"b"}, 3)) == ["a"]
 
 
@@ -446,11 +448,11 @@ def test_flickr_quoted_commas(files, embed, tmp_path):
 
 
 def test_flickr30k_tables(files, embed, run, tmp_path):
-    bars = 'image_name| comment_number| comment\n0.jpg| 0| A "dog" , one\n0.jpg| 1| Two\n1.jpg| 4   No bar .\n1.jpg| 1| Three\n'
+    bars = 'image_name| comment_number| comment\n0.jpg| 0| "A" dog , one\n0.jpg| 1| Two\n1.jpg| 4   No bar .\n1.jpg| 1| Three\n'
     files({"results.csv": bars}, "flickr30k-images/0.jpg", "flickr30k-images/1.jpg")
     rows, tasks = embed("flickr30k")
     assert [(r["image"], r["caption"]) for r in rows] == [
-        ("0.jpg", 'A "dog" , one'),
+        ("0.jpg", '"A" dog , one'),
         ("0.jpg", "Two"),
         ("1.jpg", "Three"),
     ]
@@ -622,6 +624,8 @@ def test_a_set_without_its_files(refused, tmp_path, name, says):
 def test_a_set_in_another_form(refused, files, tmp_path):
     files({"annotations/captions_val2017.json": {"images": []}})
     refused("embed.py", *TINY, "--data", f"coco:{tmp_path / 'set'}", says=["coco:", "not as published", "annotations"])
+    files({"dataset_flickr8k.json": {"images": []}}, "Images/0.jpg")
+    refused("embed.py", *TINY, "--data", f"flickr8k:{tmp_path / 'set'}", says=["flickr8k:", "hold no row"])
 
 
 def test_nothing_to_evaluate(refused, ridge, tmp_path):
