@@ -626,7 +626,8 @@ def canonical_correlations(features, pairs, spectra=None):
     count = min(COMPONENTS, rows // 5, *(x.shape[1] for x in features.values()))
     for name, x in features.items():
         values, vectors = torch.linalg.eigh(x.T @ x)
-        axes[name] = x @ vectors[:, -count:] / values[-count:].clamp(min=1e-12).sqrt()  # [n, count] orthonormal
+        kept = values[-count:] > 1e-6 * values[-1]  # of a side with fewer dimensions than that, the others are zero
+        axes[name] = x @ vectors[:, -count:] * (kept / values[-count:].clamp(min=1e-12).sqrt())  # [n, count]
         wide = x.shape[1]
         flops += 2 * rows * wide**2 + eigh_flops(wide) + 2 * rows * wide * count
     found = {(i, t): torch.linalg.svdvals(axes[i].T @ axes[t]).clamp(max=1) for i, t in pairs}
@@ -1110,6 +1111,8 @@ def rank_scatter(judged, methods, oracle, pairs, name):
     """A panel a method: the rank it gives a pair over the pair's true rank."""
     truth = rankdata(-judged.scores[oracle.name].mean(0))
     shown = [method for method in methods if np.ptp(method.orders)]
+    if not shown:
+        return None
     across = min(4, len(shown))
     down = math.ceil(len(shown) / across)
     figure = Figure(figsize=(2.15 * across + 0.4, 2.25 * down + 0.4), layout="constrained")
@@ -1256,7 +1259,7 @@ def gallery(tasks, run, pairs_shown, count=6):
         first.setdefault(task.data.rows[i]["image"], place)
     pictures = list(first)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    root, shown, lost, table = task.data.folder / task.data.manifest["root"], {}, [], []
+    root, shown, lost, table = task.data.folder / task.data.manifest.get("root", "."), {}, [], []
 
     def thumbnail(picture):
         if picture not in shown:

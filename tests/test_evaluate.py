@@ -116,7 +116,9 @@ def features(rows=300, seed=0, noise=(0.3, 3.0), dims=(48, 40), text_dim=24):
     """Two image sides and a text side that share a latent vector, the second noisier; centred."""
     random = torch.Generator().manual_seed(seed)
     latent = torch.randn(rows, 12, generator=random)
-    sides = {"t": latent @ torch.randn(12, text_dim, generator=random)}
+    sides = {
+        "t": latent @ torch.randn(12, text_dim, generator=random) + 0.3 * torch.randn(rows, text_dim, generator=random)
+    }
     for name, level, dim in zip(("clear", "noisy"), noise, dims):
         sides[name] = latent @ torch.randn(12, dim, generator=random) + level * torch.randn(rows, dim, generator=random)
     return {name: x - x.mean(0) for name, x in sides.items()}
@@ -179,17 +181,17 @@ def test_canonical_correlations_against_scipy():
 
 
 def test_ridge_probe_against_sklearn(planted):
-    sides, probed = features(300), held_out(planted, 60)
+    sides, probed = features(300, noise=(0.3, 30)), held_out(planted, 60)
     found, _ = evaluate.ridge_probe(sides, PAIRS, probed)
     for image, text in PAIRS:
         x, y = sides[text], sides[image]
         strength = 0.1 * (x[:240].T @ x[:240]).trace().item() / x.shape[1]
         model = Ridge(alpha=strength, fit_intercept=False, solver="cholesky").fit(x[:240], y[:240])
-        scores = F.normalize(torch.tensor(model.predict(x[240:])), dim=1) @ F.normalize(y[240:], dim=1).T
+        scores = F.normalize(torch.tensor(model.predict(x[240:])).float(), dim=1) @ F.normalize(y[240:], dim=1).T
         own = scores.diag()
         recalls = [((scores >= own[:, None]).sum(1) <= 10), ((scores >= own[None]).sum(0) <= 10)]
         assert found[image, text] == pytest.approx(torch.stack(recalls).double().mean().item())
-    assert found["clear", "t"] > 0.95 > 2 * found["noisy", "t"]
+    assert found["clear", "t"] > 0.95 and found["noisy", "t"] < 0.8
 
 
 def test_relative_representations_need_no_shared_space(planted):
@@ -212,8 +214,13 @@ def selectors(probed):
     }
 
 
-# Factorisations, which torch does not count and the ledger has by their textbook costs: 300 rows, 24 texts' dimensions.
-FACTORED = {"canonical": 9 * (48**3 + 40**3 + 24**3) + 2 * 4 * 24**3, "ridge": 24**3 // 3}
+# What torch does not count: products with a vector (two of each encoder with itself, one of each side of a pair) and
+# factorisations, which the ledger has by their textbook costs. 300 rows; 48, 40 and 24 dimensions.
+FACTORED = {
+    "debiased": 300 * 2 * (3 * 48 + 3 * 40 + 4 * 24),
+    "canonical": 9 * (48**3 + 40**3 + 24**3) + 2 * 4 * 24**3,
+    "ridge": 24**3 // 3,
+}
 
 
 @pytest.mark.parametrize("name", ["linear", "debiased", "neighbours", "canonical", "ridge", "relative"])
@@ -261,7 +268,7 @@ def test_flops_at_another_batch_size_are_those_of_a_run_there(run, planted, tmp_
     assert runs[128].ledger["pair_samples"] == runs[64].ledger["pair_samples"]
     costs = evaluate.run_costs(runs[128], data, runs[64].ledger)
     assert costs["flops_equal_batch"] == pytest.approx(runs[64].ledger["flops"], rel=1e-9)
-    assert costs["flops"] > 1.2 * costs["flops_equal_batch"] if kind == "grid" else costs["flops"]
+    assert costs["flops"] > 1.05 * costs["flops_equal_batch"] or kind != "grid"
     half = runs[64].ledger | {"pair_samples": runs[64].ledger["pair_samples"] / 2}
     assert evaluate.run_costs(runs[128], data, half)["flops_equal_updates"] == costs["flops_equal_batch"] / 2
 
@@ -290,18 +297,38 @@ def test_the_cost_of_embedding(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(planted, tmp_path_factory):
-    """Runs on the planted embeddings: grid, halving, ridge and hyma."""
+def graded(tmp_path_factory):
+    """A sealed folder whose rows share a latent vector: efflite1 best by construction, efflite0 noisier, control noise."""
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(1300, 24, generator=random)
+    splits = ["test"] * 400 + ["val"] * 100 + ["train"] * 800
+    levels = {
+        "efflite1": (1280, 4),
+        "efflite0": (1280, 10),
+        "control": (512, 50),
+        "minilm_l6": (384, 1),
+        "mpnet": (768, 1),
+    }
+    sides = {
+        name: latent @ torch.randn(24, dim, generator=random) / 5 + noise * torch.randn(1300, dim, generator=random)
+        for name, (dim, noise) in levels.items()
+    }
+    return folder_of(tmp_path_factory.mktemp("graded") / "e", [{"split": split} for split in splits], **sides)
+
+
+@pytest.fixture(scope="module")
+def runs(graded, tmp_path_factory):
+    """Runs on the graded embeddings: grid, halving, ridge and hyma."""
     folder = tmp_path_factory.mktemp("runs")
-    grid = [sys.executable, ROOT / "train_grid.py", "--data", planted, *QUICK]
-    hyma = [sys.executable, ROOT / "train_hyma.py", "--data", planted, *QUICK]
-    commands = {"grid": grid, "halving": [*grid, "--halving"], "hyma": hyma}
-    commands["ridge"] = [*grid, "--closed-form", "ridge"]
-    started = [
-        subprocess.Popen([*map(str, command), "--out", folder / name], stdout=-3, stderr=-3)
-        for name, command in commands.items()
+    commands = {"grid": ["train_grid.py"], "halving": ["train_grid.py", "--halving"], "hyma": ["train_hyma.py"]}
+    commands["ridge"] = ["train_grid.py", "--closed-form", "ridge"]
+    code = "import runpy, sys\nfor line in {!r}:\n    sys.argv = line\n    runpy.run_path(line[0], run_name='__main__')"
+    lines = [
+        [str(ROOT / script), *more, "--data", str(graded), *QUICK, "--out", str(folder / name)]
+        for name, (script, *more) in commands.items()
     ]
-    assert [process.wait() for process in started] == [0] * 4
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code.format(lines)  # one process: torch is loaded once
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return folder
 
 
@@ -315,9 +342,8 @@ def test_a_planted_best_pair_is_found(run, runs, tmp_path):
     result = run("evaluate.py", *names, "--bootstrap", "200", "--out", "report")
     assert result.code == 0, result.err
     out = tmp_path / "report"
-    assert "has no test split" in result.out and re.search(
-        r"\nStitch efflite1 with \w+ \(mlp0\), the choice of hyma", result.out
-    )
+    assert re.search(r"\nStitch efflite1 with \w+ \(mlp0\), the choice of hyma", result.out)
+    assert "warning" not in result.out and "400 pictures" in result.out
     found = vlm.read_json(out / "results.json")
     assert found["answer"] in result.out and found["oracle"] == "grid mlp0" and len(found["results"]) == 4 * 6
     first = found["results"][0]
@@ -327,12 +353,12 @@ def test_a_planted_best_pair_is_found(run, runs, tmp_path):
     rows = {row["method"]: row for row in read_csv(out / "selectors.csv")}
     assert list(rows) == [row["method"] for row in found["methods"]] and len(rows) == 4 + 7 + 1
     for name, row in rows.items():
-        assert float(row["regret_low"]) <= float(row["regret"]) + 1e-9 and float(row["regret_random"]) > 15
+        assert float(row["regret_low"]) <= float(row["regret"]) + 1e-9 and float(row["regret_random"]) > 30
         if "largest" not in name and name != "random order":
-            assert {pair.split(":")[0] for pair in row["chosen"].split()} == {"efflite1"}, name
+            assert "efflite1" in row["chosen"] and "control" not in row["chosen"], name
             assert float(row["regret"]) < 5 and float(row["spearman"]) > 0.5, name
     assert rows["random order"]["regret"] == rows["random order"]["regret_random"]
-    assert float(rows["largest (sum of widths)"]["regret"]) > 5  # efflite0 is as wide
+    assert float(rows["largest (sum of widths)"]["regret"]) > 20  # efflite0 is as wide
     assert float(rows["grid mlp0"]["gap_all"]) == 0 and rows["linear CKA"]["own_score"] == ""
     assert float(rows["linear CKA"]["flops"]) < float(rows["halving mlp0"]["flops"]) < float(rows["grid mlp0"]["flops"])
 
@@ -441,7 +467,7 @@ def test_gallery_and_hostile_captions(run, tmp_path):
     folder = folder_of(tmp_path / "e", rows, **sides)
     vlm.write_json(folder / "manifest.json", vlm.read_json(folder / "manifest.json") | {"root": "."})
     picture = sorted((SAMPLE / "images").rglob("*.webp"))[0]
-    flags = ("--data", folder, "--closed-form", "ridge", "--device", "cpu", "--out", "x")
+    flags = ("--data", folder, "--closed-form", "ridge", "--batch-size", "64", "--device", "cpu", "--out", "x")
     assert run("train_grid.py", *flags).code == 0
     assert run("evaluate.py", "x").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
@@ -500,20 +526,27 @@ def test_runs_that_cannot_be_judged(refused, runs, planted, tmp_path):
     refused("evaluate.py", cut, says=["efflite1_mlp0_mpnet.pt", "cannot be read"])
 
 
-def test_embeddings_that_changed(refused, runs, planted, tmp_path):
+def test_embeddings_that_changed(refused, runs, graded, tmp_path):
     folder = tmp_path / "moved"
-    shutil.copytree(planted, folder)
+    shutil.copytree(graded, folder)
     torch.save(torch.load(folder / "mpnet.pt", weights_only=True).flip(0), folder / "mpnet.pt")
+    refused(
+        "evaluate.py", runs / "hyma", "--data", folder, says=["moved/mpnet.pt: differs from the file that was sealed"]
+    )
+    manifest = vlm.read_json(folder / "manifest.json")
+    manifest["encoders"]["mpnet"]["file_sha256"] = vlm.sha256_file(folder / "mpnet.pt")
+    vlm.write_json(folder / "manifest.json", manifest)
     refused("evaluate.py", runs / "hyma", "--data", folder, says=["moved/mpnet.pt: is not what", "sha256"])
-    (folder / "mpnet.pt").unlink()
+    manifest["encoders"].pop("mpnet")
+    vlm.write_json(folder / "manifest.json", manifest)
     refused("evaluate.py", runs / "hyma", "--data", folder, says=["has no mpnet", "--data"])
     config = vlm.read_json(runs / "grid" / "config.json")
     other = changed(runs, tmp_path / "other", "grid", config={"embeddings": config["embeddings"] | {"mpnet": "0" * 64}})
     refused("evaluate.py", runs / "hyma", other, says=["another mpnet.pt"])
 
 
-def test_oracles_that_cannot_judge(run, refused, runs, planted, tmp_path):
-    few = ("--data", planted, *QUICK, "--epochs", "1", "--pairs", "efflite1:*", "--out", "few")
+def test_oracles_that_cannot_judge(run, refused, runs, graded, tmp_path):
+    few = ("--data", graded, *QUICK, "--epochs", "1", "--pairs", "efflite1:*", "--out", "few")
     assert run("train_grid.py", *few).code == 0
     refused("evaluate.py", runs / "hyma", "--oracle", "few", says=["few: has no ", "4 pairs missing of 6"])
     refused("evaluate.py", runs / "hyma", "few", says=["few: has no "])
@@ -521,8 +554,18 @@ def test_oracles_that_cannot_judge(run, refused, runs, planted, tmp_path):
         "evaluate.py", runs / "hyma", "--oracle", runs / "grid", runs / "halving", says="must be seeds of one method"
     )
     assert run("evaluate.py", "few", "--oracle", runs / "grid", "--bootstrap", "10").code == 0  # more pairs do no harm
-    other = changed(runs, tmp_path / "s1", "grid", config={"seed": 1})
-    refused("evaluate.py", runs / "grid", other, says=["no split column", "seeds 0 and 1", "--task"])
+
+
+def test_without_a_test_split(run, refused, planted, tmp_path):
+    """The rows that chose also judge, which is said; of two seeds, neither's rows are left to judge both."""
+    flags = ("--data", planted, "--closed-form", "ridge", "--device", "cpu", "--seeds", "0", "1", "--out", "x")
+    assert run("train_grid.py", *flags).code == 0
+    result = run("evaluate.py", "x-s1", "--bootstrap", "10", "--selector-rows", "0")
+    assert result.code == 0 and "has no test split" in result.out and "90 pictures" in result.out, result.err
+    recalls = [float(row["true_score"]) for row in read_csv(tmp_path / "report" / "ranking.csv")]
+    chosen_by = [100 * float(row["val_recall10"]) for row in read_csv(tmp_path / "x-s1" / "ranking.csv")]
+    assert recalls == pytest.approx(chosen_by, abs=1e-3)  # seed 1's own validation rows
+    refused("evaluate.py", "x-s0", "x-s1", says=["no split column", "seeds 0 and 1", "--task"])
 
 
 @pytest.mark.parametrize(
