@@ -53,14 +53,28 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help="runs whose connectors are the truth, a seed each (default: full grids among RUN)")  # fmt: skip
-    add("--task", action="append", default=[], metavar="NAME=FOLDER", help="an embedding folder to score on; repeatable (default: the runs' own data, its test rows)")  # fmt: skip
+    add(
+        "--oracle",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="runs whose connectors are the truth, a seed each (default: full grids among RUN)",
+    )
+    add(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="an embedding folder to score on; repeatable (default: the runs' own data, its test rows)",
+    )
     add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
     add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
     add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
     add("--bootstrap", type=int, default=1000, help="resamples behind every interval (default: %(default)s)")
-    add("--selector-rows", type=int, default=2000, help="training rows that selectors see; 0: no selectors (default: %(default)s)")  # fmt: skip
+    help_rows = "training rows that selectors see; 0: no selectors (default: %(default)s)"
+    add("--selector-rows", type=int, default=2000, help=help_rows)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add("--demo", action="store_true", help="make runs/demo-* on the sample, those not there yet, and report on them")
     flags = parser.parse_args()
@@ -776,12 +790,17 @@ HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 ac
 
 
 def score_connector(task, run, image, text, data, flags):
+    texts = text_inputs(task, text, flags.weights, flags.device, data)
+    return score(task, texts, image_inputs(task, image, data), load_connector(run, image, text, data).to(flags.device))
+
+
+def load_connector(run, image, text, data):
+    """A pair's connector, [B, D_t] -> [B, D_i], on the CPU, from its file."""
     dims = data.encoders[image].dim, data.encoders[text].dim
     _, hidden_layers, _, state = vlm.read_connector(run.connector(image, text), *dims)
     connector = vlm.init_modality_connector(dims[1], [vlm.HIDDEN_DIM] * hidden_layers, dims[0])
     connector.load_state_dict(state)
-    texts = text_inputs(task, text, flags.weights, flags.device, data)
-    return score(task, texts, image_inputs(task, image, data), connector.to(flags.device))
+    return connector
 
 
 def resample(units, times, folder):
@@ -893,14 +912,14 @@ def judge(judged, methods, oracle, drawn):
         point = [fidelity(truth[None], order) for order in method.orders]
         again = [fidelity(truths, order) for order in method.orders]
         row = {"task": judged.name, "method": method.name, "kind": "run" if method.runs else "selector"}
-        row |= {"seeds": len(method.runs), "chosen": chosen_pairs(method.orders.mean(0))}
+        row |= {"seeds": len(method.runs), "chosen": unique(k for order in method.orders for k in chosen_pairs(order))}
         for name in METRICS:
             values = (drawn[method.name] * np.stack([each[name] for each in again], axis=1)).sum(1)  # [R]
             low, high = np.percentile(values, [2.5, 97.5])
             row |= {name: np.mean([each[name][0] for each in point]), f"{name}_low": low, f"{name}_high": high}
             row[f"{name}_random"] = chance[name][0]
         gap = 100 * (judged.scores[method.name].mean(0) - truth) if method.runs else None  # [P]
-        first = fidelity_first(method.orders)  # [S, P]
+        first = chance_chosen(method.orders)  # [S, P]
         row["own_score"] = 100 * (judged.scores[method.name] * first).sum(1).mean() if method.runs else None
         row["gap_all"] = gap.mean() if method.runs else None
         row["gap_top_third"] = gap[top].mean() if method.runs else None
@@ -908,7 +927,7 @@ def judge(judged, methods, oracle, drawn):
     return rows
 
 
-def fidelity_first(orders):
+def chance_chosen(orders):
     """The chance of each pair to be the one chosen: [S, P], equal shares among those tied for the first place."""
     first = orders == orders.max(1, keepdims=True)
     return first / first.sum(1, keepdims=True)
@@ -975,8 +994,9 @@ def run_costs(run, data, reference):
         return costs | {"flops_equal_batch": costs["flops"], "flops_equal_updates": costs["flops"]}
     steps = batch / reference["batch_size"] if run.flags.get("generator") == "mlp" else 1
     equal_batch = at_reference + (costs["flops"] - plain) * steps
-    samples = reference["pair_samples"] / costs["pair_samples"]  # at one batch size, updates go with the samples
-    return costs | {"flops_equal_batch": equal_batch, "flops_equal_updates": equal_batch * samples}
+    # At one batch size, updates of a pair go with its samples.
+    samples = [ledger["pair_samples"] / len(ledger["updates_per_pair"]) for ledger in (reference, run.ledger)]
+    return costs | {"flops_equal_batch": equal_batch, "flops_equal_updates": equal_batch * samples[0] / samples[1]}
 
 
 def embedding_flops(data, names, rows):
@@ -989,10 +1009,14 @@ def embedding_flops(data, names, rows):
         if per is None or known.spec != encoder.spec or (encoder.kind == "text" and not data.rows):
             return None
         if encoder.kind == "text":
-            words = sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
-            per *= 2 + TOKENS_A_WORD * words
+            per *= 2 + TOKENS_A_WORD * words_a_caption(data)
         total += rows * per * 1e9
     return int(total)
+
+
+@functools.cache
+def words_a_caption(data):
+    return sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
 
 
 # ------------------------------------------------------------------------------------------------------- the figures
@@ -1248,66 +1272,59 @@ def correlation_spectra(judged, oracle, pairs, spectra, name):
 
 
 def gallery(tasks, run, pairs_shown, count=6):
-    """(paragraphs and a table as HTML, rows of its CSV): real captions and their five nearest pictures, for each of the
-    pairs shown: [(pair, why)]. Says so where there are no pictures to show."""
+    """(a table as HTML, rows of its CSV): real captions and their five nearest pictures, for each of `pairs_shown`:
+    [(pair, why)]. Says so where there are no pictures to show."""
     task = next((task for task in tasks if task.kind == "retrieval" and task.data.manifest and task.data.rows), None)
     if task is None:
         return "<p>No task here has captions and pictures to show.</p>", []
-    rows = task.rows.tolist()
-    first = {}  # each picture once
-    for place, i in enumerate(rows):
-        first.setdefault(task.data.rows[i]["image"], place)
-    pictures = list(first)
+    rows = [task.data.rows[i] for i in task.rows.tolist()]
+    first = {}  # picture -> its first place among the rows
+    for place, row in enumerate(rows):
+        first.setdefault(row["image"], place)
+    pictures, root = list(first), task.data.folder / task.data.manifest.get("root", ".")
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    root, shown, lost, table = task.data.folder / task.data.manifest.get("root", "."), {}, [], []
-
-    def thumbnail(picture):
-        if picture not in shown:
-            try:
-                small = vlm.open_image(root / picture)
-                small.thumbnail((112, 112))
-                jpeg = io.BytesIO()
-                small.save(jpeg, "JPEG", quality=80)
-                shown[picture] = base64.b64encode(jpeg.getvalue()).decode()
-            except Exception:  # Pillow's errors are of many types, and none may stop a report
-                shown[picture] = None
-                lost.append(picture)
-        return shown[picture]
-
-    columns = []
+    nearest = {}  # pair -> [queries][5] numbers of pictures
     for (image, text), _ in pairs_shown:
-        dims = task.data.encoders[image].dim, task.data.encoders[text].dim
-        _, hidden_layers, _, state = vlm.read_connector(run.connector(image, text), *dims)
-        connector = vlm.init_modality_connector(dims[1], [vlm.HIDDEN_DIM] * hidden_layers, dims[0])
-        connector.load_state_dict(state)
-        texts = load(task.data, text)[task.rows[drawn]].float()
+        texts = text_inputs(task, text)[drawn].float()
         vectors = F.normalize(image_inputs(task, image)[list(first.values())].float(), dim=1)  # [pictures, D_i]
         with torch.no_grad():
-            scores = F.normalize(connector(F.normalize(texts, dim=1)), dim=1) @ vectors.T  # [queries, pictures]
-        columns.append(scores.topk(min(5, len(pictures)), dim=1).indices.tolist())
-    lines = []
+            mapped = map_texts(texts, load_connector(run, image, text, task.data), 1)
+        nearest[image, text] = (mapped @ vectors.T).topk(min(5, len(pictures)), dim=1).indices.tolist()
+
+    thumbnail = functools.cache(lambda picture: small_jpeg(root / picture))
+    lines, table = [], []
     for q, place in enumerate(drawn):
-        row, cells = task.data.rows[rows[place]], []
-        right = {task.data.rows[i]["image"] for i in rows if task.data.rows[i]["caption"] == row["caption"]}
-        for (pair, _), column in zip(pairs_shown, columns):
-            tiles = ""
-            for nth, k in enumerate(column[q]):
-                found, jpeg = pictures[k] in right, thumbnail(pictures[k])
-                alt = html.escape(pictures[k], quote=True)
+        caption, line = rows[place]["caption"], f"<td class=caption>{html.escape(rows[place]['caption'])}</td>"
+        right = {row["image"] for row in rows if row["caption"] == caption}
+        for pair, _ in pairs_shown:
+            line += "<td>"
+            for nth, picture in enumerate(pictures[k] for k in nearest[pair][q]):
+                alt, jpeg = html.escape(picture, quote=True), thumbnail(picture)
                 tile = f'<img src="data:image/jpeg;base64,{jpeg}" alt="{alt}">' if jpeg else f"<small>{alt}</small>"
-                tiles += f'<span class="tile{" right" if found else ""}">{tile}</span>'
-                table.append({"caption": row["caption"], "pair": ":".join(pair), "place": nth + 1, "picture": pictures[k], "right": found})  # fmt: skip
-            cells.append(f"<td>{tiles}</td>")
-        lines.append(f"<tr><td class=caption>{html.escape(row['caption'])}</td>{''.join(cells)}</tr>")
+                line += f'<span class="tile{" right" if picture in right else ""}">{tile}</span>'
+                found = {"picture": picture, "right": picture in right}
+                table.append({"caption": caption, "pair": ":".join(pair), "place": nth + 1} | found)
+            line += "</td>"
+        lines.append(f"<tr>{line}</tr>")
+    said = f"Captions of {task.name} drawn at random, and their five nearest of {len(pictures)} pictures, nearest first, by "
+    body = f"<p>{html.escape(f'{said} the connectors of {run.folder}. Framed: a picture of that caption.')}</p>"
+    if lost := sum(thumbnail(picture) is None for picture in {row["picture"] for row in table}):
+        said = f"{lost} pictures are not to be had under {root}; their names stand for them."
+        body += f"<p class=warning>{html.escape(said)}</p>"
     heads = "".join(f"<th>{html.escape(':'.join(pair))}: {html.escape(why)}</th>" for pair, why in pairs_shown)
-    note = f"Captions of {html.escape(task.name)} drawn at random, and their five nearest of {len(pictures)} pictures, "
-    note += (
-        f"nearest first, by the connectors of {html.escape(str(run.folder))}. Outlined with a bar: the caption's own."
-    )
-    body = f"<p>{note}</p>"
-    if lost:
-        body += f"<p class=warning>{len(lost)} pictures are not to be had under {html.escape(str(root))}; their names stand for them.</p>"
     return body + f"<table class=gallery><tr><th>caption</th>{heads}</tr>{''.join(lines)}</table>", table
+
+
+def small_jpeg(path):
+    """A thumbnail as base64, or None for a picture that is missing or unreadable."""
+    try:
+        picture = vlm.open_image(path)
+        picture.thumbnail((112, 112))
+        jpeg = io.BytesIO()
+        picture.save(jpeg, "JPEG", quality=80)
+    except Exception:  # Pillow's errors are of many types, and none may stop a report
+        return None
+    return base64.b64encode(jpeg.getvalue()).decode()
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -1316,15 +1333,18 @@ CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-.words2 td:nth-child(2) { overflow-wrap: anywhere; max-width: 13rem }
+.named td:nth-child(2) { overflow-wrap: anywhere; max-width: 13rem }
 .answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
 .warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
 th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e2e2 }
 th:first-child, td:first-child, .words td, .words th,
-.words2 td:nth-child(2), .words2 th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left } th { border-bottom: 1.5px solid #777; vertical-align: bottom }
-td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 } figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
-figcaption { font-size: .85rem; color: #333 } .gallery td, .gallery th { text-align: left } .gallery td { white-space: nowrap }
+.named td:nth-child(2), .named th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left }
+th { border-bottom: 1.5px solid #777; vertical-align: bottom }
+td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 }
+figure { margin: 1.2rem 0 } figure img { max-width: 100%; height: auto }
+figcaption { font-size: .85rem; color: #333 } .gallery td, .gallery th { text-align: left }
+.gallery td { white-space: nowrap }
 .gallery td + td + td, .gallery th + th + th { border-left: 1.5px solid #777; padding-left: .8rem }
 .gallery td.caption { white-space: normal; min-width: 6rem; max-width: 11rem; overflow-wrap: anywhere }
 .tile { display: inline-block; width: 4.4rem; height: 4.4rem; margin: 2px; border: 1px solid #ddd; text-align: center;
@@ -1335,7 +1355,8 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
   figure img { max-height: 11.5cm; width: auto }
-  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm } .gallery td.caption { min-width: 2cm; max-width: 3cm }
+  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm }
+  .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
 """
 HEADS = {
@@ -1369,16 +1390,22 @@ def html_table(heads, rows, classes=None, kind=""):
     return f'<div class=scroll><table class="{kind}">{body}</table></div>'
 
 
+def choice(row, pairs):
+    """The pair that a method chose, in words; a tie and seeds that disagree are said."""
+    names = [":".join(pairs[k]) for k in row["chosen"]]
+    if row["seeds"] > 1 and len(names) > 1:
+        return f"{names[0]} or {names[1]}, by seed" if len(names) == 2 else f"{len(names)} pairs, by seed"
+    return names[0] if len(names) == 1 else f"a tie of {len(names)}"
+
+
 def fidelity_table(rows, pairs):
     lines = []
     for row in rows:
-        chosen = [":".join(pairs[k]) for k in row["chosen"]]
-        chosen = chosen[0] if len(chosen) == 1 else f"a tie of {len(chosen)}"
-        line = [row["method"], chosen]
+        line = [row["method"], choice(row, pairs)]
         for name in HEADS:
             line.append((number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}"))
         lines.append(line)
-    return html_table(["chosen by", "pair", *HEADS.values()], lines, [row["kind"] for row in rows], "words2")
+    return html_table(["chosen by", "pair", *HEADS.values()], lines, [row["kind"] for row in rows], "named")
 
 
 def own_table(rows):
@@ -1390,21 +1417,27 @@ def own_table(rows):
 
 
 def cost_table(methods, costs, oracle):
-    heads = ["method", "TFLOP as run", "at equal batch", "at equal batch and updates", "with embedding", "x oracle, equal batch", "x oracle, with embedding", "seconds", "pair-samples", "updates a pair", "batch", "rows embedded"]  # fmt: skip
     base, lines = costs[oracle.name], []
     for method in methods:
         cost = costs[method.name]
+        ways = ("flops", "flops_equal_batch", "flops_equal_updates", "flops_with_embedding")
         low, high = cost["updates_low"], cost["updates_high"]
-        whole = (
-            None
-            if cost["flops_with_embedding"] is None
-            else cost["flops_with_embedding"] / base["flops_with_embedding"]
+        whole = cost["flops_with_embedding"]
+        lines.append(
+            {"method": method.name}
+            | dict(
+                zip(
+                    ("TFLOP as run", "at equal batch", "and at equal updates", "with embedding"),
+                    (flops(cost[w]) for w in ways),
+                )
+            )
+            | {"x oracle, equal batch": number(cost["flops_equal_batch"] / base["flops_equal_batch"], 3)}
+            | {"x oracle, with embedding": number(whole and whole / base["flops_with_embedding"], 3)}
+            | {"seconds": number(cost["seconds"], 1), "pair-samples": number(cost["pair_samples"], 0)}
+            | {"updates a pair": f"{low}" if low == high else f"{low} to {high}", "batch": cost["batch_size"] or "–"}
+            | {"rows embedded": number(cost["rows_embedded"], 0)}
         )
-        line = [method.name, *(flops(cost[key]) for key in ("flops", "flops_equal_batch", "flops_equal_updates", "flops_with_embedding"))]  # fmt: skip
-        line += [number(cost["flops_equal_batch"] / base["flops_equal_batch"], 3), number(whole, 3), number(cost["seconds"], 1)]  # fmt: skip
-        line += [number(cost["pair_samples"], 0), f"{low}" if low == high else f"{low} to {high}", cost["batch_size"] or "–", number(cost["rows_embedded"], 0)]  # fmt: skip
-        lines.append(line)
-    return html_table(heads, lines)
+    return html_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def advise(found):
@@ -1421,9 +1454,9 @@ def advise(found):
     said += f" (tied with {ties} more)" if ties else ""
     said += f": {100 * truth[chosen]:.1f} % on {judged.name}, "
     if truth[chosen] < truth[top]:
-        said += f"{100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}, "
+        said += f"{100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}; "
     seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
-    said += f"the best of {len(pairs)} pairs in {100 * sure:.0f} % of resamples of {judged.counted}{seeds}"
+    said += f"it is the best of {len(pairs)} in {100 * sure:.0f} % of resamples of {judged.counted}{seeds}"
     for words, some in (
         ("clearly better", [k for k in order if low[k] > 0]),
         ("within noise", [k for k in order if low[k] <= 0 <= high[k]]),
@@ -1438,17 +1471,19 @@ def advise(found):
     return said + "."
 
 
-def print_table(rows, costs, oracle):
+def print_table(rows, costs, oracle, pairs):
     """A line a method, as the trainers print their rankings."""
     wide = max(len(row["method"]) for row in rows)
     base = costs[oracle.name]["flops_equal_batch"]
-    print(f"{'':{wide}}  regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle")
+    print(
+        f"{'':{wide}}  regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
+    )
     for row in rows:
         cost = costs[row["method"]]
         regret = f"{row['regret']:6.2f} ({row['regret_low']:.2f} to {row['regret_high']:.2f})"
         six = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
-        ratio = f"{cost['flops_equal_batch'] / base:10.3f}" if base else ""
-        print(f"{row['method']:{wide}}  {regret:21}{six}{flops(cost['flops']):>9}{cost['seconds']:9.1f}{ratio}")
+        spent = f"{flops(cost['flops']):>9}{cost['seconds']:9.1f}{cost['flops_equal_batch'] / base:10.3f}"
+        print(f"{row['method']:{wide}}  {regret:21}{six}{spent}  {choice(row, pairs)}")
 
 
 def ranking_rows(judged, found):
@@ -1472,7 +1507,8 @@ def ranking_table(judged, found):
     runs, lines = [method for method in found.methods if method.runs], []
     table = ranking_rows([judged], found)
     for row in table:
-        line = [f"{row['true_rank']:g}", row["image"], row["text"], (number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}")]  # fmt: skip
+        score_and_interval = number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}"
+        line = [f"{row['true_rank']:g}", row["image"], row["text"], score_and_interval]
         lines.append(
             line + [(number(row[f"score of {m.name}"], 1), f"rank {row[f'rank by {m.name}']:g}") for m in runs]
         )
@@ -1660,7 +1696,8 @@ def open_all_tasks(flags, runs, data):
     if not any(row.get("split") == "test" for row in data.rows or []):
         seeds = sorted({run.seed for run in runs})
         if len(seeds) > 1 and not any(row.get("split") for row in data.rows or []):
-            raise BadInput(f"{data.folder}: has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside; name a --task, or give runs of one seed")  # fmt: skip
+            said = f"{data.folder}: has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
+            raise BadInput(f"{said}; name a --task, or give runs of one seed")
         said = f"{data.folder} has no test split: the validation rows that chose the connectors also judge them; name a --task"
         return open_tasks(None, data.folder, flags, runs[0].seed), [said]
     return open_tasks(None, data.folder, flags, runs[0].seed), []
@@ -1676,7 +1713,8 @@ def main():
     pairs = [pair for pair in vlm.choose_pairs(data, ["all"]) if pair in pairs]
     for run in runs:
         if missing := [":".join(pair) for pair in pairs if pair not in run.ranks]:
-            raise BadInput(f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)}); judge by runs of the same pairs")  # fmt: skip
+            said = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
+            raise BadInput(f"{said}; compare runs of the same pairs")
     methods = group_runs(runs, pairs)
     oracle, primary, warnings = choose_oracle(flags, runs, methods)
     tasks, said = open_all_tasks(flags, runs, data)
@@ -1709,7 +1747,7 @@ def main():
     write_report(flags.out, f"Stitch {':'.join(pairs[chosen])}", body, tables, about)
 
     print(f"\n{judged[0].name}, {judged[0].counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
-    print_table(fidelities[0], costs, oracle)
+    print_table(fidelities[0], costs, oracle, pairs)
     for line in warnings:
         print(f"warning: {line}")
     print(f"\n{sentence}")
