@@ -139,12 +139,13 @@ def open_run(folder) -> Run:
             float(ledger[key])
         with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
             ranks = {(row["image"], row["text"]): int(row["rank"]) for row in csv.DictReader(file)}
-        assert ranks
         for pair in ranks:
             ledger["updates_per_pair"][":".join(pair)]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        if isinstance(error, BadInput):
-            raise
+        if not ranks:
+            raise KeyError("ranking.csv ranks nothing")
+    except BadInput:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{folder}: is damaged ({type(error).__name__}: {error}); make the run again") from None
     run = Run(folder, config, ledger, ranks, seed, hidden_layers)
     for pair in ranks:
@@ -1354,7 +1355,7 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @page { size: A4; margin: 14mm }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
-  figure img { max-height: 11.5cm; width: auto }
+  figure img { max-height: 11.5cm; object-fit: contain; object-position: left }
   h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm }
   .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
@@ -1410,7 +1411,7 @@ def fidelity_table(rows, pairs):
 
 def own_table(rows):
     """How good the connectors of each run are beside the oracle's."""
-    heads = ["run", "seeds", "its own connector of its choice, %", "own less oracle's, all pairs", "best third"]
+    heads = ["run", "seeds", "score of its own connector, %", "own less oracle's, all pairs", "best third"]
     keys = ("own_score", "gap_all", "gap_top_third")
     lines = [[row["method"], row["seeds"], *(number(row[key], 1) for key in keys)] for row in rows if row["seeds"]]
     return html_table(heads, lines)
@@ -1618,7 +1619,9 @@ def write_report(out, title, body, tables, results):
             source, alt = base64.b64encode(png.getvalue()).decode(), html.escape(item.caption, quote=True)
             links = f'<a href="{item.name}.png">PNG</a>, <a href="{item.name}.csv">CSV</a>'
             picture = f'<img width="{wide}" src="data:image/png;base64,{source}" alt="{alt}">'
-            sections.append(f"<figure>{picture}<figcaption>{html.escape(item.caption)} ({links})</figcaption></figure>")
+            sections.append(
+                f"<figure>{picture}<figcaption>{html.escape(item.caption[:1].upper() + item.caption[1:])} ({links})</figcaption></figure>"
+            )
         else:
             sections.append(item)
     for name, rows in tables.items():
