@@ -215,12 +215,17 @@ class Method(NamedTuple):
     cost: dict  # of a selector: flops, seconds, rows
 
 
-def group_runs(runs, pairs):
-    """Methods of the runs: those that differ only in their seed are one. Labels are made unique."""
+def group_runs(runs, pairs, oracles=()):
+    """Methods of the runs: those that differ only in their seed are one, but for a seed of --oracle and one beside it.
+    Labels are made unique."""
+
+    def kind(run):
+        return recipe(run), str(run.folder) in oracles
+
     groups = []
     for run in runs:
         for group in groups:
-            if recipe(group[0]) == recipe(run) and run.seed not in {other.seed for other in group}:
+            if kind(group[0]) == kind(run) and run.seed not in {other.seed for other in group}:
                 group.append(run)
                 break
         else:
@@ -232,8 +237,8 @@ def group_runs(runs, pairs):
         differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
         for k, own in zip(same, recipes):
             names[k] += "".join(f", {key} {own.get(key)}" for key in differing[:2])
-    for k, name in enumerate(names):  # still alike: one seed twice, or a third flag
-        names[k] = name if names.count(name) == 1 else f"{name} ({groups[k][0].folder.name})"
+    times = Counter(names)  # still alike: a seed twice, one of them the oracle, or a third flag
+    names = [name if times[name] == 1 else f"{name} ({group[0].folder})" for name, group in zip(names, groups)]
     methods = []
     for name, group in zip(names, groups):
         orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)
@@ -1672,25 +1677,21 @@ def default_runs():
     return [newest[-1].parent]
 
 
-def choose_oracle(flags, runs, methods):
-    """(the method whose connectors are the truth, the method that is advised by, lines of warning)."""
-    named = {Path(folder).resolve() for folder in flags.oracle}
-    full = [m for m in methods if all(r.folder.resolve() in named if named else is_full_grid(r) for r in m.runs)]
-    if named and (len(full) != 1 or len(full[0].runs) < len(named)):
-        raise BadInput(
-            f"--oracle {' '.join(map(str, flags.oracle))}: must be seeds of one method, the same flags otherwise"
-        )
-    others = [method for method in methods if method not in full] or methods
-    primary = others[0]
+def choose_oracle(methods, named):
+    """(the method whose connectors are the truth, the method that is advised by, lines of warning).
+
+    named: the folders of --oracle. Without, the truth is a full grid, one with connectors as deep as the first run's if
+    there is one, or else the first run's own.
+    """
+    full = [m for m in methods if all(str(r.folder) in named if named else is_full_grid(r) for r in m.runs)]
+    if len(full) > 1 and named:
+        raise BadInput(f"--oracle {' '.join(sorted(named))}: must be seeds of one method, the same flags otherwise")
+    primary = next((method for method in methods if method not in full), methods[0])
     if full:
-        same = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
-        return (same or full)[0], primary, []
-    said = f"no oracle among the runs: the truth here is {primary.name}'s own connectors, which cannot show what it has missed; "
-    return (
-        primary,
-        primary,
-        [said + "add the runs of train_grid.py with its whole budget, or name others with --oracle"],
-    )
+        alike = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
+        return (alike or full)[0], primary, []
+    said = f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
+    return primary, primary, [said + "runs of train_grid.py with its whole budget, or name others with --oracle"]
 
 
 def open_all_tasks(flags, runs, data):
@@ -1718,8 +1719,8 @@ def main():
         if missing := [":".join(pair) for pair in pairs if pair not in run.ranks]:
             said = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
             raise BadInput(f"{said}; compare runs of the same pairs")
-    methods = group_runs(runs, pairs)
-    oracle, primary, warnings = choose_oracle(flags, runs, methods)
+    methods = group_runs(runs, pairs, oracles)
+    oracle, primary, warnings = choose_oracle(methods, oracles)
     tasks, said = open_all_tasks(flags, runs, data)
     warnings += said
 

@@ -401,7 +401,7 @@ def test_the_newest_run_alone(run, runs, planted, tmp_path):
     assert result.code == 0 and "choice of hyma factored mlp0" in result.out and "ridge mlp0" not in result.out, (
         result.err
     )
-    assert "no oracle among the runs" in result.out and (tmp_path / "report" / "report.html").is_file()
+    assert "warning: no oracle" in result.out and (tmp_path / "report" / "report.html").is_file()
 
 
 def test_seeds_are_one_method_and_labels_differ(runs, planted):
@@ -554,6 +554,20 @@ def test_oracles_that_cannot_judge(run, refused, runs, graded, tmp_path):
         "evaluate.py", runs / "hyma", "--oracle", runs / "grid", runs / "halving", says="must be seeds of one method"
     )
     assert run("evaluate.py", "few", "--oracle", runs / "grid", "--bootstrap", "10").code == 0  # more pairs do no harm
+
+
+def test_another_seed_is_the_noise_floor(run, runs, tmp_path):
+    """A seed named as the oracle is the truth for another seed of the same grid, which stands beside it."""
+    other = changed(runs, tmp_path / "other", "grid", config={"seed": 7})
+    flags = ("--bootstrap", "10", "--selector-rows", "0")
+    result = run("evaluate.py", other, "--oracle", runs / "grid", *flags)
+    assert result.code == 0 and f"choice of grid mlp0 ({other})" in result.out and "no oracle" not in result.out, (
+        result.err
+    )
+    rows = read_csv(tmp_path / "report" / "selectors.csv")
+    assert [row["method"] for row in rows] == [f"grid mlp0 ({other})", f"grid mlp0 ({runs / 'grid'})", "random order"]
+    together = run("evaluate.py", other, runs / "grid", *flags)  # not told apart, they are two seeds of one oracle
+    assert "truth: grid mlp0, seeds: 2" in together.out
 
 
 def test_without_a_test_split(run, refused, planted, tmp_path):
