@@ -785,7 +785,7 @@ def score_runs(tasks, methods, pairs, data, flags, results):
             units = {name: np.stack(each).reshape(-1, len(pairs), count) for name, each in units.items()}  # [S, P, U]
             scores = {name: values.mean(-1).round(9) for name, values in units.items()}
             counted = f"{count} {'questions' if task.kind == 'vqa' else 'pictures'}"
-            drawn = resample(units, flags.bootstrap, str(task.data.folder))
+            drawn = resample(units, flags.bootstrap, (task.data.manifest or {}).get("keys_sha256", task.name))
             about = HEADLINES[task.kind], task.protocol, counted, task.chance
             judged.append(Judged(f"{task.name} {task.kind}", *about, scores, drawn))
     return judged
@@ -809,13 +809,13 @@ def load_connector(run, image, text, data):
     return connector
 
 
-def resample(units, times, folder):
+def resample(units, times, corpus):
     """Means of [S, P, U] over `times` draws of U units with replacement: {method: [S, R, P]}.
 
-    Tasks on the same pictures of a folder get the same draws, so that their mean is drawn as one.
+    Tasks on as many units of the same corpus get the same draws, so that their mean is drawn as one.
     """
     count = next(iter(units.values())).shape[-1]
-    random = np.random.default_rng([count, int.from_bytes(hashlib.sha256(folder.encode()).digest()[:4])])
+    random = np.random.default_rng([count, int.from_bytes(hashlib.sha256(corpus.encode()).digest()[:4])])
     found = {name: [] for name in units}
     for start in range(0, times, 100):
         drawn = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
