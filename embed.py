@@ -3,6 +3,7 @@
     python embed.py --encoder vit_l16 minilm mpnet                    # the sample's pictures, registered encoders
     python embed.py --encoder all --data my/captions.csv              # your pictures, the paper's nine and three
     python embed.py --encoder dino=timm:vit_small_patch14_dinov2.lvd142m --data my/captions.csv
+    python embed.py --encoder all --data coco:/data/coco              # a standard set, from its published files
     python embed.py --encoder control --out embeddings/try            # needs no network, a minute on a CPU
 
 One scan fixes the rows before the first encoder runs: a picture that cannot be read or a row without a caption goes to
@@ -14,11 +15,13 @@ first missing shard and ends with the same bytes. manifest.json is written last 
 import argparse
 import csv
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +38,7 @@ TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # wher
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "blip_caption", "conversations")
 LABEL_COLUMNS = ("label", "class", "category")
+QUESTION_COLUMNS = ("question", "answer", "choices")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -52,7 +56,8 @@ def parse_flags():
         "--data",
         type=Path,
         default=SAMPLE,
-        help="table of image path and caption (.csv .tsv .jsonl .parquet), LLaVA .json, or a folder (default: the sample)",
+        help="table of image path and caption (.csv .tsv .jsonl .parquet), LLaVA .json, a folder, or NAME:FOLDER of a "
+        f"standard set's files: {' '.join(STANDARD_SETS)} (default: the sample)",
     )
     add("--out", type=Path, help="embedding folder (default: embeddings/<dataset>)")
     add("--image-column", help="column of the image path (default: the first known name)")
@@ -81,6 +86,12 @@ def parse_flags():
     )
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     flags = parser.parse_args()
+    standard_set, _, folder = str(flags.data).partition(":")
+    flags.standard_set = standard_set if folder and standard_set in STANDARD_SETS else None
+    if flags.standard_set:
+        flags.data = Path(folder)
+        if not flags.data.is_dir():
+            raise BadInput(f"--data {standard_set}:{folder}: no such folder")
     for name in ("batch_size", "shard_rows", "workers"):
         if getattr(flags, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
@@ -115,7 +126,11 @@ def choose_encoders(names):
 
 
 def read_corpus(data, image_column=None, caption_column=None):
-    """All rows of a corpus before any is checked: (root folder, dataset name, [{image, caption, label?, split?}])."""
+    """All rows of a corpus before any is checked: (root folder, dataset name, rows).
+
+    A row has image, caption and, where there are such columns, label, split, question, answer, choices (a list; JSON
+    in a .csv). A table with questions needs no captions.
+    """
     if not data.exists():
         raise BadInput(f"--data {data}: no such file or folder")
     if data.is_dir():
@@ -135,11 +150,16 @@ def read_corpus(data, image_column=None, caption_column=None):
     records = read_table(data)
     if not records:
         raise BadInput(f"--data {data}: has no rows")
+    questions = [column for column in QUESTION_COLUMNS if column in records[0]]
+    if len(questions) == len(QUESTION_COLUMNS) and not {caption_column, *CAPTION_COLUMNS} & records[0].keys():
+        caption_column = "caption"
+        records = [{**record, "caption": f"{record['question']} {record['answer']}"} for record in records]
     columns = {
         "image": pick_column(data, "image", image_column, records[0], IMAGE_COLUMNS),
         "caption": pick_column(data, "caption", caption_column, records[0], CAPTION_COLUMNS),
         "label": next((column for column in LABEL_COLUMNS if column in records[0]), None),
         "split": "split" if "split" in records[0] else None,
+        **dict(zip(questions, questions)),
     }
     rows = [{part: record.get(column) for part, column in columns.items() if column} for record in records]
     for row, record in zip(rows, records):
@@ -147,6 +167,11 @@ def read_corpus(data, image_column=None, caption_column=None):
             row["caption"] = next(
                 (turn.get("value") for turn in row["caption"] or [] if turn.get("from") == "gpt"), None
             )
+        if isinstance(row.get("choices"), str) and row["choices"].strip():
+            try:
+                row["choices"] = json.loads(row["choices"])
+            except ValueError:
+                row["fault"] = "choices are not a JSON list"
         if None in record:  # csv keeps under None what has no column: half a caption, cut at its comma
             row["fault"] = "more fields than columns; a caption with a comma needs quotes"
     root = data.parent
@@ -161,10 +186,7 @@ def read_table(path):
     try:
         match path.suffix.lower():
             case ".csv" | ".tsv":
-                csv.field_size_limit(2**27)
-                # a byte that is not UTF-8 must cost its own row and not the file: it is found again in the scan
-                with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                    return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+                return read_csv(path, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             case ".jsonl":
                 with open(path, encoding="utf-8-sig") as file:
                     records = [json.loads(line) for line in file if line.strip()]
@@ -185,6 +207,13 @@ def read_table(path):
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise BadInput(f"--data {path}: expected a list of records such as {{'image': 'a.jpg', 'caption': 'a dog'}}")
     return records
+
+
+def read_csv(path, **dialect):
+    csv.field_size_limit(2**27)
+    # a byte that is not UTF-8 must cost its own row and not the file: it is found again in the scan
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        return list(csv.DictReader(file, **dialect))
 
 
 def pick_column(path, part, asked, record, known):
@@ -230,12 +259,179 @@ def read_folder(root):
     return rows
 
 
+# ------------------------------------------------------------------- standard sets, from their published files
+
+# A reader takes (the folder with a set's files, the embedding folder) and returns (root folder, rows, what was read in
+# words: the `protocol` of every score on it). All rows are marked `test`, so that nothing is ever trained on them.
+
+
+def read_imagenet(data, out):
+    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, which are all different."""
+    from timm.data import ImageNetInfo
+    from torchvision.models import ResNet50_Weights
+
+    names = dict(zip(ImageNetInfo().label_names(), ResNet50_Weights.DEFAULT.meta["categories"]))
+    root = data / "val" if (data / "val").is_dir() else data
+    folders = sorted(folder for folder in root.glob("n*") if folder.name in names)
+    if not folders:
+        raise BadInput(f"--data {data}: expected the validation pictures there, as val/n01440764/*.JPEG and so on")
+    rows = [
+        {"image": f"{folder.name}/{path.name}", "caption": names[folder.name], "label": names[folder.name]}
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    return root, rows, "ImageNet-1k validation, torchvision's class names"
+
+
+def read_cifar(data, out, name):
+    """The python version's batches, which torchvision checks (MD5) before it unpickles; its pictures become PNG files."""
+    from torchvision import datasets
+
+    try:
+        found = getattr(datasets, name)(data, train=False, download=False)
+    except RuntimeError:
+        files = "cifar-10-batches-py" if name == "CIFAR10" else "cifar-100-python"
+        raise BadInput(f"--data {data}: expected {files}/ there, whole, as unpacked from the published file") from None
+    root, unfinished = out / "images", out / ".images"
+    if not root.is_dir():
+        unfinished.mkdir(exist_ok=True)
+        for k, (image, _) in enumerate(found):
+            image.save(unfinished / f"{k:05d}.png")
+        os.replace(unfinished, root)
+    labels = [found.classes[target] for target in found.targets]
+    rows = [{"image": f"{k:05d}.png", "caption": s.replace("_", " "), "label": s} for k, s in enumerate(labels)]
+    return root, rows, f"CIFAR-{name[5:]} test"
+
+
+def read_coco(data, out):
+    """annotations/captions_val2017.json and val2017/. Some pictures have six or seven captions: the first five count."""
+    table = vlm.read_json(published(data, "annotations/captions_val2017.json"))
+    captions = defaultdict(list)
+    for note in sorted(table["annotations"], key=lambda note: note["id"]):
+        captions[note["image_id"]].append(note["caption"])
+    rows = [
+        {"image": image["file_name"], "caption": caption}
+        for image in table["images"]
+        for caption in captions[image["id"]][:5]
+    ]
+    return published(data, "val2017"), rows, "MSCOCO captions val2017, the first 5 captions of a picture"
+
+
+def read_flickr(data, out, name):
+    """Karpathy's dataset_<name>.json, else a table of captions, which knows his split only if it has that column."""
+    tables = (
+        f"dataset_{name}.json",
+        f"{name.replace('flickr', 'flickr_annotations_')}.csv",
+        "captions.txt",
+        "results.csv",
+    )
+    table = published(data, *tables)
+    folders = "Images", "images", "Flicker8k_Dataset", "flickr30k-images", "flickr30k_images", "Flickr8k_Dataset"
+    root, split = published(data, *folders), f"{name}, Karpathy's test split"
+    if table.suffix == ".json":
+        images = [image for image in vlm.read_json(table)["images"] if image["split"] == "test"]
+        captions = [(image["filename"], sentence["raw"]) for image in images for sentence in image["sentences"]]
+    elif table.name not in ("captions.txt", "results.csv"):
+        images = [record for record in read_csv(table) if record["split"] == "test"]
+        captions = [(image["filename"], caption) for image in images for caption in json.loads(image["raw"])]
+    else:
+        split = f"{name}, the full set and NOT Karpathy's 1,000 test pictures ({table.name} has no split)"
+        if table.name == "captions.txt":  # captions with a comma are quoted
+            captions = [(r["image"], None if None in r else r["caption"]) for r in read_csv(table)]
+        else:
+            records = read_csv(table, delimiter="|", skipinitialspace=True, quoting=csv.QUOTE_NONE)
+            captions = [(record["image_name"], record["comment"]) for record in records]  # None where a bar is missing
+    return root, [{"image": image, "caption": caption} for image, caption in captions], split
+
+
+def read_okvqa(data, out):
+    """The v1.1 questions and annotations of val2014, and the pictures in val2014/."""
+    questions = vlm.read_json(published(data, "OpenEnded_mscoco_val2014_questions.json"))["questions"]
+    answers = {
+        note["question_id"]: [answer["answer"] for answer in note["answers"]]
+        for note in vlm.read_json(published(data, "mscoco_val2014_annotations.json"))["annotations"]
+    }
+    asked = [
+        (q["question_id"], f"COCO_val2014_{q['image_id']:012d}.jpg", q["question"], answers[q["question_id"]])
+        for q in questions
+    ]
+    return published(data, "val2014"), multiple_choice(asked), f"OK-VQA val2014, {CHOICES}"
+
+
+def read_textvqa(data, out):
+    """TextVQA_0.5.1_val.json, and the pictures in train_images/, where its validation pictures are too."""
+    notes = vlm.read_json(published(data, "TextVQA_0.5.1_val.json"))["data"]
+    asked = [(q["question_id"], f"{q['image_id']}.jpg", q["question"], q["answers"]) for q in notes]
+    return published(data, "train_images"), multiple_choice(asked), f"TextVQA 0.5.1 val, {CHOICES}"
+
+
+CHOICES = "most frequent answer among 3 such answers to other questions with the same first word"
+
+
+def multiple_choice(asked):
+    """Rows of [(question id, image, question, answers of all who were asked)].
+
+    The open question becomes one of four choices: its most frequent answer, and three that are the most frequent ones
+    of other questions which begin with the same word (of any, where those are too few), none of which anybody gave to
+    this question. Drawn by the question's id alone.
+    """
+    best = [Counter(answers).most_common(1)[0][0] for _, _, _, answers in asked]
+    pools = defaultdict(dict)
+    for (_, _, question, _), answer in zip(asked, best):
+        pools[question.lower().split()[0]][answer] = pools[None][answer] = None
+    rows = []
+    for (number, image, question, answers), answer in zip(asked, best):
+        pool = pools[question.lower().split()[0]]
+        pool = list(pool if len(pool.keys() - answers) >= 3 else pools[None])
+        choices = sorted([answer, *vlm.draw_distractors(number, pool, set(answers), 3)])
+        row = {"image": image, "caption": f"{question} {answer}", "question": question, "answer": answer}
+        rows.append(row | {"choices": choices})
+    return rows
+
+
+def published(data, *names):
+    """The first of these files or folders that is in a standard set's folder."""
+    for name in names:
+        if (data / name).exists():
+            return data / name
+    raise BadInput(f"--data {data}: expected {' or '.join(names)} there")
+
+
+STANDARD_SETS = {
+    "imagenet1k": read_imagenet,
+    "cifar10": functools.partial(read_cifar, name="CIFAR10"),
+    "cifar100": functools.partial(read_cifar, name="CIFAR100"),
+    "coco": read_coco,
+    "flickr8k": functools.partial(read_flickr, name="flickr8k"),
+    "flickr30k": functools.partial(read_flickr, name="flickr30k"),
+    "okvqa": read_okvqa,
+    "textvqa": read_textvqa,
+}
+
+
+def read_standard_set(name, data, out):
+    """(root folder, name, rows, protocol) of a standard set. Raises BadInput for a file that is missing or not its."""
+    try:
+        root, rows, protocol = STANDARD_SETS[name](data, out)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"--data {name}:{data}: not as published: {type(error).__name__}: {error}") from None
+    if not rows:
+        raise BadInput(f"--data {name}:{data}: its files hold no row of this set")
+    return root, name, [row | {"split": "test"} for row in rows], protocol
+
+
 # ---------------------------------------------------------------------------- the scan: which rows can be used
 
 
 def fix_rows(flags, out):
     """The folder's rows and its manifest so far: what an earlier run has fixed, or a scan of every picture now."""
-    root, dataset, rows = read_corpus(flags.data, flags.image_column, flags.caption_column)
+    if flags.standard_set:
+        root, dataset, rows, protocol = read_standard_set(flags.standard_set, flags.data, out)
+    else:
+        (root, dataset, rows), protocol = read_corpus(flags.data, flags.image_column, flags.caption_column), None
     listing = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
     if manifest := read_manifest(out):
         if manifest.get("source_sha256") != listing:
@@ -252,6 +448,7 @@ def fix_rows(flags, out):
     manifest = {
         "format_version": vlm.FORMAT_VERSION,
         "dataset": dataset,
+        **({"protocol": protocol} if protocol else {}),
         "root": os.path.relpath(root, out),
         "source_sha256": listing,
         "rows": len(kept),
@@ -299,6 +496,7 @@ def scan(root, rows, listing, journal, workers):
             quarantine.append({"key": key.encode(errors="replace").decode(), "reason": reason})
         else:
             parts = {part: str(row[part]) for part in ("label", "split") if row.get(part) not in (None, "")}
+            parts |= {part: row[part] for part in QUESTION_COLUMNS if row.get(part)}
             kept.append({"key": key, "image": image, "caption": " ".join(row["caption"].split()), **parts})
     if not kept:
         raise BadInput(
@@ -376,13 +574,6 @@ def shard_path(folder, start):
     return folder / f"{start:09d}.pt"
 
 
-def weights_digest(model):
-    """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
-    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
-    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
 def count_truncated(encoder, rows):
     """How many captions are longer than the text encoder reads."""
     limit, tokenizer = encoder.model.max_seq_length, encoder.model.tokenizer
@@ -400,7 +591,7 @@ def embed_encoder(wanted, weights, root, rows, keys_sha256, flags, out):
         "kind": wanted.kind,
         "spec": wanted.spec,
         "full_name": encoder.full_name,
-        "weights_sha256": weights_digest(encoder.model),
+        "weights_sha256": vlm.weights_digest(encoder.model),
         "dim": encoder.embed_dim,
         "dtype": flags.dtype,
         "transform": encoder.config,
@@ -444,7 +635,8 @@ def main():
         if name not in {encoder.name for encoder in encoders} or not path:
             raise BadInput(f"--weights {name}: expected NAME=PATH, NAME being an encoder of --encoder")
     flags.device = vlm.pick_device(flags.device)
-    out = flags.out or Path("embeddings") / read_corpus(flags.data, flags.image_column, flags.caption_column)[1]
+    name = flags.standard_set or read_corpus(flags.data, flags.image_column, flags.caption_column)[1]
+    out = flags.out or Path("embeddings") / name
     out.mkdir(parents=True, exist_ok=True)
     with vlm.lock_folder(out, wait=True):
         root, rows, manifest = fix_rows(flags, out)
@@ -473,7 +665,10 @@ def main():
     with vlm.lock_folder(out, wait=True):
         if (out / "manifest.partial.json").is_file():
             os.replace(out / "manifest.partial.json", out / "manifest.json")
-    print(f"{out}: sealed. Next: python train_hyma.py --data {out} --pairs all")
+    follows = (
+        f"evaluate.py RUN --task {out.name}={out}" if flags.standard_set else f"train_hyma.py --data {out} --pairs all"
+    )
+    print(f"{out}: sealed. Next: python {follows}")
 
 
 if __name__ == "__main__":

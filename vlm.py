@@ -254,6 +254,13 @@ def go_offline_without_hub():
             sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
 
 
+def weights_digest(model):
+    """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
+    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
+    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
 def cannot_load(encoder: Encoder, error: Exception) -> str:
     """One line for a model whose weights are not to be had: what is missing and where to put it."""
     import difflib
@@ -570,12 +577,25 @@ class RowStore:
 
 
 def hash_keys(rows) -> str:
-    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split)."""
+    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split, a question)."""
     digest = hashlib.sha256()
     for row in rows:
         parts = [str(row.get(part, "")) for part in ("key", "caption", "label", "split")]
+        parts += [row[part] for part in ("question", "answer", "choices") if part in row]
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
+
+
+def draw_distractors(key, pool, right, count):
+    """`count` of the different items of the list `pool` that are not in the set `right` (all, if there are fewer),
+    drawn by `key` alone: the same ones with every version of everything."""
+    drawn, turn, most = {}, 0, min(count, len(pool) - len(right.intersection(pool)))
+    while len(drawn) < most:
+        item = pool[int.from_bytes(hashlib.sha256(f"{key}:{turn}".encode()).digest()[:8]) % len(pool)]
+        if item not in right:
+            drawn[item] = None
+        turn += 1
+    return list(drawn)
 
 
 def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
@@ -654,15 +674,23 @@ class Retrieval:
             chances.append([1 - missed[k].mean().item() for k in self.ks])
         self.chance = [sum(pair) / 2 for pair in zip(*chances)]
 
-    def recalls(self, text, image):
-        """text, image: [n, D] of the rows, any length. Returns R@1, 5, 10 of text to image, then of image to text."""
+    def ranks(self, text, image):
+        """text, image: [n, D] of the rows, any length. Returns how many candidates come before a query's first right
+        one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
         vectors = {"caption": F.normalize(text, dim=1), "image": F.normalize(image, dim=1)}
+        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
-            ranks = true_rank(vectors[query], vectors[target][self.first[target]], self.place[target])  # [n]
-            best = torch.full_like(self.first[query], len(ranks)).scatter_reduce(0, self.place[query], ranks, "amin")
-            found += [(best < k).double().mean().item() for k in self.ks]
+            place, worst = self.place[query], torch.full_like(self.first[query], len(own))
+            best = own.new_full(worst.shape, -torch.inf).scatter_reduce(0, place, own, "amax")  # [queries]
+            rows = torch.arange(len(own), device=own.device).where(own == best[place], len(own))
+            rows = worst.scatter_reduce(0, place, rows, "amin")  # [queries], where a query's nearest right one is
+            found.append(true_rank(vectors[query][rows], vectors[target][self.first[target]], self.place[target][rows]))
         return found
+
+    def recalls(self, text, image):
+        """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""
+        return [(ranks < k).double().mean().item() for ranks in self.ranks(text, image) for k in self.ks]
 
 
 def rank_pairs(recalls, outlived=None):

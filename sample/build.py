@@ -369,6 +369,16 @@ def write_mpnet(path):
                 shutil.copyfileobj(source, copy)
 
 
+def write_prompts(folder, weights):
+    """Embed what evaluate.py asks about labels, so that it needs no text encoder for the sample."""
+    sys.path.insert(0, str(HERE.parent))
+    import evaluate
+
+    for task in evaluate.open_tasks("sample", folder, argparse.Namespace(templates="1", device="cpu")):
+        for name in TEXT_ENCODERS:
+            evaluate.text_inputs(task, name, weights)
+
+
 def count(text):
     """A number of rows, or `all`."""
     return text if text == "all" else int(text)
@@ -394,7 +404,9 @@ def main():
     command = [sys.executable, HERE.parent / "embed.py", "--data", args.out / "captions.csv"]
     command += ["--out", args.out / "embeddings", "--encoder", *IMAGE_ENCODERS, *TEXT_ENCODERS]
     command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
-    raise SystemExit(subprocess.run(command).returncode)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
+    write_prompts(args.out / "embeddings", weights)
 
 
 if __name__ == "__main__":
