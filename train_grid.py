@@ -16,7 +16,6 @@ the n runs of --shard i/n ends last also writes OUT: every pair's ranking and co
 """
 
 import argparse
-import hashlib
 import math
 import re
 import time
@@ -95,13 +94,14 @@ class Connectors(nn.Module):
         super().__init__()
         self.pairs, self.layers = list(pairs), nn.ModuleList()
         for image, text in pairs:
-            digest = hashlib.sha256(f"{seed}:{image}:{text}".encode()).digest()
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest[:7]))
+                torch.manual_seed(vlm.random_of("weights", seed, image, text).initial_seed())
                 widths = [dims[text]] + [HIDDEN_DIM] * hidden_layers + [dims[image]]
                 self.layers.append(nn.ModuleList(nn.Linear(*shape) for shape in zip(widths, widths[1:])))
             if source:
-                for parameter, tensor in zip(self.layers[-1].parameters(), start_of(source, image, text, hidden_layers)):
+                for parameter, tensor in zip(
+                    self.layers[-1].parameters(), start_of(source, image, text, hidden_layers)
+                ):
                     parameter.data.copy_(tensor)
 
     def of(self, pair):
@@ -197,7 +197,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
 
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     steps_per_epoch = len(train_rows) // flags.batch_size
-    period = steps_per_epoch * max(1, steps // steps_per_epoch // 20)  # steps between two looks, each with a checkpoint
+    period = steps_per_epoch * max(1, steps // steps_per_epoch // 5)  # steps between two looks, each with a checkpoint
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
     alive = [pair for pair in pairs if state["updates"][":".join(pair)] == state["step"]]

@@ -3,18 +3,21 @@
     python train_hyma.py --pairs all                                  # the embedded sample, about a minute on a CPU
     python train_hyma.py --pairs all --data embeddings/my             # your embeddings, made by embed.py
     python train_hyma.py --pairs "vit_*:mpnet" deit_b16:roberta --data embeddings/my --out runs/few
+    python train_hyma.py --rows 1000 --data embeddings/my             # a first choice from a few rows
+    python train_hyma.py --add-encoder vit_l16 --from runs/few        # fits only the new encoder's part
     python train_hyma.py --resume                                     # the newest run, after an interruption
 
-Every step draws a mini-batch of rows and a mini-batch of pairs, lets the generator predict those pairs' connectors,
-and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two generators: `factored` (default)
-predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp` is the
-paper's, an MLP from a pair code and a layer code to that layer's weights. Writes runs/<name>/: connectors/,
+Every step draws a mini-batch of rows and a few pairs of one text encoder, lets the generator predict those pairs'
+connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two generators: `factored`
+(default) predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp`
+is the paper's, an MLP from a pair code and a layer code to that layer's weights. Writes runs/<name>/: connectors/,
 ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
 import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -24,7 +27,12 @@ import vlm
 from kernels import Layer, adamw_outer, outer_grad_norm_sq
 from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, unique, validate
 
-LEARNING_RATE = {"factored": 3e-3, "mlp": 1e-3}
+LEARNING_RATE = {
+    "factored": {"mlp0": 3e-3, "mlp1": 6e-3, "mlp2": 3e-3},
+    "mlp": dict.fromkeys(("mlp0", "mlp1", "mlp2"), 1e-3),
+}
+TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
+RIDGE = 10.0  # regularisation of the linear start, in mean eigenvalues; weaker ones fit the training pictures too well
 
 
 def parse_flags():
@@ -44,12 +52,25 @@ def parse_flags():
         type=int,
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
-    add("--pairs-per-step", type=int, help="pairs a step (default: enough for every encoder to be in each step)")
-    add("--lr", type=float, help="peak learning rate (default: 3e-3 factored, 1e-3 mlp)")
+    add("--rank", type=int, help="principal axes of each image encoder that factored works in (default: 256)")
+    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: all of them)")
+    add("--lr", type=float, help="peak learning rate (default: factored 6e-3, mlp0 and mlp2 3e-3; mlp 1e-3)")
+    add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
+    add("--from", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")
     add("--seed", type=int, default=0, help="of weights, batches and pair draws (default: %(default)s)")
     flags = parser.parse_args()
+    if bool(flags.add_encoder) != bool(getattr(flags, "from")):
+        raise BadInput("--add-encoder NAME and --from RUN go together")
+    if not flags.resume and flags.add_encoder:
+        earlier = vlm.read_json(Path(getattr(flags, "from")) / "config.json")
+        if earlier.get("script") != "train_hyma.py" or earlier["flags"]["generator"] != "factored":
+            raise BadInput(f"--from {getattr(flags, 'from')}: no run of train_hyma.py with --generator factored")
+        own = ("out", "resume", "pairs", "predict", "add_encoder", "from", "pairs_per_step")
+        parser.set_defaults(**{name: value for name, value in earlier["flags"].items() if name not in own})
+        flags = parser.parse_args()
+        flags.data = Path(flags.data)
     if not flags.resume:
-        vlm.check_training_flags(flags, "width", "pairs_per_step")
+        vlm.check_training_flags(flags, "width", "rank", "pairs_per_step")
         if flags.width is not None and flags.generator != "mlp":
             raise BadInput(f"--width {flags.width}: contradicts --generator {flags.generator}; only mlp has a width")
         return flags, None
@@ -65,25 +86,79 @@ class Factored(nn.Module):
 
     A part learns from every pair of its encoder, so each pair needs only its share of the steps, and a pair that was
     never drawn has a connector too. Without a hidden layer the two parts are multiplied into one linear map.
+
+    The last layer ends in the encoder's `rank` leading principal axes (orthonormal columns [D, k]): y in them stands
+    for axes @ y, whose cosine with a picture x is that of y with axes.T @ x, so nothing wider is computed. Texts are
+    centred. Both are undone in `predict`, which gives an ordinary connector.
     """
 
-    def __init__(self, image_dims, text_dims, hidden_layers, width=None):
+    def __init__(self, image_dims, text_dims, hidden_layers, rank):
         super().__init__()
         self.images, self.texts, self.hidden_layers = list(image_dims), list(text_dims), hidden_layers
+        self.scale = TEXT_SCALE if hidden_layers else 1.0
+        space = HIDDEN_DIM if hidden_layers else HIDDEN_DIM // 4  # a linear map's shared space: no wider than its rank
         self.text_parts = nn.ModuleList(
-            nn.ModuleList(
-                nn.Linear(dim if depth == 0 else HIDDEN_DIM, HIDDEN_DIM) for depth in range(max(1, hidden_layers))
-            )
+            nn.ModuleList(nn.Linear(dim if depth == 0 else space, space) for depth in range(max(1, hidden_layers)))
             for dim in text_dims.values()
         )
-        self.image_parts = nn.ModuleList(nn.Linear(HIDDEN_DIM, dim) for dim in image_dims.values())
+        self.image_parts = nn.ModuleList(nn.Linear(space, min(rank, dim)) for dim in image_dims.values())
+        self.axes = nn.ParameterList(fixed(torch.eye(dim, min(rank, dim))) for dim in image_dims.values())
+        self.means = nn.ParameterList(fixed(torch.zeros(dim)) for dim in text_dims.values())
+
+    @torch.no_grad()
+    def prepare(self, store, rows, known=()):
+        """Axes and means from the training rows (eight an axis are enough), except of encoders already `known`; without
+        a hidden layer also the parts, by ridge regression. Returns the FLOPs, 2 a multiply-add."""
+        widest, flops = max(axes.shape[1] for axes in self.axes), 0
+        few = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 8 * widest)).long()]
+        for place, text in enumerate(self.texts):
+            if text not in known and self.hidden_layers:
+                self.means[place].copy_(store.take(text, few).mean(0))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for place, image in enumerate(self.images):
+                axes = self.axes[place]
+                if image not in known:
+                    axes.copy_(torch.pca_lowrank(store.take(image, few), axes.shape[1], niter=1)[2])
+                    flops += 4 * 2 * len(few) * axes.numel()
+            if self.hidden_layers == 0 and not known:
+                flops += self.start_from_ridge(store, rows[:16384])
+        return flops
+
+    def start_from_ridge(self, store, rows):
+        """Parts of the linear connector by ridge regression: from each text encoder to the leading principal axes of
+        all text encoders side by side, and from there to each image encoder's axes."""
+        inputs = [store.take(text, rows) for text in self.texts]  # [n, D_t]
+        means = [x.mean(0) for x in inputs]
+        inputs = [x - mean for x, mean in zip(inputs, means)]
+        beside = torch.cat([x / x.norm() for x in inputs], dim=1) * len(rows) ** 0.5  # [n, sum D_t]
+        space = min(self.image_parts[0].in_features, *beside.shape)
+        shared = beside @ torch.pca_lowrank(beside, space, center=False, niter=1)[2]  # [n, space]
+        flops = 5 * 2 * beside.numel() * space
+        for x, mean, part in zip(inputs, means, self.text_parts):
+            part[0].weight[:space] = ridge(x, shared)
+            part[0].bias[:space] = -part[0].weight[:space] @ mean
+            flops += ridge_flops(x, shared)
+        for image, part, axes in zip(self.images, self.image_parts, self.axes):
+            pictures = store.take(image, rows) @ axes  # [n, k]
+            across = nn.functional.normalize(pictures.mean(0), dim=0)  # outputs perpendicular to the mean picture
+            weight = ridge(shared, pictures - pictures.mean(0))
+            part.weight.zero_()[:, :space] = weight - across[:, None] * (across @ weight)
+            part.bias.zero_()
+            flops += ridge_flops(shared, pictures)
+        return flops
+
+    def centred(self, x, place):
+        return (x - self.means[place].to(x)) * self.scale
 
     def forward(self, features, pairs):
-        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
+        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs, which
+        end in their image encoders' axes."""
         texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
-        parts = [self.text_parts[self.texts.index(text)] for text in texts]
+        places = [self.texts.index(text) for text in texts]
+        inputs = [self.centred(features[text], place) for text, place in zip(texts, places)]
+        parts, each = [self.text_parts[place] for place in places], [(k, k) for k in range(len(texts))]
         heads = [self.image_parts[self.images.index(image)] for image in images]
-        inputs, each = [features[text] for text in texts], [(k, k) for k in range(len(texts))]
         layers = [
             Layer([part[depth].weight for part in parts], [part[depth].bias for part in parts], each)
             for depth in range(self.hidden_layers)
@@ -105,11 +180,52 @@ class Factored(nn.Module):
     @torch.no_grad()
     def predict(self, image, text):
         """The pair's connector: [(weight [out, in], bias [out])] per layer."""
-        layers = [*self.text_parts[self.texts.index(text)], self.image_parts[self.images.index(image)]]
+        i, t = self.images.index(image), self.texts.index(text)
+        layers = [(layer.weight, layer.bias) for layer in [*self.text_parts[t], self.image_parts[i]]]
+        weight, bias = layers[0]
+        layers[0] = self.scale * weight, bias - self.scale * (weight @ self.means[t])
+        weight, bias = layers[-1]
+        layers[-1] = self.axes[i] @ weight, self.axes[i] @ bias
         if self.hidden_layers == 0:
-            first, last = layers
-            return [(last.weight @ first.weight, last.weight @ first.bias + last.bias)]
-        return [(layer.weight, layer.bias) for layer in layers]
+            (first, shift), (last, bias) = layers
+            return [(last @ first, last @ shift + bias)]
+        return layers
+
+
+def fixed(tensor):
+    """Saved and loaded with the model, never trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def ridge(inputs, outputs):
+    """The map [out, in] from inputs [n, in] to outputs [n, out], both centred."""
+    gram = inputs.T @ inputs  # [in, in]
+    gram.diagonal().add_(RIDGE * gram.trace() / len(gram))
+    return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(gram)).T
+
+
+def ridge_flops(inputs, outputs):
+    count, wide, narrow = *inputs.shape, outputs.shape[1]
+    return 2 * count * wide * (wide + narrow) + wide**3 // 3 + 2 * wide**2 * narrow
+
+
+class InAxes:
+    """A RowStore whose pictures are coordinates [rows, k] along their encoder's principal axes, made once, of the rows
+    that a run uses."""
+
+    def __init__(self, store, generator, rows):
+        self.store, self.device, self.pictures = store, store.device, {}
+        self.dims, self.flops = dict(store.dims), 0
+        for image, axes in zip(generator.images, generator.axes):
+            self.dims[image] = axes.shape[1]
+            self.pictures[image] = torch.zeros(len(store.tensors[image]), axes.shape[1], device=store.device)
+            for part in rows.split(65536):
+                self.pictures[image][part.to(store.device)] = store.take(image, part) @ axes
+            self.flops += 2 * len(rows) * axes.numel()
+
+    def take(self, name, rows):
+        """[len(rows), k or D_t], float32, on the device; a picture's length is at most 1."""
+        return self.pictures[name][rows.to(self.device)] if name in self.pictures else self.store.take(name, rows)
 
 
 class PaperMLP(nn.Module):
@@ -195,23 +311,18 @@ class OuterLinear(torch.autograd.Function):
 def draw_pairs(step, seed, pairs, pairs_per_step):
     """The pairs of a step, a pure function of (seed, step).
 
-    Each round deals every pair out once. It walks the image x text table along shuffled diagonals, so that the pairs
-    of one step spread over as many encoders as there can be.
+    Each round deals every pair out once, the pairs of a step all with the same text encoder, whose part of the
+    connectors is then computed once for all of them.
     """
-    steps_per_round = math.ceil(len(pairs) / pairs_per_step)
+    by_text = [[pair for pair in pairs if pair[1] == text] for text in unique(text for _, text in pairs)]
+    steps_per_round = sum(math.ceil(len(group) / pairs_per_step) for group in by_text)
     turn, place = divmod(step, steps_per_round)
-    random = torch.Generator().manual_seed((seed << 32) + (1 << 31) + turn)
-    shuffled = []
-    for names in (unique(image for image, _ in pairs), unique(text for _, text in pairs)):
-        shuffled.append([names[i] for i in torch.randperm(len(names), generator=random)])
-    images, texts = shuffled
-    if len(images) < len(texts):
-        diagonals = [(images[(t + d) % len(images)], text) for d in range(len(images)) for t, text in enumerate(texts)]
-    else:
-        diagonals = [(image, texts[(i + d) % len(texts)]) for d in range(len(texts)) for i, image in enumerate(images)]
-    wanted = set(pairs)
-    order = [pair for pair in diagonals if pair in wanted]
-    return order[place * pairs_per_step : (place + 1) * pairs_per_step]
+    random = vlm.random_of("pairs", seed, turn)
+    dealt = []
+    for group in by_text:
+        group = [group[k] for k in torch.randperm(len(group), generator=random)]
+        dealt += [group[start : start + pairs_per_step] for start in range(0, len(group), pairs_per_step)]
+    return dealt[torch.randperm(len(dealt), generator=random)[place]]
 
 
 # ------------------------------------------------------------------------------------------------ a step, a look
@@ -234,13 +345,38 @@ def update(generator, optimizer, moments, count, lr, flags):
         adamw_outer(generator.head, *moments, grad_out, inputs, step=count, lr=lr, weight_decay=decay, clip=clip)
 
 
-def settle(flags, device, row_count, images, texts, pairs):
+def settle(flags, device, row_count, images, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
     vlm.settle_training_flags(flags, "hyma", device, row_count)
-    flags.pairs_per_step = min(flags.pairs_per_step or max(len(images), len(texts)), len(pairs))
+    flags.pairs_per_step = min(flags.pairs_per_step or len(images), len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
-    flags.lr = flags.lr or LEARNING_RATE[flags.generator]
+    flags.rank = None if flags.generator == "mlp" else min(flags.rank or 256, row_count)
+    flags.lr = flags.lr or LEARNING_RATE[flags.generator][flags.connector]
     return flags
+
+
+# ------------------------------------------------------------------------------------------ an encoder joins a run
+
+
+def column(flags, data):
+    """The pairs of --add-encoder with the encoders of --from, that run's state, and its pairs."""
+    name, run = flags.add_encoder, Path(getattr(flags, "from"))
+    if not (run / "ledger.json").is_file():
+        raise BadInput(f"--from {run}: is not finished; finish it with: python train_hyma.py --resume --out {run}")
+    earlier = vlm.load_tensors(run / "checkpoint.pt")["state"]
+    old = [tuple(pair.split(":")) for pair in earlier["best"]["recalls"]]
+    if name not in data.encoders:
+        raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")
+    if any(name in pair for pair in old):
+        raise BadInput(f"--add-encoder {name}: is in {run} already")
+    names = unique(part for pair in old for part in pair)
+    if data.fingerprint(names) != {part: vlm.read_json(run / "config.json")["embeddings"][part] for part in names}:
+        raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")
+    if data.encoders[name].kind == "image":
+        new = [(name, text) for text in unique(text for _, text in old)]
+    else:
+        new = [(image, name) for image in unique(image for image, _ in old)]
+    return new, earlier, old
 
 
 # -------------------------------------------------------------------------------------------------------- main
@@ -250,14 +386,21 @@ def main():
     flags, config = parse_flags()
     device = vlm.pick_device(flags.device)
     data, pairs = vlm.open_data(flags)
-    images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
-    untrained = [pair for pair in vlm.choose_pairs(data, flags.predict) if pair not in pairs] if flags.predict else []
+    earlier, untrained = None, []
+    if flags.add_encoder:
+        pairs, earlier, untrained = column(flags, data)
+    elif flags.predict:
+        untrained = [pair for pair in vlm.choose_pairs(data, flags.predict) if pair not in pairs]
+    # encoders that joined later come last, so that the parts of the earlier ones keep their places
+    images, texts = (unique(pair[side] for pair in (untrained if earlier else []) + pairs) for side in (0, 1))
     for image, text in untrained:
         if image not in images or text not in texts:
             name = text if image in images else image
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
     train_rows, val_rows = vlm.split_for_training(data, flags.seed, flags.rows)
-    flags = settle(flags, device, len(train_rows), images, texts, pairs)
+    if earlier and not flags.pairs_per_step:  # one column's share of the run's
+        flags.pairs_per_step = max(1, len(images) * len(pairs) // len(pairs + untrained))
+    flags = settle(flags, device, len(train_rows), images, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
@@ -269,22 +412,27 @@ def main():
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     build = {"factored": Factored, "mlp": PaperMLP}[flags.generator]
     widths = [{name: store.dims[name] for name in names} for names in (images, texts)]
-    generator = build(*widths, int(flags.connector[-1]), flags.width).to(device)
-    optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=flags.weight_decay, fused=True)
+    generator = build(*widths, int(flags.connector[-1]), flags.width or flags.rank).to(device)
+    if earlier:
+        missing = generator.load_state_dict(earlier["best"]["weights"], strict=False).missing_keys
+        for name, parameter in generator.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in missing)
+    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=flags.weight_decay, fused=True)
     moments = [torch.zeros_like(generator.head) for _ in range(2)] if flags.generator == "mlp" else []
 
-    steps_per_epoch = len(train_rows) // flags.batch_size
-    steps = flags.epochs * steps_per_epoch
-    period = steps_per_epoch * max(1, flags.epochs // 20)  # steps between two validations, each with a checkpoint
+    steps = flags.epochs * (len(train_rows) // flags.batch_size)
+    period = vlm.steps_between_looks(flags.epochs, steps)
     # All that the loop changes beside the tensors: a checkpoint holds just this.
     state = {
         "step": 0,
         "flops": 0,
         "seconds": 0.0,
-        "updates": {":".join(pair): 0 for pair in pairs + untrained},
+        "updates": {":".join(pair): 0 for pair in untrained + pairs},
         "metrics": [],
         "best": None,
     }
+    started = time.perf_counter()
     if config is not None and (flags.out / "checkpoint.pt").is_file():
         saved = vlm.load_tensors(flags.out / "checkpoint.pt")
         generator.load_state_dict(saved["generator"])
@@ -292,8 +440,15 @@ def main():
         moments = [moment.to(device) for moment in saved["moments"]]
         state = saved["state"]
         print(f"resumed: {flags.out} at step {state['step']} of {steps}")
+    elif flags.generator == "factored":
+        known = [name for pair in untrained for name in pair] if earlier else []
+        state["flops"] += generator.prepare(store, train_rows, known)
+    if flags.generator == "factored":
+        store = InAxes(store, generator, torch.cat([train_rows, val_rows]))
+        state["flops"] += 0 if state["step"] else store.flops
+    started -= state["seconds"]
 
-    started, epoch_losses = time.perf_counter() - state["seconds"], []
+    epoch_losses = []
     with tqdm(total=steps, initial=state["step"], desc="train", unit="step") as progress:
         for step in range(state["step"], steps):
             rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
@@ -318,10 +473,12 @@ def main():
             if (step + 1) % period and step + 1 < steps:
                 continue
 
-            recalls = validate(generator, store, retrieval, pairs + untrained)
+            # earlier pairs are as they were
+            recalls = dict(earlier["best"]["recalls"]) if earlier else {}
+            recalls |= validate(generator, store, retrieval, pairs + ([] if earlier else untrained))
             trained = [recalls[":".join(pair)] for pair in pairs]
             score = sum(six[2] + six[5] for six in trained) / (2 * len(pairs))  # R@10, both directions
-            epoch = (step + 1) // steps_per_epoch
+            epoch = round((step + 1) / steps * flags.epochs)
             if state["best"] is None or score > state["best"]["score"]:
                 weights = {name: tensor.cpu().clone() for name, tensor in generator.state_dict().items()}
                 state["best"] = {"score": score, "epoch": epoch, "recalls": recalls, "weights": weights}
@@ -351,7 +508,8 @@ def export(flags, data, generator, state, retrieval, device):
     def connector_of(pair):
         return generator.predict(*pair.split(":")), about | {"updates": updates[pair]}
 
-    state["trainable_parameters"] = sum(tensor.numel() for tensor in generator.state_dict().values())
+    trained = [tensor for tensor in generator.parameters() if tensor.requires_grad] + list(generator.buffers())
+    state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)
     state["peak_bytes"] = vlm.peak_bytes(device)
     ranked = vlm.rank_pairs(best["recalls"])
     paths = vlm.write_results(flags.out, data, ranked, connector_of, flags.batch_size, state)

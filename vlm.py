@@ -624,7 +624,7 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
         train = [i for i, picture in enumerate(pictures) if picture not in held_out]
     parts, share = [torch.tensor(train), torch.tensor(validation)], (count or math.inf) / (len(train) + len(validation))
     if share < 1:
-        random = torch.Generator().manual_seed(seed)
+        random = random_of("part of the rows", seed)
         parts = [part[torch.randperm(len(part), generator=random)[: max(1, int(share * len(part)))]] for part in parts]
     return parts[0].sort().values, parts[1].sort().values
 
@@ -675,9 +675,10 @@ class Retrieval:
         self.chance = [sum(pair) / 2 for pair in zip(*chances)]
 
     def ranks(self, text, image):
-        """text, image: [n, D] of the rows, any length. Returns how many candidates come before a query's first right
+        """text [n, D] of the rows, any length; image [n, D], unit vectors or coordinates of such along orthonormal axes.
+        Returns how many candidates come before a query's first right
         one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
-        vectors = {"caption": F.normalize(text, dim=1), "image": F.normalize(image, dim=1)}
+        vectors = {"caption": F.normalize(text, dim=1), "image": image}
         own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
@@ -846,14 +847,24 @@ def open_run(flags, config, identity, device, wait=False):
     return lock
 
 
+def steps_between_looks(epochs, steps):
+    """How many steps from one validation to the next, each with a checkpoint: whole epochs, five or six in all."""
+    return max(1, epochs // 5) * (steps // epochs)
+
+
 def unique(names):
     return list(dict.fromkeys(names))
+
+
+def random_of(*parts):
+    """A generator for just these parts. torch seeds its CPU generator with 32 bits, so they are hashed, not packed."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]))
 
 
 def draw_rows(step, seed, rows, batch_size):
     """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
     epoch, place = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    order = torch.randperm(len(rows), generator=random_of("rows", seed, epoch))
     return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
 
 

@@ -109,7 +109,7 @@ def planted(tmp_path_factory):
     latent = torch.randn(900, 24, generator=random)
     for name, dim, noise in (
         ("efflite1", 1280, 0.6),
-        ("efflite0", 1280, 1.8),
+        ("efflite0", 1280, 8.0),
         ("control", 512, 50.0),
         ("minilm_l6", 384, 0.4),
         ("mpnet", 768, 0.4),

