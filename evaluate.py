@@ -814,16 +814,15 @@ def headline_first(judged):
     kind = next(kind for kind in HEADLINES if any(each.kind == kind for each in judged))
     judged = sorted(judged, key=lambda each: each.kind != kind)
     leading = [each for each in judged if each.kind == kind]
-    return judged if len(leading) == 1 else [mean_of_tasks(leading), *judged]
-
-
-def mean_of_tasks(judged):
-    """The mean of the tasks' scores, each drawn by itself."""
-    names, counted = [" and ".join(unique(each)) for each in zip(*((one.name, one.counted) for one in judged))]
-    scores = {name: np.mean([each.scores[name] for each in judged], axis=0).round(9) for name in judged[0].scores}
-    drawn = {name: np.mean([each.resampled[name] for each in judged], axis=0).round(9) for name in scores}
-    chance = sum(each.chance for each in judged) / len(judged)
-    return Judged(f"the mean of {names}", judged[0].kind, "each task's own, below", counted, chance, scores, drawn)
+    if len(leading) == 1:
+        return judged
+    names, counted = (" and ".join(unique(words)) for words in zip(*((one.name, one.counted) for one in leading)))
+    means = [
+        {name: np.mean([values[name] for values in each], axis=0).round(9) for name in each[0]}
+        for each in ([one.scores for one in leading], [one.resampled for one in leading])
+    ]
+    chance = sum(each.chance for each in leading) / len(leading)
+    return [Judged(f"the mean of {names}", kind, "each task's own, below", counted, chance, *means), *judged]
 
 
 def draw_seeds(methods, times):
@@ -964,10 +963,9 @@ def ledger(method, data, pairs, reference):
         updates = [count for run in method.runs for count in run.ledger["updates_per_pair"].values()]
         row |= {"updates_low": min(updates), "updates_high": max(updates), "batch_size": first.ledger["batch_size"]}
     else:
-        spent, used = method.cost["flops"], method.cost["rows"]
-        row |= {"flops": spent, "flops_equal_batch": spent, "flops_equal_updates": spent}
-        row |= {"seconds": method.cost["seconds"], "pair_samples": used * len(pairs)}
-        row |= {"updates_low": 0, "updates_high": 0}
+        spent, row["seconds"], used = method.cost.values()
+        row |= dict.fromkeys(("flops", "flops_equal_batch", "flops_equal_updates"), spent)
+        row |= {"pair_samples": used * len(pairs), "updates_low": 0, "updates_high": 0}
     embedding = embedding_flops(data, names, used)
     with_embedding = None if embedding is None else row["flops"] + embedding
     row |= {"rows_embedded": used * len(names), "embedding_flops": embedding, "flops_with_embedding": with_embedding}
@@ -1007,14 +1005,10 @@ def embedding_flops(data, names, rows):
         if per is None or known.spec != encoder.spec or (encoder.kind == "text" and not data.rows):
             return None
         if encoder.kind == "text":
-            per *= 2 + TOKENS_A_WORD * words_a_caption(data)
+            words = sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
+            per *= 2 + TOKENS_A_WORD * words
         total += rows * per * 1e9
     return int(total)
-
-
-@functools.cache
-def words_a_caption(data):
-    return sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
 
 
 def times(cost, base, key):
@@ -1049,6 +1043,11 @@ class Findings(NamedTuple):
         k = [method.name for method in self.methods].index(name)
         return COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
 
+    def line(self, name):
+        """How a method's line is drawn."""
+        colour, marker = self.style(name)
+        return {"color": colour, "marker": marker, "ms": 3, "lw": 1.3, "label": name}
+
 
 class Plot(NamedTuple):
     name: str  # of its .png and .csv
@@ -1077,15 +1076,14 @@ def short(name):
 
 
 def pair_lines(found):
-    """{number of a pair: how its line is drawn}, first drawn first: grey, and over it in colour the worst and the three
-    truly best."""
+    """{pair: how its line is drawn}, first drawn first: grey, and over it in colour the worst and the three truly best."""
     order = np.argsort(-truth_of(found.judged[0], found.oracle), kind="stable").tolist()
     marked = unique([*order[:3], order[-1]])
     lines = {k: {"color": "#c4c4c4", "lw": 0.9} for k in order if k not in marked}
     for k in reversed(marked):
         said = ":".join(map(short, found.pairs[k]))
         lines[k] = {"color": COLOURS[marked.index(k)], "lw": 2, "label": said}
-    return lines
+    return {":".join(found.pairs[k]): line for k, line in lines.items()}
 
 
 def legend_below(figure, axis):
@@ -1199,36 +1197,37 @@ def rank_scatter(found, judged, name):
     return Plot(name, caption, figure, table)
 
 
-def metrics_of(run):
-    """The lines of a run's metrics.jsonl: one a look at the validation rows, a single one of a closed form."""
-    return vlm.read_jsonl(run.folder / "metrics.jsonl")
+def draw_lines(axis, rows, x, y, series, styles):
+    """A line for each of `styles`, {series: how it is drawn}, through the rows of that series that have a y."""
+    for name, style in styles.items():
+        points = [(row[x], row[y]) for row in rows if row[series] == name and row[y] is not None]
+        axis.plot(*np.array(points).reshape(-1, 2).T, **style)
 
 
 def ranking_over_epochs(found, name):
     """A panel a run: the rank of every pair at each look at the validation rows. Last: regret of the leading pair."""
-    judged, names, lines = found.judged[0], [":".join(pair) for pair in found.pairs], pair_lines(found)
-    looks = [(method, metrics_of(method.runs[0])) for method in found.methods if method.trained]
-    looks = [(method, each) for method, each in looks if len(each) > 1]  # no closed form
+    truth, names = truth_of(found.judged[0], found.oracle), [":".join(pair) for pair in found.pairs]
+    looks = {m.name: vlm.read_jsonl(m.runs[0].folder / "metrics.jsonl") for m in found.methods if m.trained}
+    looks = {method: each for method, each in looks.items() if len(each) > 1}  # a closed form has one
     if not looks:
         return None
     figure, (*axes, last) = panels(len(looks) + 1, 3 if len(looks) > 3 else 4, 2.5, 2.7)
-    table = []
-    for axis, (method, each) in zip(axes, looks):
-        lost = []
+    table, lost = [], []
+    for axis, (method, each) in zip(axes, looks.items()):
+        own = []
         for look in each:
             recalls = {pair: (six[2] + six[5]) / 2 for pair, six in look["recalls"].items() if pair in names}
             order = np.array([recalls.get(pair, -1.0) for pair in names])  # given up, in halving: behind
-            lost.append(fidelity(truth_of(judged, found.oracle)[None], order)["regret"][0])
-            for pair, rank in zip(recalls, rankdata([-recall for recall in recalls.values()])):
-                table.append({"method": method.name, "epoch": look["epoch"], "pair": pair, "rank": rank})
-        for k, drawn in lines.items():
-            own = [row for row in table if (row["method"], row["pair"]) == (method.name, names[k])]
-            axis.plot([row["epoch"] for row in own], [row["rank"] for row in own], **drawn)
+            regret, about = fidelity(truth[None], order)["regret"][0], {"method": method, "epoch": look["epoch"]}
+            lost.append(about | {"regret": regret})
+            ranks = zip(recalls, rankdata([-recall for recall in recalls.values()]))
+            own += [about | {"pair": pair, "rank": rank} for pair, rank in ranks]
+        draw_lines(axis, own, "epoch", "rank", "pair", pair_lines(found))
         axis.set_ylim(len(names) + 0.5, 0.5)
-        axis.set_title(textwrap.fill(method.name, 34), fontsize=8)
+        axis.set_title(textwrap.fill(method, 34), fontsize=8)
         axis.set_xlabel("epoch", fontsize=8)
-        colour, marker = found.style(method.name)
-        last.plot([look["epoch"] for look in each], lost, color=colour, marker=marker, ms=3, lw=1.3, label=method.name)
+        table += own
+    draw_lines(last, lost, "epoch", "regret", "method", {method: found.line(method) for method in looks})
     axes[0].set_ylabel("rank by validation R@10", fontsize=8)
     last.set_title("regret of the leading pair, points", fontsize=8)
     last.set_xlabel("epoch", fontsize=8)
@@ -1236,42 +1235,36 @@ def ranking_over_epochs(found, name):
     legend_below(figure, axes[0])
     caption = (
         "Rank of every pair at each look at the validation rows (first seed). Coloured: the three truly best on "
-        f"{judged.name}, and the worst. Last panel: what stopping there would have cost."
+        f"{found.judged[0].name}, and the worst. Last panel: what stopping there would have cost."
     )
     return Plot(name, caption, figure, table)
 
 
-def loss_curves(found, name):
-    figure, axes = panels(2, 2, 3.8, 3.2)
-    runs = [(method, k, run) for method in found.methods if method.trained for k, run in enumerate(method.runs)]
-    if not runs:
+def loss_curves(found, plot_name):
+    table, styles = [], {}
+    for name, k, run in ((m.name, k, run) for m in found.methods if m.trained for k, run in enumerate(m.runs)):
+        about = {"method": name, "seed": run.seed, "run": str(run.folder)}
+        styles[about["run"]] = found.line(name) | ({"label": None} if k else {})
+        for line in vlm.read_jsonl(run.folder / "metrics.jsonl"):  # a closed form has no loss
+            table.append(about | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
+    if not table:
         return None
-    table = []
-    for method, k, run in runs:
-        colour, marker = found.style(method.name)
-        for line in metrics_of(run):
-            row = {"method": method.name, "seed": run.seed, "epoch": line["epoch"], "loss": line.get("loss")}
-            table.append(row | {key: line[key] for key in ("val_recall10", "seconds")})
-        for axis, key in zip(axes, ("loss", "val_recall10")):
-            known = [row for row in table if (row["method"], row["seed"]) == (method.name, run.seed)]
-            known = [(row["epoch"], row[key]) for row in known if row[key] is not None]  # a closed form has no loss
-            said = None if k else method.name
-            axis.plot(*np.array(known).reshape(-1, 2).T, color=colour, marker=marker, ms=3, lw=1.3, label=said)
-    for axis, title in zip(axes, ("loss on training batches", "mean R@10 of the pairs on validation rows")):
-        axis.set_title(title, fontsize=9)
+    figure, axes = panels(2, 2, 3.8, 3.2)
+    titles = {"loss": "loss on training batches", "val_recall10": "mean R@10 of the pairs on validation rows"}
+    for axis, (key, about) in zip(axes, titles.items()):
+        draw_lines(axis, table, "epoch", key, "run", styles)
+        axis.set_title(about, fontsize=9)
         axis.set_xlabel("epoch", fontsize=9)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     legend_below(figure, axes[1])
-    return Plot(name, "Loss and validation recall of every run, a line a seed.", figure, table)
+    return Plot(plot_name, "Loss and validation recall of every run, a line a seed.", figure, table)
 
 
 def correlation_spectra(found, name):
+    spectra = [(":".join(pair), n + 1, v) for pair, values in found.spectra.items() for n, v in enumerate(values)]
+    table = [dict(zip(("pair", "place", "correlation"), row)) for row in spectra]
     figure, (axis,) = panels(1, 1, 6.4, 3.6)
-    table = []
-    for k, drawn in pair_lines(found).items():
-        (image, text), values = found.pairs[k], found.spectra[found.pairs[k]]
-        axis.plot(range(1, len(values) + 1), values, **drawn)
-        table += [{"image": image, "text": text, "place": n + 1, "correlation": v} for n, v in enumerate(values)]
+    draw_lines(axis, table, "place", "correlation", "pair", pair_lines(found))
     axis.set_xlabel("canonical direction")
     axis.set_ylabel("correlation")
     legend_below(figure, axis)
@@ -1344,12 +1337,12 @@ CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-.named td:nth-child(2) { overflow-wrap: anywhere; max-width: 13rem }
+.named td:nth-child(2) { overflow-wrap: anywhere; min-width: 8.5rem; max-width: 13rem }
 .answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
 .warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
 th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e2e2 }
-th:first-child, td:first-child, .words td, .words th,
+th:first-child, td:first-child,
 .named td:nth-child(2), .named th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left }
 th { border-bottom: 1.5px solid #777; vertical-align: bottom }
 td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 }
@@ -1379,7 +1372,7 @@ HEADS = {
 def number(value, digits=2):
     if value is None:
         return "–"
-    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no minus before a zero
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def teraflop(value):
@@ -1456,12 +1449,13 @@ def advise(found):
     said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), {by} {primary.name}"
     ties = len(chosen_pairs(primary.orders.mean(0))) - 1
     said += f" (tied with {ties} more)" if ties and primary.trained else ""
-    said += f": {100 * truth[chosen]:.1f} % {HEADLINES[judged.kind]} on {judged.name}, "
-    if truth[chosen] < truth[top]:
-        said += f"{100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}; "
-    seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+    own, seeds = judged.scores[primary.name][0, chosen], f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+    said += f": its connector scores {100 * own:.1f} % on {judged.name} ({HEADLINES[judged.kind]}); by "
+    said += f"the connectors of {oracle.name}{seeds}, " if oracle is not primary else "its own connectors, "
     sure = 100 * (best[:, chosen] / best.sum(1)).mean()
-    said += f"it is the best of {len(pairs)} in {sure:.0f} % of resamples of {judged.counted}{seeds}"
+    said += f"the pair is the best of {len(pairs)} in {sure:.0f} % of resamples of {judged.counted}"
+    if truth[chosen] < truth[top]:
+        said += f", {100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}"
     order = [k for k in np.argsort(-truth, kind="stable") if k != chosen]
     better, alike = [k for k in order if low[k] > 0], [k for k in order if low[k] <= 0 <= high[k]]
     for words, some in (("clearly better", better), ("within noise", alike)):
@@ -1518,15 +1512,6 @@ def ranking_table(found):
     return html_table(["true rank", "image", "text", "true score, %", *runs], lines, classes, "pairs")
 
 
-def origin_table(found):
-    heads, lines = ["run", "method", "seed", "commit", "torch", "device", "started"], []
-    for name, run in ((method.name, run) for method in found.methods for run in method.runs):
-        torch_version = run.config.get("versions", {}).get("torch")
-        known = [run.config.get("commit"), torch_version, run.config.get("device"), run.config.get("started")]
-        lines.append([run.folder, name, run.seed if run.ledger else "–", *(value or "–" for value in known)])
-    return html_table(heads, lines, kind="words")
-
-
 def compose(found, tasks, sentence, resamples):
     """(the report from top to bottom: HTML and plots; rows of the gallery's CSV)."""
     oracle, primary, pairs = found.oracle, found.primary, found.pairs
@@ -1535,8 +1520,8 @@ def compose(found, tasks, sentence, resamples):
     body += [f"<p>Its connector: <code>{html.escape(str(primary.runs[0].connector(*chosen)))}</code></p>"]
     body += [f"<p class=warning>{html.escape(line)}</p>" for line in found.warnings]
     for place, (each, rows) in enumerate(zip(found.judged, found.fidelities)):
-        about = f"{HEADLINES[each.kind]}; {each.counted}. Protocol: {each.protocol}."
-        body += [f"<h2>{html.escape(each.name.capitalize())}</h2>", f"<p>{html.escape(about)}</p>"]
+        about = f"Score: {HEADLINES[each.kind]}; {each.counted}. Protocol: {each.protocol}."
+        body += [f"<h2>{html.escape(each.name)}</h2>", f"<p>{html.escape(about)}</p>"]
         body += [fidelity_table(rows, pairs)]
         if place == 0:
             body += [f"<p>{html.escape(READING.format(oracle.name, len(oracle.runs), resamples))}</p>"]
@@ -1554,7 +1539,6 @@ def compose(found, tasks, sentence, resamples):
     shown = {chosen: "the pair to stitch"} | ({worst: "the worst"} if worst != chosen else {})
     tiles, table = gallery(tasks, primary.runs[0], shown)
     body += ["<h2>What the best and the worst pair find</h2>", tiles]
-    body += ["<h2>Where it comes from</h2>", origin_table(found)]
     return [item for item in body if item is not None], table
 
 
@@ -1592,7 +1576,7 @@ def write_report(out, title, body, tables, results):
     page, files = "", ["report.html", "results.json"]
     for item in body:
         if isinstance(item, Plot):
-            png, said = io.BytesIO(), html.escape(item.caption[:1].upper() + item.caption[1:], quote=True)
+            png, said = io.BytesIO(), html.escape(item.caption, quote=True)
             item.figure.savefig(png, dpi=160, metadata={"Software": None})
             with vlm.atomic_file(out / f"{item.name}.png") as file:
                 file.write(png.getvalue())
@@ -1664,6 +1648,12 @@ def choose_oracle(methods, named):
     if full:
         alike = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
         return (alike or full)[0], primary, []
+    if not primary.trained:
+        return (
+            primary,
+            primary,
+            [f"{primary.name}: nothing ranks them but the rows that judge them: their best leans upwards"],
+        )
     said = f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
     return primary, primary, [said + "runs of train_grid.py with its whole budget, or name others with --oracle"]
 
@@ -1725,7 +1715,7 @@ def main():
     body, shown = compose(found, tasks, sentence, flags.bootstrap)
     lines = method_rows(found)
     about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results, "methods": lines}
-    about |= {"made": vlm.provenance(flags.device)}
+    about |= {"runs": {str(run.folder): run.config for run in runs}, "made": vlm.provenance(flags.device)}
     tables = {"ranking.csv": ranking_rows(found), "selectors.csv": lines, "gallery.csv": shown}
     write_report(flags.out, f"Stitch {':'.join(pairs[chosen])}", body, tables, about)
 
