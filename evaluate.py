@@ -150,22 +150,23 @@ def open_connectors(folder) -> Run:
     """A folder of connectors and nothing else. Its pairs share a rank, as nothing says how they were chosen."""
     names = [vlm.read_connector(path)[:3] for path in sorted(connectors_folder(folder).glob("*_mlp?_*.pt"))]
     if not names:
-        raise BadInput(f"{folder}: holds no run (no config.json); make one with train_hyma.py or train_grid.py")
+        said = "holds no run (no config.json) and no connectors; make a run with train_hyma.py or train_grid.py"
+        raise BadInput(f"{folder}: {said}")
     depths = sorted({hidden_layers for _, hidden_layers, _ in names})
     if len(depths) > 1:
-        raise BadInput(
-            f"{folder}: holds connectors of {' and '.join(f'mlp{d}' for d in depths)}; keep one kind a folder"
-        )
+        raise BadInput(f"{folder}: holds connectors of {depths} hidden layers; keep one kind a folder")
     config = {"script": None, "flags": {"connector": f"mlp{depths[0]}"}, "embeddings": {}}
     return Run(folder, config, None, {(image, text): 1 for image, _, text in names}, 0, depths[0])
 
 
 def open_embeddings(runs, flags) -> vlm.Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
-    homes = [run.flags["data"] for run in runs if run.ledger] + list(flags.task.values())
-    if not (flags.data or homes):
+    homes, digests = [run.flags["data"] for run in runs if run.ledger], {}
+    if not (flags.data or homes or flags.task):
         raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
-    data, digests = vlm.Embeddings(flags.data or homes[0]), {}
+    if homes and not flags.data and not Path(homes[0]).is_dir():
+        raise BadInput(f"{homes[0]}: no such folder from here; say where the runs' embeddings are: --data FOLDER")
+    data = vlm.Embeddings(flags.data or [*homes, *flags.task.values()][0])
     for run in runs:
         for name in unique(name for pair in run.ranks for name in pair):
             digest = run.config["embeddings"].get(name)  # None of connectors alone
@@ -832,7 +833,10 @@ def draw_seeds(methods, times):
     return {name: random.multinomial(s, np.full(s, 1 / s), size=times) / s for name, s in counts.items()}
 
 
-METRICS = ["regret", "top1", "recall3", "ndcg1", "ndcg3", "ndcg5", "ndcg", "spearman", "tau"]
+METRICS = {
+    "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
+    "ndcg5": "NDCG@5", "ndcg": "NDCG, all", "spearman": "Spearman", "tau": "Kendall tau-b",
+}  # fmt: skip
 
 
 def fidelity(truth, order):
@@ -1359,14 +1363,10 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
   figure img { max-height: 11.5cm; object-fit: contain; object-position: left }
-  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm }
+  h2 { page-break-after: avoid } .named td:nth-child(2) { min-width: 2.6cm } .tile { width: 1.35cm; height: 1.35cm }
   .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
 """
-HEADS = {
-    "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
-    "ndcg5": "NDCG@5", "ndcg": "NDCG, all", "spearman": "Spearman", "tau": "Kendall tau-b",
-}  # fmt: skip
 
 
 def number(value, digits=2):
@@ -1404,9 +1404,11 @@ def choice(row, pairs):
 def fidelity_table(rows, pairs):
     lines = []
     for row in rows:
-        values = [(number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}") for name in HEADS]
+        values = [
+            (number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}") for name in METRICS
+        ]
         lines.append([row["method"], choice(row, pairs), *values])
-    return html_table(["chosen by", "pair", *HEADS.values()], lines, kind="named")
+    return html_table(["chosen by", "pair", *METRICS.values()], lines, kind="named")
 
 
 def own_table(rows):

@@ -573,6 +573,9 @@ def test_connectors_alone(run, refused, runs, graded, tmp_path):
     assert [set(each.ranks) for each in names] == [set(names[1].ranks)] * 2
     shutil.copy(bare / "efflite1_mlp0_mpnet.pt", bare / "efflite1_mlp1_mpnet.pt")
     refused("evaluate.py", bare, "--task", f"own={graded}", says="efflite1_mlp1_mpnet.pt: expected the keys")
+    deeper = vlm.init_modality_connector(768, [1024], 1280)
+    torch.save(deeper.state_dict(), bare / "efflite1_mlp1_mpnet.pt")
+    refused("evaluate.py", bare, "--task", f"own={graded}", says="connectors of [0, 1] hidden layers; keep one kind")
     (tmp_path / "empty").mkdir()
     refused("evaluate.py", "empty", says="empty: holds no run")
 
@@ -614,6 +617,9 @@ def test_runs_that_cannot_be_judged(refused, runs, planted, tmp_path):
     refused("evaluate.py", unfinished, says=["not finished", "train_hyma.py --resume --out"])
     damaged = changed(runs, tmp_path / "damaged", "hyma", ledger={"flops": None})
     refused("evaluate.py", damaged, says=["damaged", "make the run again"])
+    config = vlm.read_json(runs / "hyma" / "config.json")
+    elsewhere = changed(runs, tmp_path / "elsewhere", "hyma", config={"flags": config["flags"] | {"data": "far/away"}})
+    refused("evaluate.py", elsewhere, says=["far/away: no such folder from here", "--data FOLDER"])
     lacking = changed(runs, tmp_path / "lacking", "hyma")
     (lacking / "connectors" / "efflite1_mlp0_mpnet.pt").unlink()
     refused("evaluate.py", lacking, says=["efflite1_mlp0_mpnet.pt: no such file", "efflite1:mpnet"])
