@@ -704,6 +704,8 @@ def run_selectors(data, pairs, rows, device):
         "ridge probe R@10": functools.partial(ridge_probe, held_out=held_out),
         "relative representations R@10": functools.partial(relative_representations, held_out=held_out),
     }
+    with FlopCounterMode(display=False):
+        torch.ones(1, 1) @ torch.ones(1, 1)  # the counter's own start takes a second, which is no selector's
     for name, selector in tqdm(asked.items(), desc="selectors"):
         started = time.perf_counter()
         with FlopCounterMode(display=False, custom_mapping=FACTORISATIONS) as counter:
@@ -1042,14 +1044,10 @@ class Findings(NamedTuple):
     spectra: dict  # pair -> canonical correlations
     warnings: list
 
-    def style(self, name):
-        """A method's colour and marker."""
-        k = [method.name for method in self.methods].index(name)
-        return COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
-
     def line(self, name):
         """How a method's line is drawn."""
-        colour, marker = self.style(name)
+        k = [method.name for method in self.methods].index(name)
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
         return {"color": colour, "marker": marker, "ms": 3, "lw": 1.3, "label": name}
 
 
@@ -1090,8 +1088,9 @@ def pair_lines(found):
     return {":".join(found.pairs[k]): line for k, line in lines.items()}
 
 
-def legend_below(figure, axis):
-    handles, labels = (part[::-1] for part in axis.get_legend_handles_labels())  # drawn last, on top: the best
+def legend_below(figure, axis, backwards=True):
+    """backwards: drawn last, on top, is the best."""
+    handles, labels = (part[:: -1 if backwards else 1] for part in axis.get_legend_handles_labels())
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
@@ -1146,17 +1145,11 @@ def cost_against_regret(found, judged, rows, name):
     for axis, (title, key) in zip(axes, keys.items()):
         least = min(row[key] for row in rows if row[key] > 0) / 1e12
         for row in rows:
-            (colour, marker), spent = found.style(row["method"]), row[key] / 1e12
+            look, spent = found.line(row["method"]), row[key] / 1e12
             error = [[max(0, row["regret"] - row["regret_low"])], [max(0, row["regret_high"] - row["regret"])]]
-            look = {
-                "color": colour,
-                "fmt": marker,
-                "mfc": colour if row["kind"] == "run" else "white",
-                "ms": 8,
-                "lw": 1,
-            }
-            said = row["method"] + ("" if spent > 0 else " (no FLOPs)")
-            axis.errorbar(spent or least / 4, row["regret"], error, capsize=2, label=said, **look)
+            look |= {"ls": "none", "ms": 8, "elinewidth": 1} | ({"mfc": "white"} if row["kind"] == "selector" else {})
+            look["label"] += "" if spent else " (no FLOPs)"
+            axis.errorbar(spent or least / 4, row["regret"], error, capsize=2, **look)
         axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
         axis.set_xscale("log")
         few = max(row[key] for row in rows) / 1e12 > 30 * least
@@ -1260,7 +1253,7 @@ def loss_curves(found, plot_name):
         axis.set_title(about, fontsize=9)
         axis.set_xlabel("epoch", fontsize=9)
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
-    legend_below(figure, axes[1])
+    legend_below(figure, axes[1], backwards=False)
     return Plot(plot_name, "Loss and validation recall of every run, a line a seed.", figure, table)
 
 
@@ -1629,12 +1622,11 @@ def run_demo(device):
     return folders
 
 
-def default_runs():
-    """The newest finished run."""
-    newest = sorted(Path("runs").glob("*/ledger.json"), key=lambda path: path.stat().st_mtime)
-    if not newest:
+def newest_run():
+    finished = sorted(Path("runs").glob("*/ledger.json"), key=lambda path: path.stat().st_mtime)
+    if not finished:
         raise BadInput("runs/ holds no finished run; make one: python train_hyma.py --pairs all, or see --demo")
-    return [newest[-1].parent]
+    return finished[-1].parent
 
 
 def choose_oracle(methods, named):
@@ -1679,7 +1671,7 @@ def open_all_tasks(flags, runs, data):
 
 def main():
     flags = parse_flags()
-    folders = run_demo(flags.device) if flags.demo else flags.runs or default_runs()
+    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_run()]
     runs = [open_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
     oracles = {os.path.normpath(folder) for folder in flags.oracle}
     data = open_embeddings(runs, flags)
