@@ -5,10 +5,12 @@
     python evaluate.py runs/hyma --oracle runs/grid-s* --task coco=embeddings/coco --task in1k=embeddings/in1k
     python evaluate.py --demo                                      # makes runs of every kind on the sample first
 
-It knows connectors and embeddings only. The true score of a pair on a task is what the oracle's connector scores
-there, the mean over the oracle's seeds. Every way of choosing a pair (a run's ranking.csv, made from validation rows,
-or a selector that trains nothing) is judged by what its choice loses against the best: regret, in points. Writes
-report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each figure as PNG and CSV.
+It knows connectors and embeddings only: RUN may be a folder of connectors alone, as published, with --task. The true
+score of a pair on a task is what the oracle's connector scores there, the mean over the oracle's seeds. Every way of
+choosing a pair (a run's ranking.csv, made from validation rows, or a selector that trains nothing) is judged by what its
+choice loses against the best: regret, in points. Retrieval leads the report, as connectors are trained for it; other
+tasks follow. Writes report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each
+figure as PNG and CSV.
 
 Pictures and captions of a task come from an embedding folder: `embed.py` makes one of your own data or of a standard
 set. Prompts come from its prompts/, or the text encoder adds them there once.
