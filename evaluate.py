@@ -5,10 +5,12 @@
     python evaluate.py runs/hyma --oracle runs/grid-s* --task coco=embeddings/coco --task in1k=embeddings/in1k
     python evaluate.py --demo                                      # makes runs of every kind on the sample first
 
-It knows connectors and embeddings only. The true score of a pair on a task is what the oracle's connector scores
-there, the mean over the oracle's seeds. Every way of choosing a pair (a run's ranking.csv, made from validation rows,
-or a selector that trains nothing) is judged by what its choice loses against the best: regret, in points. Writes
-report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each figure as PNG and CSV.
+It knows connectors and embeddings only: RUN may be a folder of connectors alone, as published, with --task. The true
+score of a pair on a task is what the oracle's connector scores there, the mean over the oracle's seeds. Every way of
+choosing a pair (a run's ranking.csv, made from validation rows, or a selector that trains nothing) is judged by what its
+choice loses against the best: regret, in points. Retrieval leads the report, as connectors are trained for it; other
+tasks follow. Writes report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each
+figure as PNG and CSV.
 
 Pictures and captions of a task come from an embedding folder: `embed.py` makes one of your own data or of a standard
 set. Prompts come from its prompts/, or the text encoder adds them there once.
@@ -21,6 +23,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -39,9 +42,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from scipy.stats import rankdata
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vlm
@@ -53,28 +57,17 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    add(
-        "--oracle",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="RUN",
-        help="runs whose connectors are the truth, a seed each (default: full grids among RUN)",
-    )
-    add(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="an embedding folder to score on; repeatable (default: the runs' own data, its test rows)",
-    )
+    about = "runs whose connectors are the truth, a seed each (default: full grids among RUN)"
+    add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help=about)
+    about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
+    add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
     add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
     add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
     add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
     add("--bootstrap", type=int, default=1000, help="resamples behind every interval (default: %(default)s)")
-    help_rows = "training rows that selectors see; 0: no selectors (default: %(default)s)"
-    add("--selector-rows", type=int, default=2000, help=help_rows)
+    about = "training rows that selectors see; 0: no selectors (default: %(default)s)"
+    add("--selector-rows", type=int, default=2000, help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add("--demo", action="store_true", help="make runs/demo-* on the sample, those not there yet, and report on them")
     flags = parser.parse_args()
@@ -91,9 +84,7 @@ def parse_flags():
             raise BadInput(f"--{name}: a name is given twice")
         setattr(flags, name, {key: value for key, _, value in items})
     if flags.demo and (flags.runs or flags.oracle or flags.task or flags.data):
-        raise BadInput(
-            "--demo: makes its own runs on the sample, so RUN, --oracle, --task and --data do not go with it"
-        )
+        raise BadInput("--demo: makes its own runs on the sample; RUN, --oracle, --task and --data do not go with it")
     flags.device = vlm.pick_device(flags.device)
     return flags
 
@@ -102,11 +93,11 @@ def parse_flags():
 
 
 class Run(NamedTuple):
-    """A finished run folder."""
+    """A finished run folder, or a folder of connectors alone, as published: that has no ledger and ranks no pair."""
 
     folder: Path
     config: dict
-    ledger: dict
+    ledger: dict | None
     ranks: dict  # (image, text) -> rank by validation rows, 1 the best; equals share a rank
     seed: int
     hidden_layers: int
@@ -117,23 +108,26 @@ class Run(NamedTuple):
 
     def connector(self, image, text):
         """The path of a pair's connector."""
-        return self.folder / "connectors" / vlm.connector_name(image, self.hidden_layers, text)
+        return connectors_folder(self.folder) / vlm.connector_name(image, self.hidden_layers, text)
+
+
+def connectors_folder(folder):
+    return folder / "connectors" if (folder / "connectors").is_dir() else folder
 
 
 def open_run(folder) -> Run:
     """Reads a run folder. Raises BadInput if it is none, is unfinished or lacks a connector."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: holds no run (no config.json); make one with train_hyma.py or train_grid.py")
+        return open_connectors(folder)
     config = vlm.read_json(folder / "config.json")
     try:
         script, seed = config["script"], config.get("seed", config["flags"].get("seed", 0))
         hidden_layers = int(config["flags"]["connector"][-1])
         config["embeddings"].items()
         if not (folder / "ledger.json").is_file():
-            raise BadInput(
-                f"{folder}: is not finished (no ledger.json); go on: python {script} --resume --out {folder}"
-            )
+            said = f"is not finished (no ledger.json); go on: python {script} --resume --out {folder}"
+            raise BadInput(f"{folder}: {said}")
         ledger = vlm.read_json(folder / "ledger.json")
         for key in ("batch_size", "pair_samples", "flops", "seconds"):
             float(ledger[key])
@@ -154,31 +148,45 @@ def open_run(folder) -> Run:
     return run
 
 
-def open_embeddings(runs, moved) -> vlm.Embeddings:
+def open_connectors(folder) -> Run:
+    """A folder of connectors and nothing else. Its pairs share a rank, as nothing says how they were chosen."""
+    names = [vlm.read_connector(path)[:3] for path in sorted(connectors_folder(folder).glob("*_mlp?_*.pt"))]
+    if not names:
+        said = "holds no run (no config.json) and no connectors; make a run with train_hyma.py or train_grid.py"
+        raise BadInput(f"{folder}: {said}")
+    depths = sorted({hidden_layers for _, hidden_layers, _ in names})
+    if len(depths) > 1:
+        raise BadInput(f"{folder}: holds connectors of {depths} hidden layers; keep one kind a folder")
+    config = {"script": None, "flags": {"connector": f"mlp{depths[0]}"}, "embeddings": {}}
+    return Run(folder, config, None, {(image, text): 1 for image, _, text in names}, 0, depths[0])
+
+
+def open_embeddings(runs, flags) -> vlm.Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
-    first = runs[0]
-    data = vlm.Embeddings(moved or first.flags["data"])
+    homes, digests = [run.flags["data"] for run in runs if run.ledger], {}
+    if not (flags.data or homes or flags.task):
+        raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
+    if homes and not flags.data and not Path(homes[0]).is_dir():
+        raise BadInput(f"{homes[0]}: no such folder from here; say where the runs' embeddings are: --data FOLDER")
+    data = vlm.Embeddings(flags.data or [*homes, *flags.task.values()][0])
     for run in runs:
-        for name, digest in run.config["embeddings"].items():
-            if first.config["embeddings"].get(name, digest) != digest:
-                raise BadInput(
-                    f"{run.folder}: was trained on another {name}.pt than {first.folder}; compare runs of one"
-                )
+        for name in unique(name for pair in run.ranks for name in pair):
+            digest = run.config["embeddings"].get(name)  # None of connectors alone
+            if digest and digests.setdefault(name, digest) != digest:
+                said = f"was trained on another {name}.pt than the runs before it; compare runs of one"
+                raise BadInput(f"{run.folder}: {said}")
             if name not in data.encoders:
-                raise BadInput(
-                    f"{data.folder}: has no {name}, which {run.folder} was trained on; name the folder: --data"
-                )
-            if data.fingerprint([name])[name] != digest:
-                raise BadInput(
-                    f"{data.folder}/{name}.pt: is not what {run.folder} was trained on (sha256); train again"
-                )
+                raise BadInput(f"{data.folder}: has no {name}, which {run.folder} is for; name the folder: --data")
+            if digest and data.fingerprint([name])[name] != digest:
+                said = f"is not what {run.folder} was trained on (sha256); train again"
+                raise BadInput(f"{data.folder}/{name}.pt: {said}")
     return data
 
 
 def is_full_grid(run):
-    flags = run.flags
-    full = flags.get("budget_of") == "full" and not flags.get("halving") and not flags.get("closed_form")
-    return run.config["script"] == "train_grid.py" and full
+    """Whether it is an oracle: every pair trained from nothing, with the whole budget, on all rows."""
+    less = any(run.flags.get(name) for name in ("halving", "closed_form", "from", "rows"))
+    return run.config["script"] == "train_grid.py" and run.flags.get("budget_of") == "full" and not less
 
 
 # What does not make a run another method's: where it is, what it ran on, its seed.
@@ -187,23 +195,25 @@ INCIDENTAL = {"seed", "seeds", "out", "data", "device", "precision", "shard", "p
 
 def recipe(run):
     """The flags that make the method; runs that share them differ in their seed alone."""
-    kept = {name: value for name, value in run.flags.items() if name not in INCIDENTAL}
-    if run.flags.get("budget_of", "full") != "full":
-        kept["budget_of"] = "a run"  # of several seeds' runs, each has another's budget
+    kept = {name: value for name, value in run.flags.items() if value and name not in INCIDENTAL}
+    for name in ("budget_of", "from"):
+        if kept.get(name, "full") != "full":
+            kept[name] = "a run"  # of several seeds' runs, each has another's
     return {"script": run.config["script"]} | kept
 
 
 def label(run):
-    flags, connector = run.flags, f"mlp{run.hidden_layers}"
+    flags = run.flags
+    if not run.ledger:
+        return f"connectors in {run.folder}"
     if run.config["script"] == "train_hyma.py":
-        return f"hyma {flags.get('generator')} {connector}"
-    if flags.get("closed_form"):
-        return f"{flags['closed_form']} {connector}"
-    if flags.get("halving"):
-        return f"halving {connector}"
-    if flags.get("budget_of", "full") != "full":
-        return f"grid {connector}, FLOPs of {Path(flags['budget_of']).name}"
-    return f"grid {connector}"
+        name = f"hyma {flags.get('generator')}"
+    else:
+        name = flags.get("closed_form") or ("halving" if flags.get("halving") else "grid")
+    name += f" mlp{run.hidden_layers}"
+    name += f", FLOPs of {Path(flags['budget_of']).name}" if flags.get("budget_of", "full") != "full" else ""
+    name += f", from {Path(flags['from']).name}" if flags.get("from") else ""
+    return name + (f", {flags['rows']} rows" if flags.get("rows") else "")
 
 
 class Method(NamedTuple):
@@ -214,10 +224,14 @@ class Method(NamedTuple):
     runs: list  # [S] the seeds' runs; none of a selector
     cost: dict  # of a selector: flops, seconds, rows
 
+    @property
+    def trained(self):
+        return bool(self.runs and self.runs[0].ledger)
+
 
 def group_runs(runs, pairs, oracles=()):
     """Methods of the runs: those that differ only in their seed are one, but for a seed of --oracle and one beside it.
-    Labels are made unique."""
+    Those of one label are told apart by their folders."""
 
     def kind(run):
         return recipe(run), str(run.folder) in oracles
@@ -230,17 +244,10 @@ def group_runs(runs, pairs, oracles=()):
                 break
         else:
             groups.append([run])
-    names = [label(group[0]) for group in groups]
-    for name in {name for name in names if names.count(name) > 1}:  # say in what they differ
-        same = [k for k, other in enumerate(names) if other == name]
-        recipes = [recipe(groups[k][0]) for k in same]
-        differing = [key for key in recipes[0] if len({str(r.get(key)) for r in recipes}) > 1]
-        for k, own in zip(same, recipes):
-            names[k] += "".join(f", {key} {own.get(key)}" for key in differing[:2])
-    times = Counter(names)  # still alike: a seed twice, one of them the oracle, or a third flag
-    names = [name if times[name] == 1 else f"{name} ({group[0].folder})" for name, group in zip(names, groups)]
-    methods = []
-    for name, group in zip(names, groups):
+    methods, labels = [], Counter(label(group[0]) for group in groups)
+    for group in groups:
+        name = label(group[0])
+        name += f" ({group[0].folder})" if labels[name] > 1 else ""
         orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)
         methods.append(Method(name, orders, group, {}))
     return methods
@@ -576,6 +583,14 @@ COMPONENTS = 100  # leading principal components that canonical correlations are
 STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
 KEPT, POWER = 100, 8  # relative representations: anchors that a row keeps, and the exponent of its similarities
 
+# What torch's counter leaves out of a selector's FLOPs (Golub and Van Loan, sections 4.2, 8.3 and 8.6).
+FACTORISATIONS = {
+    torch.ops.aten._linalg_eigh: lambda x, *_, **__: 9 * x[-1] ** 3,
+    torch.ops.aten._linalg_svd: lambda x, *_, **__: 4 * x[-1] ** 3,  # the singular values alone
+    torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
+    torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
+}
+
 
 def selector_rows(data, rows, count):
     """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
@@ -587,11 +602,13 @@ def selector_rows(data, rows, count):
     return rows[:count]
 
 
+# Each takes features, {encoder: [n, D], centred}, and pairs, and gives {pair: score}.
+
+
 def linear_cka(features, pairs):
     """Centred kernel alignment of linear kernels (Kornblith et al., arXiv 1905.00414, eq. 4): 0 to 1."""
     own = {name: (x.T @ x).norm() for name, x in features.items()}
-    values = {(i, t): ((features[i].T @ features[t]).norm() ** 2 / (own[i] * own[t])).item() for i, t in pairs}
-    return values, gram_flops(features, pairs)
+    return {(i, t): ((features[i].T @ features[t]).norm() ** 2 / (own[i] * own[t])).item() for i, t in pairs}
 
 
 def debiased_cka(features, pairs):
@@ -607,18 +624,7 @@ def debiased_cka(features, pairs):
         return (trace + rest) / (n * (n - 3))
 
     own = {name: hsic(x, x).clamp(min=1e-30).sqrt() for name, x in features.items()}
-    values = {(i, t): (hsic(features[i], features[t]) / (own[i] * own[t])).item() for i, t in pairs}
-    rows = len(next(iter(features.values())))
-    sums = sum(2 * rows * features[name].shape[1] for pair in pairs for name in pair)
-    sums += sum(4 * rows * x.shape[1] for x in features.values())
-    return values, gram_flops(features, pairs) + sums
-
-
-def gram_flops(features, pairs):
-    """Of the products [D, n] [n, D'] of every encoder with itself and of every pair."""
-    rows = len(next(iter(features.values())))
-    dims = {name: x.shape[1] for name, x in features.items()}
-    return 2 * rows * (sum(dim**2 for dim in dims.values()) + sum(dims[i] * dims[t] for i, t in pairs))
+    return {(i, t): (hsic(features[i], features[t]) / (own[i] * own[t])).item() for i, t in pairs}
 
 
 def mutual_neighbours(features, pairs):
@@ -633,49 +639,38 @@ def mutual_neighbours(features, pairs):
             scores[torch.arange(len(block), device=x.device), block] = -math.inf
             found.append(scores.topk(NEIGHBOURS, dim=1).indices)
         nearest[name] = torch.cat(found)  # [n, 10]
-    values = {
-        (i, t): (nearest[i][:, :, None] == nearest[t][:, None]).sum().item() / nearest[i].numel() for i, t in pairs
-    }
-    return values, sum(2 * len(x) ** 2 * x.shape[1] for x in features.values())
+    shared = {(i, t): (nearest[i][:, :, None] == nearest[t][:, None]).sum().item() for i, t in pairs}
+    return {(i, t): count / nearest[i].numel() for (i, t), count in shared.items()}
 
 
 def canonical_correlations(features, pairs, spectra=None):
     """Mean squared canonical correlation between the leading principal components of both sides, as many on each side
     (Raghu et al., arXiv 1706.05806). spectra: a dict that gets each pair's correlations, largest first."""
-    rows, axes, flops = len(next(iter(features.values()))), {}, 0
-    count = min(COMPONENTS, rows // 5, *(x.shape[1] for x in features.values()))
+    axes, count = {}, min(COMPONENTS, len(next(iter(features.values()))) // 5, *(x.shape[1] for x in features.values()))
     for name, x in features.items():
         values, vectors = torch.linalg.eigh(x.T @ x)
         kept = values[-count:] > 1e-6 * values[-1]  # of a side with fewer dimensions than that, the others are zero
         axes[name] = x @ vectors[:, -count:] * (kept / values[-count:].clamp(min=1e-12).sqrt())  # [n, count]
-        wide = x.shape[1]
-        flops += 2 * rows * wide**2 + eigh_flops(wide) + 2 * rows * wide * count
     found = {(i, t): torch.linalg.svdvals(axes[i].T @ axes[t]).clamp(max=1) for i, t in pairs}
-    flops += len(pairs) * (2 * rows * count**2 + 4 * count**3)  # singular values alone: 4 n^3
     if spectra is not None:
         spectra |= {pair: values.tolist() for pair, values in found.items()}
-    return {pair: values.square().mean().item() for pair, values in found.items()}, flops
-
-
-def eigh_flops(wide):
-    return 9 * wide**3  # with vectors (Golub and Van Loan, section 8.3)
+    return {pair: values.square().mean().item() for pair, values in found.items()}
 
 
 def ridge_probe(features, pairs, held_out):
     """R@10, both directions, of ridge regression from captions to pictures, on the fifth of the rows it has not seen."""
-    cut, values = len(next(iter(features.values()))) - len(held_out.rows), {}
-    flops = retrieval_flops(features, pairs, len(held_out.rows))
+    cut, factors = len(next(iter(features.values()))) - len(held_out.rows), {}
     for text in unique(text for _, text in pairs):
-        x, wide = features[text][:cut], features[text].shape[1]
+        x = features[text][:cut]
         gram = x.T @ x
-        factor = torch.linalg.cholesky(gram + STRENGTH * gram.trace() / wide * torch.eye(wide).to(gram))
-        flops += 2 * cut * wide**2 + wide**3 // 3
-        for image in (image for image, other in pairs if other == text):
-            y = features[image][:cut]
-            weight = torch.cholesky_solve(x.T @ y, factor)  # [D_t, D_i]
-            values[image, text] = recall10(held_out, features[text][cut:] @ weight, features[image][cut:])
-            flops += 2 * (cut + wide + len(held_out.rows)) * wide * y.shape[1]
-    return {pair: values[pair] for pair in pairs}, flops
+        factors[text] = torch.linalg.cholesky(
+            gram + STRENGTH * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
+        )
+    values = {}
+    for image, text in pairs:
+        weight = torch.cholesky_solve(features[text][:cut].T @ features[image][:cut], factors[text])  # [D_t, D_i]
+        values[image, text] = recall10(held_out, features[text][cut:] @ weight, features[image][cut:])
+    return values
 
 
 def relative_representations(features, pairs, held_out):
@@ -687,19 +682,12 @@ def relative_representations(features, pairs, held_out):
         scores = (x[cut:] @ x[:cut].T).clamp(min=0)  # [held out, anchors]
         least = scores.topk(min(KEPT, cut), dim=1).values[:, -1:]
         described[name] = torch.where(scores >= least, scores, 0) ** POWER
-    values = {(i, t): recall10(held_out, described[t], described[i]) for i, t in pairs}
-    flops = sum(2 * len(held_out.rows) * cut * x.shape[1] for x in features.values())
-    return values, flops + retrieval_flops(described, pairs, len(held_out.rows))
+    return {(i, t): recall10(held_out, described[t], described[i]) for i, t in pairs}
 
 
 def recall10(held_out, texts, images):
-    found = held_out.recalls(texts, images)
+    found = held_out.recalls(texts.cpu(), images.cpu())  # torch's own products, which are counted
     return (found[2] + found[5]) / 2
-
-
-def retrieval_flops(features, pairs, rows):
-    """Of the scores of every caption against every picture and back."""
-    return sum(4 * rows**2 * features[image].shape[1] for image, _ in pairs)
 
 
 def run_selectors(data, pairs, rows, device):
@@ -708,8 +696,8 @@ def run_selectors(data, pairs, rows, device):
     store = vlm.RowStore(data, names, device)
     features = {name: store.take(name, rows) for name in names}  # [n, D]
     features = {name: x - x.mean(0) for name, x in features.items()}
-    held_out = vlm.Retrieval(data, rows[len(rows) - len(rows) // 5 :], device)
-    spectra = {}
+    held_out = vlm.Retrieval(data, rows[len(rows) - len(rows) // 5 :], torch.device("cpu"))
+    spectra, methods = {}, []
     asked = {
         "linear CKA": linear_cka,
         "debiased CKA": debiased_cka,
@@ -718,48 +706,52 @@ def run_selectors(data, pairs, rows, device):
         "ridge probe R@10": functools.partial(ridge_probe, held_out=held_out),
         "relative representations R@10": functools.partial(relative_representations, held_out=held_out),
     }
-    methods = []
+    with FlopCounterMode(display=False):
+        torch.ones(1, 1) @ torch.ones(1, 1)  # the counter's own start takes a second, which is no selector's
     for name, selector in tqdm(asked.items(), desc="selectors"):
         started = time.perf_counter()
-        values, flops = selector(features, pairs)
-        seconds = time.perf_counter() - started
-        order = np.array([[values[pair] for pair in pairs]]).round(9)
-        methods.append(Method(name, order, [], {"flops": flops, "seconds": seconds, "rows": len(rows)}))
+        with FlopCounterMode(display=False, custom_mapping=FACTORISATIONS) as counter:
+            values = selector(features, pairs)
+        cost = {"flops": counter.get_total_flops(), "seconds": time.perf_counter() - started, "rows": len(rows)}
+        methods.append(Method(name, np.array([[values[pair] for pair in pairs]]).round(9), [], cost))
     # Parameter counts are not in the manifest; among models of a family the wider is the larger.
     widths = np.array([[data.encoders[image].dim + data.encoders[text].dim for image, text in pairs]], dtype=float)
-    methods.append(Method("largest (sum of widths)", widths, [], {"flops": 0, "seconds": 0.0, "rows": 0}))
+    methods.append(Method("largest (sum of widths)", widths, [], FREE))
     return methods, spectra, find_duplicates(data, features)
+
+
+FREE = {"flops": 0, "seconds": 0.0, "rows": 0}  # what it costs to look at names, or at nothing
 
 
 def find_duplicates(data, features):
     """A line for every two encoders of a kind whose embeddings are the same file, or the same up to a rotation."""
-    lines = []
+    digests, lines = data.fingerprint(features), []
     for kind in ("image", "text"):
         names = [name for name in data.names(kind) if name in features]
-        digests = data.fingerprint(names)
-        both = [(one, two) for k, one in enumerate(names) for two in names[k + 1 :]]
-        alike, _ = linear_cka({name: features[name] for name in names}, both) if both else ({}, 0)
+        alike = linear_cka({name: features[name] for name in names}, list(itertools.combinations(names, 2)))
         for (one, two), cka in alike.items():
-            if digests[one] == digests[two] or cka > 0.9999:
+            if cka > 0.9999:
                 how = (
-                    "the same file"
-                    if digests[one] == digests[two]
-                    else f"alike up to a rotation (linear CKA {cka:.6f})"
+                    f"alike up to a rotation (linear CKA {cka:.6f})"
+                    if digests[one] != digests[two]
+                    else "the same file"
                 )
-                lines.append(
-                    f"{one} and {two} are duplicates: {how}; their pairs tie, and agreement looks better than it is"
-                )
+                said = "their pairs tie, and agreement looks better than it is"
+                lines.append(f"{one} and {two} are duplicates: {how}; {said}")
     return lines
 
 
 # ------------------------------------------------------------------------------------------- truth and its bootstrap
+
+CLIP_BENCHMARK_TASKS = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification", "vqa": "vqa"}
+HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 accuracy", "vqa": "accuracy"}
 
 
 class Judged(NamedTuple):
     """The scores of every run's connectors on a task, or on the mean of several."""
 
     name: str
-    headline: str  # what is scored, in words
+    kind: str
     protocol: str
     counted: str  # how many pictures or questions
     chance: float
@@ -785,19 +777,19 @@ def score_runs(tasks, methods, pairs, data, flags, results):
             units = {name: np.stack(each).reshape(-1, len(pairs), count) for name, each in units.items()}  # [S, P, U]
             scores = {name: values.mean(-1).round(9) for name, values in units.items()}
             counted = f"{count} {'questions' if task.kind == 'vqa' else 'pictures'}"
-            drawn = resample(units, flags.bootstrap, (task.data.manifest or {}).get("keys_sha256", task.name))
-            about = HEADLINES[task.kind], task.protocol, counted, task.chance
-            judged.append(Judged(f"{task.name} {task.kind}", *about, scores, drawn))
+            drawn = resample(units, flags.bootstrap, task.name)
+            about = f"{task.name} {task.kind}", task.kind, task.protocol, counted, task.chance
+            judged.append(Judged(*about, scores, drawn))
     return judged
 
 
-CLIP_BENCHMARK_TASKS = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification", "vqa": "vqa"}
-HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 accuracy", "vqa": "accuracy"}
-
-
 def score_connector(task, run, image, text, data, flags):
-    texts = text_inputs(task, text, flags.weights, flags.device, data)
-    return score(task, texts, image_inputs(task, image, data), load_connector(run, image, text, data).to(flags.device))
+    texts, images = text_inputs(task, text, flags.weights, flags.device, data), image_inputs(task, image, data)
+    connector = load_connector(run, image, text, data).to(flags.device)
+    try:
+        return score(task, texts, images, connector)
+    except BadInput as error:
+        raise BadInput(f"{run.connector(image, text)}: {error}") from None
 
 
 def load_connector(run, image, text, data):
@@ -809,13 +801,10 @@ def load_connector(run, image, text, data):
     return connector
 
 
-def resample(units, times, corpus):
-    """Means of [S, P, U] over `times` draws of U units with replacement: {method: [S, R, P]}.
-
-    Tasks on as many units of the same corpus get the same draws, so that their mean is drawn as one.
-    """
-    count = next(iter(units.values())).shape[-1]
-    random = np.random.default_rng([count, int.from_bytes(hashlib.sha256(corpus.encode()).digest()[:4])])
+def resample(units, times, name):
+    """Means of [S, P, U] over `times` draws of U units with replacement, the same ones for all: {method: [S, R, P]}.
+    They follow from the task's name, so that every report on it has the same ones."""
+    count, random = next(iter(units.values())).shape[-1], np.random.default_rng(list(name.encode()))
     found = {name: [] for name in units}
     for start in range(0, times, 100):
         drawn = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
@@ -824,22 +813,21 @@ def resample(units, times, corpus):
     return {name: np.concatenate(parts, axis=1).round(9) for name, parts in found.items()}
 
 
-def mean_of_tasks(judged):
-    """The mean of every task's headline score, task by task drawn as it was."""
-    names = " and ".join([", ".join(each.name for each in judged[:-1]), judged[-1].name])
-    scores = {name: np.mean([each.scores[name] for each in judged], axis=0).round(9) for name in judged[0].scores}
-    drawn = {name: np.mean([each.resampled[name] for each in judged], axis=0).round(9) for name in scores}
-    chance = sum(each.chance for each in judged) / len(judged)
-    counted = unique(each.counted for each in judged)
-    return Judged(
-        f"the mean of {len(judged)} tasks",
-        f"mean of the scores of {names}",
-        "",
-        " and ".join(counted),
-        chance,
-        scores,
-        drawn,
-    )
+def headline_first(judged):
+    """The tasks, those of the headline before the others: retrieval, which connectors are trained for, or else zeroshot,
+    or vqa. Several of that kind are led by their mean; labels that also make questions never weigh twice."""
+    kind = next(kind for kind in HEADLINES if any(each.kind == kind for each in judged))
+    judged = sorted(judged, key=lambda each: each.kind != kind)
+    leading = [each for each in judged if each.kind == kind]
+    if len(leading) == 1:
+        return judged
+    names, counted = (" and ".join(unique(words)) for words in zip(*((one.name, one.counted) for one in leading)))
+    means = [
+        {name: np.mean([values[name] for values in each], axis=0).round(9) for name in each[0]}
+        for each in ([one.scores for one in leading], [one.resampled for one in leading])
+    ]
+    chance = sum(each.chance for each in leading) / len(leading)
+    return [Judged(f"the mean of {names}", kind, "each task's own, below", counted, chance, *means), *judged]
 
 
 def draw_seeds(methods, times):
@@ -849,7 +837,10 @@ def draw_seeds(methods, times):
     return {name: random.multinomial(s, np.full(s, 1 / s), size=times) / s for name, s in counts.items()}
 
 
-METRICS = ["regret", "top1", "recall3", "ndcg1", "ndcg3", "ndcg5", "ndcg", "spearman", "tau"]
+METRICS = {
+    "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
+    "ndcg5": "NDCG@5", "ndcg": "NDCG, all", "spearman": "Spearman", "tau": "Kendall tau-b",
+}  # fmt: skip
 
 
 def fidelity(truth, order):
@@ -891,26 +882,31 @@ def ratio(product, squares):
     return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
 
 
-def true_scores(judged, oracle, drawn):
-    """The true score of every pair [P], 0 to 1, and its resamples [R, P]: the mean over the oracle's seeds."""
-    truths = np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name])
-    return judged.scores[oracle.name].mean(0).round(9), truths.round(9)
+def truth_of(judged, oracle):
+    """The true score of every pair [P], 0 to 1: the mean over the oracle's seeds."""
+    return judged.scores[oracle.name].mean(0).round(9)
+
+
+def truth_again(judged, oracle, drawn):
+    """Its resamples, over rows and seeds: [R, P]."""
+    return np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)
 
 
 def at_chance(judged, oracle, drawn):
     """A line if the pairs together score no better than guessing."""
-    _, truths = true_scores(judged, oracle, drawn)
-    low, high = np.percentile(truths.mean(1), [2.5, 97.5])
+    low, high = np.percentile(truth_again(judged, oracle, drawn).mean(1), [2.5, 97.5])
     if low > judged.chance:
         return []
-    said = f"{judged.name}: the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {judged.chance:.1%}; "
-    return [said + "do captions and pictures belong together?"]
+    said = (
+        f"{judged.name}: the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {judged.chance:.1%}"
+    )
+    return [f"{said}; do captions and pictures belong together?"]
 
 
 def judge(judged, methods, oracle, drawn):
     """A row a method: every metric with its 95 % bootstrap interval over rows and seeds and its expectation under a
     random order, and, of a run, how its own connectors compare with the oracle's."""
-    truth, truths = true_scores(judged, oracle, drawn)  # [P], [R, P]
+    truth, truths = truth_of(judged, oracle), truth_again(judged, oracle, drawn)
     chance = fidelity(truth[None], np.zeros(len(truth)))
     top = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
     rows = []
@@ -924,19 +920,15 @@ def judge(judged, methods, oracle, drawn):
             low, high = np.percentile(values, [2.5, 97.5])
             row |= {name: np.mean([each[name][0] for each in point]), f"{name}_low": low, f"{name}_high": high}
             row[f"{name}_random"] = chance[name][0]
-        gap = 100 * (judged.scores[method.name].mean(0) - truth) if method.runs else None  # [P]
-        first = chance_chosen(method.orders)  # [S, P]
-        row["own_score"] = 100 * (judged.scores[method.name] * first).sum(1).mean() if method.runs else None
-        row["gap_all"] = gap.mean() if method.runs else None
-        row["gap_top_third"] = gap[top].mean() if method.runs else None
+        row |= dict.fromkeys(("own_score", "gap_all", "gap_top_third"))
+        if method.runs:
+            own = judged.scores[method.name]  # [S, P]
+            gap = 100 * (own.mean(0) - truth)
+            first = method.orders == method.orders.max(1, keepdims=True)  # ties for the first place share it
+            row["own_score"] = 100 * (own * first / first.sum(1, keepdims=True)).sum(1).mean()
+            row |= {"gap_all": gap.mean(), "gap_top_third": gap[top].mean()}
         rows.append(row)
     return rows
-
-
-def chance_chosen(orders):
-    """The chance of each pair to be the one chosen: [S, P], equal shares among those tied for the first place."""
-    first = orders == orders.max(1, keepdims=True)
-    return first / first.sum(1, keepdims=True)
 
 
 def chosen_pairs(order):
@@ -955,30 +947,33 @@ PICTURE_GFLOP = {
 }  # fmt: skip
 TOKEN_GFLOP = {"minilm_l6": 0.0212, "minilm": 0.0425, "mpnet": 0.170, "roberta": 0.604}
 TOKENS_A_WORD = 1.4
+COSTS = (
+    "flops", "seconds", "pair_samples", "flops_equal_batch", "flops_equal_updates", "updates_low", "updates_high",
+    "batch_size", "rows_embedded", "embedding_flops", "flops_with_embedding",
+)  # fmt: skip
 
 
 def ledger(method, data, pairs, reference):
-    """What a method cost, the mean over its seeds: FLOPs as run, at the reference's batch size, and at its updates too;
-    seconds, pair-samples, updates of a pair, rows embedded (rows x encoders), and the FLOPs with those of embedding.
+    """What a method cost, the mean over its seeds: FLOPs as run, at the batch size of the reference (a trained run's
+    ledger), and at its updates too; seconds, pair-samples, updates of a pair, rows embedded (rows x encoders), and the
+    FLOPs with those of embedding. None where it is not known: of connectors alone, or of an encoder's forward pass.
 
-    Embedding counts rows to train on and to choose by, or a selector's few, for each encoder; None where the cost of an
-    encoder is not known.
+    Embedding counts rows to train on and to choose by, or a selector's few, for each encoder.
     """
-    names = unique(name for pair in pairs for name in pair)
+    names, row = unique(name for pair in pairs for name in pair), dict.fromkeys(COSTS)
+    if method.runs and not method.trained:
+        return row
     if method.runs:
-        used = sum(
-            len(rows) for rows in vlm.split_rows(data, method.runs[0].seed, method.runs[0].config["flags"].get("rows"))
-        )
+        first = method.runs[0]
+        used = sum(len(rows) for rows in vlm.split_rows(data, first.seed, first.flags.get("rows")))
         each = [run_costs(run, data, reference) for run in method.runs]
-        row = {key: float(np.mean([costs[key] for costs in each])) for key in each[0]}
-        updates = [list(run.ledger["updates_per_pair"].values()) for run in method.runs]
-        row |= {"updates_low": min(map(min, updates)), "updates_high": max(map(max, updates))}
-        row |= {"batch_size": method.runs[0].ledger["batch_size"]}
+        row |= {key: float(np.mean([costs[key] for costs in each])) for key in each[0]}
+        updates = [count for run in method.runs for count in run.ledger["updates_per_pair"].values()]
+        row |= {"updates_low": min(updates), "updates_high": max(updates), "batch_size": first.ledger["batch_size"]}
     else:
-        flops, used = method.cost["flops"], method.cost["rows"]
-        row = {"flops": flops, "seconds": method.cost["seconds"], "pair_samples": used * len(pairs)}
-        row |= {"flops_equal_batch": flops, "flops_equal_updates": flops}
-        row |= {"updates_low": 0, "updates_high": 0, "batch_size": None}
+        spent, row["seconds"], used = method.cost.values()
+        row |= dict.fromkeys(("flops", "flops_equal_batch", "flops_equal_updates"), spent)
+        row |= {"pair_samples": used * len(pairs), "updates_low": 0, "updates_high": 0}
     embedding = embedding_flops(data, names, used)
     with_embedding = None if embedding is None else row["flops"] + embedding
     row |= {"rows_embedded": used * len(names), "embedding_flops": embedding, "flops_with_embedding": with_embedding}
@@ -1002,8 +997,10 @@ def run_costs(run, data, reference):
         return costs | {"flops_equal_batch": costs["flops"], "flops_equal_updates": costs["flops"]}
     steps = batch / reference["batch_size"] if run.flags.get("generator") == "mlp" else 1
     equal_batch = at_reference + (costs["flops"] - plain) * steps
-    # At one batch size, updates of a pair go with its samples.
-    samples = [ledger["pair_samples"] / len(ledger["updates_per_pair"]) for ledger in (reference, run.ledger)]
+    # At one batch size, updates go with samples; a pair that is only predicted has none, and needs none.
+    samples = [
+        each["pair_samples"] / sum(map(bool, each["updates_per_pair"].values())) for each in (reference, run.ledger)
+    ]
     return costs | {"flops_equal_batch": equal_batch, "flops_equal_updates": equal_batch * samples[0] / samples[1]}
 
 
@@ -1011,20 +1008,20 @@ def embedding_flops(data, names, rows):
     """Of `rows` rows through every encoder, or None if the cost of one is not known."""
     total = 0
     for name in names:
-        encoder = data.encoders[name]
-        known = vlm.ENCODERS.get(name)
+        encoder, known = data.encoders[name], vlm.ENCODERS.get(name)
         per = (PICTURE_GFLOP if encoder.kind == "image" else TOKEN_GFLOP).get(name)
         if per is None or known.spec != encoder.spec or (encoder.kind == "text" and not data.rows):
             return None
         if encoder.kind == "text":
-            per *= 2 + TOKENS_A_WORD * words_a_caption(data)
+            words = sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
+            per *= 2 + TOKENS_A_WORD * words
         total += rows * per * 1e9
     return int(total)
 
 
-@functools.cache
-def words_a_caption(data):
-    return sum(len(row["caption"].split()) for row in data.rows) / len(data.rows)
+def times(cost, base, key):
+    """How many times as much, or None where it is not known."""
+    return cost[key] / base[key] if cost[key] is not None and base[key] else None
 
 
 # ------------------------------------------------------------------------------------------------------- the figures
@@ -1034,6 +1031,28 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
 
 
+class Findings(NamedTuple):
+    """All that the report is made of."""
+
+    pairs: list  # (image, text)
+    methods: list
+    oracle: Method  # whose connectors are the truth
+    primary: Method  # whose choice is advised
+    chosen: int  # the number of that pair
+    judged: list  # the tasks, the headline's first
+    drawn: dict  # method -> [R, S] weights of the seeds
+    fidelities: list  # of each in `judged`, a row a method
+    costs: dict  # method -> its row of the ledger
+    spectra: dict  # pair -> canonical correlations
+    warnings: list
+
+    def line(self, name):
+        """How a method's line is drawn."""
+        k = [method.name for method in self.methods].index(name)
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
+        return {"color": colour, "marker": marker, "ms": 3, "lw": 1.3, "label": name}
+
+
 class Plot(NamedTuple):
     name: str  # of its .png and .csv
     caption: str
@@ -1041,9 +1060,18 @@ class Plot(NamedTuple):
     rows: list  # of the CSV: dicts
 
 
-def style_of(methods):
-    """{method: (colour, marker)}: the runs filled, the selectors' colours the other way round."""
-    return {method.name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, method in enumerate(methods)}
+def panels(count, across, wide, tall, **shared):
+    """A figure and the axes of its `count` panels, `across` in a row, of that size in inches each."""
+    across = min(across, count)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(wide * across, tall * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, **shared).flatten().tolist()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes:
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.2)
+    return figure, axes[:count]
 
 
 def short(name):
@@ -1051,228 +1079,198 @@ def short(name):
     return name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
 
 
-def heatmaps(judged, method, oracle, pairs, name):
+def pair_lines(found):
+    """{pair: how its line is drawn}, first drawn first: grey, and over it in colour the worst and the three truly best."""
+    order = np.argsort(-truth_of(found.judged[0], found.oracle), kind="stable").tolist()
+    marked = unique([*order[:3], order[-1]])
+    lines = {k: {"color": "#c4c4c4", "lw": 0.9} for k in order if k not in marked}
+    for k in reversed(marked):
+        said = ":".join(map(short, found.pairs[k]))
+        lines[k] = {"color": COLOURS[marked.index(k)], "lw": 2, "label": said}
+    return {":".join(found.pairs[k]): line for k, line in lines.items()}
+
+
+def legend_below(figure, axis, backwards=True):
+    """backwards: drawn last, on top, is the best."""
+    handles, labels = (part[:: -1 if backwards else 1] for part in axis.get_legend_handles_labels())
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
+def heatmaps(found, judged, method, name):
     """The oracle's scores, the run's, and the difference: images down, texts across."""
-    images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
-    place = {pair: (images.index(pair[0]), texts.index(pair[1])) for pair in pairs}
-    truth, own = (100 * judged.scores[each.name].mean(0) for each in (oracle, method))
-    panels = [(f"oracle: {oracle.name}", truth), (method.name, own), ("difference", own - truth)]
-    low, high = min(truth.min(), own.min()), max(truth.max(), own.max())
+    images, texts = (unique(names) for names in zip(*found.pairs))
+    place = [(images.index(image), texts.index(text)) for image, text in found.pairs]
+    truth, own = (100 * judged.scores[each.name].mean(0) for each in (found.oracle, method))
+    low, high, most = min(truth.min(), own.min()), max(truth.max(), own.max()), max(1e-9, np.abs(own - truth).max())
+    scores, change = {"cmap": "cividis", "vmin": low, "vmax": high}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
     down, across = list(map(short, images)), list(map(short, texts))
     upright = max(map(len, across)) > 9
     wide = 0.075 * max(map(len, down)) + 3 * (0.7 * max(3, len(texts)) + 0.2)
     tall = 0.75 + 0.36 * len(images) + (0.075 * max(map(len, across)) if upright else 0.2)
     figure = Figure(figsize=(wide, tall), layout="constrained")
-    for k, (axis, (title, values)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels)):
-        grid = np.full((len(images), len(texts)), np.nan)
-        for pair, value in zip(pairs, values):
-            grid[place[pair]] = value
-        most = max(1e-9, np.abs(own - truth).max())
-        limits = (
-            {"cmap": "cividis", "vmin": low, "vmax": high} if k < 2 else {"cmap": "PuOr", "vmin": -most, "vmax": most}
-        )
-        drawn = axis.imshow(grid, aspect="auto", **limits)
-        for (row, column), value in np.ndenumerate(grid):
-            if np.isfinite(value):
-                shade = np.dot(drawn.cmap(drawn.norm(value))[:3], (0.3, 0.59, 0.11))
-                colour = "black" if shade > 0.5 else "white"
-                said = f"{value:.1f}" if k < 2 else f"{round(value, 1) + 0.0:+.1f}"
-                axis.text(column, row, said, ha="center", va="center", color=colour, fontsize=8)
-        chosen = chosen_pairs((truth, method.orders.mean(0), truth)[k]) if k < 2 else []
-        for number in chosen:
-            row, column = place[pairs[number]]
+    shown = (
+        (f"oracle: {found.oracle.name}", truth, chosen_pairs(truth.round(7)), scores, "{:.1f}"),
+        (method.name, own, chosen_pairs(method.orders.mean(0)), scores, "{:.1f}"),
+        ("difference", own - truth, [], change, "{:+.1f}"),
+    )
+    for axis, (title, values, boxed, colours, form) in zip(figure.subplots(1, 3, sharey=True), shown):
+        grid = np.full((len(images), len(texts)), np.nan)  # [images, texts]
+        grid[tuple(zip(*place))] = values
+        drawn = axis.imshow(grid, aspect="auto", **colours)
+        for (row, column), value in zip(place, values):
+            light = np.dot(drawn.cmap(drawn.norm(value))[:3], (0.3, 0.59, 0.11)) > 0.5
+            said = form.format(round(value, 1) + 0.0)  # + 0.0: no minus before a zero
+            axis.text(column, row, said, ha="center", va="center", color="black" if light else "white", fontsize=8)
+        for row, column in (place[k] for k in boxed):
             axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=2.5))
         axis.set_title(textwrap.fill(title, 9 * max(3, len(texts))), fontsize=9)
         axis.set_xticks(range(len(texts)), across, rotation=90 if upright else 0, fontsize=8)
         axis.set_yticks(range(len(images)), down, fontsize=8)
         axis.tick_params(length=0)
-    rows = [
-        {"image": i, "text": t, "oracle": round(a, 3), "run": round(b, 3), "difference": round(b - a, 3)}
-        for (i, t), a, b in zip(pairs, truth, own)
-    ]
+    values = zip(found.pairs, truth.round(3).tolist(), own.round(3).tolist(), (own - truth).round(3).tolist())
+    rows = [{"image": i, "text": t, "oracle": a, "run": b, "difference": c} for (i, t), a, b, c in values]
     caption = (
-        f"{judged.name}, score in % of every pair: {oracle.name} (the oracle), {method.name}, and the difference in "
+        f"{judged.name}, score in % of every pair: {found.oracle.name} (the oracle), {method.name}, and the difference in "
+        "points. Boxed: the oracle's best on the task, and the pair that the run chose by validation rows."
     )
-    caption += "points. Boxed: the oracle's best on the task, and the pair that the run chose by validation rows."
     return Plot(name, caption, figure, rows)
 
 
-def cost_against_regret(judged, rows, costs, styles, name):
-    """Regret with its interval over FLOPs, without and with those of embedding."""
-    panels = [("search alone", "flops"), ("with embedding", "flops_with_embedding")]
-    panels = [(title, key) for title, key in panels if all(costs[row["method"]][key] is not None for row in rows)]
-    figure = Figure(figsize=(3.4 * len(panels) + 2.6, 4.2), layout="constrained")
-    for axis, (title, key) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
-        spent = {row["method"]: costs[row["method"]][key] / 1e12 for row in rows}
-        least = min(value for value in spent.values() if value > 0)
+def cost_against_regret(found, judged, rows, name):
+    """Regret with its interval over FLOPs, without and with those of embedding. Of connectors alone they are not known."""
+    rows = [row | found.costs[row["method"]] for row in rows if found.costs[row["method"]]["flops"] is not None]
+    keys = {"search alone": "flops", "with embedding": "flops_with_embedding"}
+    keys = {title: key for title, key in keys.items() if all(row[key] is not None for row in rows)}
+    if not any(row["flops"] for row in rows):
+        return None
+    figure, axes = panels(len(keys), 2, 3.4 + 2.6 / len(keys), 4.2, sharey=True)
+    for axis, (title, key) in zip(axes, keys.items()):
+        least = min(row[key] for row in rows if row[key] > 0) / 1e12
         for row in rows:
-            colour, marker = styles[row["method"]]
-            free = spent[row["method"]] <= 0
-            x = least / 4 if free else spent[row["method"]]
+            look, spent = found.line(row["method"]), row[key] / 1e12
             error = [[max(0, row["regret"] - row["regret_low"])], [max(0, row["regret_high"] - row["regret"])]]
-            face = colour if row["kind"] == "run" else "white"
-            shown = row["method"] + (" (no FLOPs)" if free else "")
-            axis.errorbar(
-                x, row["regret"], error, fmt=marker, color=colour, mfc=face, ms=8, lw=1, capsize=2, label=shown
-            )
+            look |= {"ls": "none", "ms": 8, "elinewidth": 1} | ({"mfc": "white"} if row["kind"] == "selector" else {})
+            look["label"] += "" if spent else " (no FLOPs)"
+            axis.errorbar(spent or least / 4, row["regret"], error, capsize=2, **look)
         axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
         axis.set_xscale("log")
-        few = max(spent.values()) > 30 * least
+        few = max(row[key] for row in rows) / 1e12 > 30 * least
         axis.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"TFLOP, {title}")
-        axis.grid(alpha=0.25)
-    axis = figure.axes[0]
-    axis.set_ylabel("regret, points")
-    axis.set_ylim(bottom=-0.04 * axis.get_ylim()[1])
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
-    keep = ("task", "method", "kind", "regret", "regret_low", "regret_high", "regret_random")
-    table = [
-        {key: row[key] for key in keep} | {key: costs[row["method"]][key] for key in ("flops", "flops_with_embedding")}
-        for row in rows
-    ]
+    axes[0].set_ylabel("regret, points")
+    axes[0].set_ylim(bottom=-0.04 * axes[0].get_ylim()[1])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    kept = ("task", "method", "kind", "regret", "regret_low", "regret_high", "regret_random", "flops")
+    table = [{key: row[key] for key in (*kept, "flops_with_embedding")} for row in rows]
     caption = (
         f"{judged.name}: what each way of choosing loses against what it costs (log axis; down and left is better). "
+        "Bars: 95 % bootstrap interval. Filled: runs; open: selectors that train nothing."
     )
-    caption += "Bars: 95 % bootstrap interval. Filled: runs; open: selectors that train nothing."
     return Plot(name, caption, figure, table)
 
 
-def rank_scatter(judged, methods, oracle, pairs, name):
+def rank_scatter(found, judged, name):
     """A panel a method: the rank it gives a pair over the pair's true rank."""
-    truth = rankdata(-judged.scores[oracle.name].mean(0))
-    shown = [method for method in methods if np.ptp(method.orders)]
+    truth, count = rankdata(-truth_of(judged, found.oracle)), len(found.pairs)
+    shown, table = [method for method in found.methods if np.ptp(method.orders)], []
     if not shown:
         return None
-    across = min(4, len(shown))
-    down = math.ceil(len(shown) / across)
-    figure = Figure(figsize=(2.15 * across + 0.4, 2.25 * down + 0.4), layout="constrained")
-    axes, table = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat, []
-    for axis in axes[len(shown) :]:
-        axis.set_visible(False)
+    figure, axes = panels(len(shown), 4, 2.2, 2.35, sharex=True, sharey=True)
     for axis, method in zip(axes, shown):
         own = rankdata(-method.orders.mean(0))
         best = own == own.min()
-        axis.plot([1, len(pairs)], [1, len(pairs)], color="grey", lw=0.8, ls=":")
+        axis.plot([1, count], [1, count], color="grey", lw=0.8, ls=":")
         axis.scatter(truth[~best], own[~best], s=22, color=COLOURS[0], alpha=0.7, linewidths=0)
         axis.scatter(truth[best], own[best], s=46, color=COLOURS[1], marker="D")
         axis.set_title(textwrap.fill(method.name, 26), fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.2)
-        for (image, text), true, rank in zip(pairs, truth, own):
+        for (image, text), true, rank in zip(found.pairs, truth, own):
             table.append({"method": method.name, "image": image, "text": text, "true_rank": true, "rank": rank})
     figure.supxlabel("true rank (1: the best)", fontsize=9)
     figure.supylabel("rank given", fontsize=9)
-    caption = f"{judged.name}: true rank of every pair and the rank each method gives it; ties at their average rank. "
-    caption += "Diamond: the pair chosen."
+    caption = (
+        f"{judged.name}: true rank of every pair and the rank each method gives it; ties at their average rank. "
+        "Diamond: the pair chosen."
+    )
     return Plot(name, caption, figure, table)
 
 
-def looks_at(run):
-    """[(epoch, {pair: R@10 on validation rows})] of a run's metrics.jsonl; one line only of a closed form."""
-    lines = vlm.read_jsonl(run.folder / "metrics.jsonl")
-    return [(line["epoch"], {pair: (six[2] + six[5]) / 2 for pair, six in line["recalls"].items()}) for line in lines]
+def draw_lines(axis, rows, x, y, series, styles):
+    """A line for each of `styles`, {series: how it is drawn}, through the rows of that series that have a y."""
+    for name, style in styles.items():
+        points = [(row[x], row[y]) for row in rows if row[series] == name and row[y] is not None]
+        axis.plot(*np.array(points).reshape(-1, 2).T, **style)
 
 
-def ranking_over_epochs(judged, methods, oracle, pairs, styles, name):
+def ranking_over_epochs(found, name):
     """A panel a run: the rank of every pair at each look at the validation rows. Last: regret of the leading pair."""
-    truth = judged.scores[oracle.name].mean(0).round(9)
-    names = [":".join(pair) for pair in pairs]
-    marked = [names[k] for k in np.argsort(-truth, kind="stable")[:3]] + [names[int(truth.argmin())]]
-    trained = [method for method in methods if method.runs and len(looks_at(method.runs[0])) > 1]
-    if not trained:
+    truth, names = truth_of(found.judged[0], found.oracle), [":".join(pair) for pair in found.pairs]
+    looks = {m.name: vlm.read_jsonl(m.runs[0].folder / "metrics.jsonl") for m in found.methods if m.trained}
+    looks = {method: each for method, each in looks.items() if len(each) > 1}  # a closed form has one
+    if not looks:
         return None
-    across = len(trained) + 1 if len(trained) < 4 else 3
-    down = math.ceil((len(trained) + 1) / across)
-    figure = Figure(figsize=(2.5 * across, 2.6 * down + 0.5), layout="constrained")
-    axes, table = list(figure.subplots(down, across, squeeze=False).flat), []
-    for axis in axes[len(trained) + 1 :]:
-        axis.set_visible(False)
-    last = axes[len(trained)]
-    for axis, method in zip(axes, trained):
-        looks, lost = looks_at(method.runs[0]), []
-        for epoch, recalls in looks:
-            present = [pair for pair in names if pair in recalls]
-            ranks = dict(zip(present, rankdata([-recalls[pair] for pair in present])))
-            order = np.array([recalls.get(pair, -1.0) for pair in names])
-            regret = fidelity(truth[None], order)["regret"][0]
-            lost.append((epoch, regret))
-            for pair, rank in ranks.items():
-                table.append({"method": method.name, "epoch": epoch, "pair": pair, "rank": rank})
-        for pair in [each for each in names if each not in marked] + unique(marked[::-1]):
-            line = [(row["epoch"], row["rank"]) for row in table if (row["method"], row["pair"]) == (method.name, pair)]
-            known = pair in marked
-            colour = COLOURS[marked.index(pair)] if known else "#c4c4c4"
-            axis.plot(
-                *zip(*line),
-                color=colour,
-                lw=2 if known else 0.9,
-                label=":".join(map(short, pair.split(":"))) if known else None,
-            )
+    figure, (*axes, last) = panels(len(looks) + 1, 3 if len(looks) > 3 else 4, 2.5, 2.7)
+    table, lost = [], []
+    for axis, (method, each) in zip(axes, looks.items()):
+        own = []
+        for look in each:
+            recalls = {pair: (six[2] + six[5]) / 2 for pair, six in look["recalls"].items() if pair in names}
+            order = np.array([recalls.get(pair, -1.0) for pair in names])  # given up, in halving: behind
+            regret, about = fidelity(truth[None], order)["regret"][0], {"method": method, "epoch": look["epoch"]}
+            lost.append(about | {"regret": regret})
+            ranks = zip(recalls, rankdata([-recall for recall in recalls.values()]))
+            own += [about | {"pair": pair, "rank": rank} for pair, rank in ranks]
+        draw_lines(axis, own, "epoch", "rank", "pair", pair_lines(found))
         axis.set_ylim(len(names) + 0.5, 0.5)
-        axis.set_title(textwrap.fill(method.name, 34), fontsize=8)
+        axis.set_title(textwrap.fill(method, 34), fontsize=8)
         axis.set_xlabel("epoch", fontsize=8)
-        axis.tick_params(labelsize=7)
-        colour, _ = styles[method.name]
-        last.plot(*zip(*lost), color=colour, lw=1.5, label=method.name)
+        table += own
+    draw_lines(last, lost, "epoch", "regret", "method", {method: found.line(method) for method in looks})
     axes[0].set_ylabel("rank by validation R@10", fontsize=8)
     last.set_title("regret of the leading pair, points", fontsize=8)
     last.set_xlabel("epoch", fontsize=8)
-    last.tick_params(labelsize=7)
     last.legend(fontsize=6.5, frameon=False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    legend = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
-    figure.legend(handles[::-1], labels[::-1], **legend)  # drawn last, so as to lie on top: the best
-    caption = "Rank of every pair at each look at the validation rows (first seed). Coloured: the three truly best on "
-    caption += f"{judged.name}, and the worst. Last panel: what stopping there would have cost."
+    legend_below(figure, axes[0])
+    caption = (
+        "Rank of every pair at each look at the validation rows (first seed). Coloured: the three truly best on "
+        f"{found.judged[0].name}, and the worst. Last panel: what stopping there would have cost."
+    )
     return Plot(name, caption, figure, table)
 
 
-def loss_curves(methods, styles, name):
-    figure = Figure(figsize=(7.6, 3.1), layout="constrained")
-    (left, right), table = figure.subplots(1, 2), []
-    for method in methods:
-        for k, run in enumerate(method.runs):
-            lines = vlm.read_jsonl(run.folder / "metrics.jsonl")
-            colour, marker = styles[method.name]
-            shown = {"color": colour, "lw": 1.3, "marker": marker, "ms": 3, "label": None if k else method.name}
-            with_loss = [line for line in lines if "loss" in line]  # a closed form has none
-            if with_loss:
-                left.plot([line["epoch"] for line in with_loss], [line["loss"] for line in with_loss], **shown)
-            right.plot([line["epoch"] for line in lines], [100 * line["val_recall10"] for line in lines], **shown)
-            for line in lines:
-                row = {"method": method.name, "seed": run.seed, "epoch": line["epoch"], "loss": line.get("loss")}
-                table.append(row | {"val_recall10": line["val_recall10"], "seconds": line["seconds"]})
-    for axis, title in ((left, "loss on training batches"), (right, "mean R@10 of the pairs on validation rows, %")):
-        axis.set_title(title, fontsize=9)
+def loss_curves(found, plot_name):
+    table, styles = [], {}
+    for name, k, run in ((m.name, k, run) for m in found.methods if m.trained for k, run in enumerate(m.runs)):
+        about = {"method": name, "seed": run.seed, "run": str(run.folder)}
+        styles[about["run"]] = found.line(name) | ({"label": None} if k else {})
+        for line in vlm.read_jsonl(run.folder / "metrics.jsonl"):  # a closed form has no loss
+            table.append(about | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
+    if not table:
+        return None
+    figure, axes = panels(2, 2, 3.8, 3.2)
+    titles = {"loss": "loss on training batches", "val_recall10": "mean R@10 of the pairs on validation rows"}
+    for axis, (key, about) in zip(axes, titles.items()):
+        draw_lines(axis, table, "epoch", key, "run", styles)
+        axis.set_title(about, fontsize=9)
         axis.set_xlabel("epoch", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.2)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return Plot(name, "Loss and validation recall of every run, a line a seed.", figure, table)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    legend_below(figure, axes[1], backwards=False)
+    return Plot(plot_name, "Loss and validation recall of every run, a line a seed.", figure, table)
 
 
-def correlation_spectra(judged, oracle, pairs, spectra, name):
-    truth = judged.scores[oracle.name].mean(0).round(9)
-    order = np.argsort(-truth, kind="stable")
-    marked = list(order[:3]) + [order[-1]]
-    figure = Figure(figsize=(6.4, 3.1), layout="constrained")
-    axis, table = figure.subplots(), []
-    for number in list(order[::-1]):
-        known = number in marked
-        colour = COLOURS[marked.index(number)] if known else "#c4c4c4"
-        said = ":".join(map(short, pairs[number])) if known else None
-        values = spectra[pairs[number]]
-        axis.plot(range(1, len(values) + 1), values, color=colour, lw=1.8 if known else 0.8, label=said)
-        image, text = pairs[number]
-        table += [{"image": image, "text": text, "place": k + 1, "correlation": v} for k, v in enumerate(values)]
+def correlation_spectra(found, name):
+    spectra = [(":".join(pair), n + 1, v) for pair, values in found.spectra.items() for n, v in enumerate(values)]
+    table = [dict(zip(("pair", "place", "correlation"), row)) for row in spectra]
+    figure, (axis,) = panels(1, 1, 6.4, 3.6)
+    draw_lines(axis, table, "place", "correlation", "pair", pair_lines(found))
     axis.set_xlabel("canonical direction")
     axis.set_ylabel("correlation")
-    axis.grid(alpha=0.2)
-    axis.legend(*(part[::-1] for part in axis.get_legend_handles_labels()), fontsize=8, frameon=False)
-    caption = "Canonical correlations of picture and caption embeddings between their leading principal components. "
-    caption += f"Coloured: the three truly best pairs on {judged.name}, and the worst."
+    legend_below(figure, axis)
+    caption = (
+        "Canonical correlations of picture and caption embeddings between their leading principal components. Coloured: "
+        f"the three truly best pairs on {found.judged[0].name}, and the worst."
+    )
     return Plot(name, caption, figure, table)
 
 
@@ -1281,30 +1279,27 @@ def correlation_spectra(judged, oracle, pairs, spectra, name):
 
 def gallery(tasks, run, pairs_shown, count=6):
     """(a table as HTML, rows of its CSV): real captions and their five nearest pictures, for each of `pairs_shown`:
-    [(pair, why)]. Says so where there are no pictures to show."""
+    {pair: why}. Says so where there are no pictures to show."""
     task = next((task for task in tasks if task.kind == "retrieval" and task.data.manifest and task.data.rows), None)
     if task is None:
         return "<p>No task here has captions and pictures to show.</p>", []
     rows = [task.data.rows[i] for i in task.rows.tolist()]
-    first = {}  # picture -> its first place among the rows
-    for place, row in enumerate(rows):
-        first.setdefault(row["image"], place)
+    first = {row["image"]: place for place, row in reversed(list(enumerate(rows)))}  # picture -> its first place
     pictures, root = list(first), task.data.folder / task.data.manifest.get("root", ".")
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
     nearest = {}  # pair -> [queries][5] numbers of pictures
-    for (image, text), _ in pairs_shown:
-        texts = text_inputs(task, text)[drawn].float()
+    for image, text in pairs_shown:
         vectors = F.normalize(image_inputs(task, image)[list(first.values())].float(), dim=1)  # [pictures, D_i]
         with torch.no_grad():
-            mapped = map_texts(texts, load_connector(run, image, text, task.data), 1)
+            mapped = map_texts(text_inputs(task, text)[drawn], load_connector(run, image, text, task.data), 1)
         nearest[image, text] = (mapped @ vectors.T).topk(min(5, len(pictures)), dim=1).indices.tolist()
 
     thumbnail = functools.cache(lambda picture: small_jpeg(root / picture))
     lines, table = [], []
-    for q, place in enumerate(drawn):
-        caption, line = rows[place]["caption"], f"<td class=caption>{html.escape(rows[place]['caption'])}</td>"
+    for q, caption in enumerate(rows[place]["caption"] for place in drawn):
+        line = f"<td class=caption>{html.escape(caption)}</td>"
         right = {row["image"] for row in rows if row["caption"] == caption}
-        for pair, _ in pairs_shown:
+        for pair in pairs_shown:
             line += "<td>"
             for nth, picture in enumerate(pictures[k] for k in nearest[pair][q]):
                 alt, jpeg = html.escape(picture, quote=True), thumbnail(picture)
@@ -1319,7 +1314,7 @@ def gallery(tasks, run, pairs_shown, count=6):
     if lost := sum(thumbnail(picture) is None for picture in {row["picture"] for row in table}):
         said = f"{lost} pictures are not to be had under {root}; their names stand for them."
         body += f"<p class=warning>{html.escape(said)}</p>"
-    heads = "".join(f"<th>{html.escape(':'.join(pair))}: {html.escape(why)}</th>" for pair, why in pairs_shown)
+    heads = "".join(f"<th>{html.escape(':'.join(pair))}: {html.escape(why)}</th>" for pair, why in pairs_shown.items())
     return body + f"<table class=gallery><tr><th>caption</th>{heads}</tr>{''.join(lines)}</table>", table
 
 
@@ -1341,12 +1336,12 @@ CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 66rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-.named td:nth-child(2) { overflow-wrap: anywhere; max-width: 13rem }
+.named td:nth-child(2) { overflow-wrap: anywhere; min-width: 8.5rem; max-width: 13rem }
 .answer { font-size: 1.15rem; border-left: .35rem solid #0072B2; padding: .3rem .9rem; background: #f3f7fa }
 .warning { border-left: .35rem solid #D55E00; padding: .2rem .9rem; background: #fdf4ee }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .8rem; margin: .6rem 0 }
 th, td { padding: .22rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e2e2e2 }
-th:first-child, td:first-child, .words td, .words th,
+th:first-child, td:first-child,
 .named td:nth-child(2), .named th:nth-child(2), .pairs td:nth-child(-n + 3), .pairs th:nth-child(-n + 3) { text-align: left }
 th { border-bottom: 1.5px solid #777; vertical-align: bottom }
 td small { color: #555; display: block; white-space: nowrap } tr.chosen td { font-weight: 600 }
@@ -1363,24 +1358,20 @@ code { font-size: .9em; overflow-wrap: anywhere } a { color: #0072B2 }
 @media print { body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 } table { font-size: 6.6pt }
   th, td { padding: .12rem .28rem } .scroll { overflow: visible } figure, tr { page-break-inside: avoid }
   figure img { max-height: 11.5cm; object-fit: contain; object-position: left }
-  h2 { page-break-after: avoid } .tile { width: 1.35cm; height: 1.35cm }
+  h2 { page-break-after: avoid } .named td:nth-child(2) { min-width: 2.6cm } .tile { width: 1.35cm; height: 1.35cm }
   .gallery td.caption { min-width: 2cm; max-width: 3cm }
   .answer, .warning, .tile { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
 """
-HEADS = {
-    "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
-    "ndcg5": "NDCG@5", "ndcg": "NDCG, all", "spearman": "Spearman", "tau": "Kendall tau-b",
-}  # fmt: skip
 
 
 def number(value, digits=2):
     if value is None:
         return "–"
-    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no minus before a zero
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
-def flops(value):
-    """In TFLOP, three figures."""
+def teraflop(value):
+    """Three figures."""
     return "–" if value is None else f"{value / 1e12:.3g}" if value < 1e15 else f"{value / 1e12:,.0f}"
 
 
@@ -1392,9 +1383,8 @@ def html_table(heads, rows, classes=None, kind=""):
         return html.escape(str(text)) + (f"<small>{html.escape(small)}</small>" if small else "")
 
     body = "<thead><tr>" + "".join(f"<th>{cell(head)}</th>" for head in heads) + "</tr></thead>"
-    for k, row in enumerate(rows):
-        name = f' class="{classes[k]}"' if classes and classes[k] else ""
-        body += f"<tr{name}>" + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>\n"
+    for name, row in zip(classes or [""] * len(rows), rows):
+        body += f'<tr class="{name}">' + "".join(f"<td>{cell(value)}</td>" for value in row) + "</tr>\n"
     return f'<div class=scroll><table class="{kind}">{body}</table></div>'
 
 
@@ -1409,11 +1399,11 @@ def choice(row, pairs):
 def fidelity_table(rows, pairs):
     lines = []
     for row in rows:
-        line = [row["method"], choice(row, pairs)]
-        for name in HEADS:
-            line.append((number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}"))
-        lines.append(line)
-    return html_table(["chosen by", "pair", *HEADS.values()], lines, [row["kind"] for row in rows], "named")
+        values = [
+            (number(row[name]), f"{number(row[f'{name}_low'])}–{number(row[f'{name}_high'])}") for name in METRICS
+        ]
+        lines.append([row["method"], choice(row, pairs), *values])
+    return html_table(["chosen by", "pair", *METRICS.values()], lines, kind="named")
 
 
 def own_table(rows):
@@ -1424,162 +1414,129 @@ def own_table(rows):
     return html_table(heads, lines)
 
 
-def cost_table(methods, costs, oracle):
-    base, lines = costs[oracle.name], []
-    for method in methods:
-        cost = costs[method.name]
-        ways = ("flops", "flops_equal_batch", "flops_equal_updates", "flops_with_embedding")
-        low, high = cost["updates_low"], cost["updates_high"]
-        whole = cost["flops_with_embedding"]
-        lines.append(
-            {"method": method.name}
-            | dict(
-                zip(
-                    ("TFLOP as run", "at equal batch", "and at equal updates", "with embedding"),
-                    (flops(cost[w]) for w in ways),
-                )
-            )
-            | {"x oracle, equal batch": number(cost["flops_equal_batch"] / base["flops_equal_batch"], 3)}
-            | {"x oracle, with embedding": number(whole and whole / base["flops_with_embedding"], 3)}
-            | {"seconds": number(cost["seconds"], 1), "pair-samples": number(cost["pair_samples"], 0)}
-            | {"updates a pair": f"{low}" if low == high else f"{low} to {high}", "batch": cost["batch_size"] or "–"}
-            | {"rows embedded": number(cost["rows_embedded"], 0)}
-        )
-    return html_table(list(lines[0]), [list(line.values()) for line in lines])
+def cost_table(found):
+    heads = [
+        "method",
+        "TFLOP as run",
+        "at equal batch",
+        "and at equal updates",
+        "with embedding",
+        "x oracle, equal batch",
+    ]
+    heads += ["x oracle, with embedding", "seconds", "pair-samples", "updates a pair", "batch", "rows embedded"]
+    base, lines = found.costs[found.oracle.name], []
+    for name, cost in found.costs.items():
+        updates = unique(f"{cost[key]}" for key in ("updates_low", "updates_high") if cost[key] is not None)
+        line = [name, *(teraflop(cost[key]) for key in ("flops", "flops_equal_batch", "flops_equal_updates"))]
+        line += [teraflop(cost["flops_with_embedding"])]
+        line += [number(times(cost, base, key), 3) for key in ("flops_equal_batch", "flops_with_embedding")]
+        line += [number(cost["seconds"], 1), number(cost["pair_samples"], 0), " to ".join(updates) or "–"]
+        lines.append([*line, cost["batch_size"] or "–", number(cost["rows_embedded"], 0)])
+    return html_table(heads, lines)
 
 
 def advise(found):
     """One sentence: the pair to stitch, how sure that is, what it cost."""
     judged, oracle, primary, pairs, chosen = found.judged[0], found.oracle, found.primary, found.pairs, found.chosen
-    truth, truths = true_scores(judged, oracle, found.drawn)  # [P], [R, P]
+    truth, truths = truth_of(judged, oracle), truth_again(judged, oracle, found.drawn)  # [P], [R, P]
     best, top = truths == truths.max(1, keepdims=True), int(truth.argmax())
-    sure = (best[:, chosen] / best.sum(1)).mean()
     low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others to the chosen
-    order = [k for k in np.argsort(-truth, kind="stable") if k != chosen]
     image, text = pairs[chosen]
-    said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), the choice of {primary.name}"
+    by = "the choice of" if primary.trained else "the best of"
+    said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), {by} {primary.name}"
     ties = len(chosen_pairs(primary.orders.mean(0))) - 1
-    said += f" (tied with {ties} more)" if ties else ""
-    said += f": {100 * truth[chosen]:.1f} % on {judged.name}, "
+    said += f" (tied with {ties} more)" if ties and primary.trained else ""
+    own, seeds = judged.scores[primary.name][0, chosen], f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+    said += f": its connector scores {100 * own:.1f} % on {judged.name} ({HEADLINES[judged.kind]}); by "
+    said += f"the connectors of {oracle.name}{seeds}, " if oracle is not primary else "its own connectors, "
+    sure = 100 * (best[:, chosen] / best.sum(1)).mean()
+    said += f"the pair is the best of {len(pairs)} in {sure:.0f} % of resamples of {judged.counted}"
     if truth[chosen] < truth[top]:
-        said += f"{100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}; "
-    seeds = f" and {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
-    said += f"it is the best of {len(pairs)} in {100 * sure:.0f} % of resamples of {judged.counted}{seeds}"
-    for words, some in (
-        ("clearly better", [k for k in order if low[k] > 0]),
-        ("within noise", [k for k in order if low[k] <= 0 <= high[k]]),
-    ):
+        said += f", {100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}"
+    order = [k for k in np.argsort(-truth, kind="stable") if k != chosen]
+    better, alike = [k for k in order if low[k] > 0], [k for k in order if low[k] <= 0 <= high[k]]
+    for words, some in (("clearly better", better), ("within noise", alike)):
         more = f" and {len(some) - 3} more" if len(some) > 3 else ""
         said += f"; {words}: {', '.join(':'.join(pairs[k]) for k in some[:3])}{more}" if some else ""
     cost = found.costs[primary.name]
-    said += f"; {flops(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
-    if oracle is not primary:
-        ratio = cost["flops_equal_batch"] / found.costs[oracle.name]["flops_equal_batch"]
-        said += f", {ratio:.2g}x of {oracle.name} at equal batch size"
-    return said + "."
+    if primary.trained:
+        said += f"; {teraflop(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
+    ratio = times(cost, found.costs[oracle.name], "flops_equal_batch")
+    return said + (f", {ratio:.2g}x of {oracle.name} at equal batch size." if ratio and oracle is not primary else ".")
 
 
-def print_table(rows, costs, oracle, pairs):
+def print_table(found):
     """A line a method, as the trainers print their rankings."""
-    wide = max(len(row["method"]) for row in rows)
-    base = costs[oracle.name]["flops_equal_batch"]
+    wide, base = max(len(method.name) for method in found.methods), found.costs[found.oracle.name]
+    heads = "regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
     print(
-        f"{'':{wide}}  regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
+        f"\n{found.judged[0].name}, {found.judged[0].counted}; truth: {found.oracle.name}, seeds: {len(found.oracle.runs)}"
     )
-    for row in rows:
-        cost = costs[row["method"]]
+    print(f"{'':{wide}}  {heads}")
+    for row in found.fidelities[0]:
+        cost = found.costs[row["method"]]
         regret = f"{row['regret']:6.2f} ({row['regret_low']:.2f} to {row['regret_high']:.2f})"
-        six = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
-        spent = f"{flops(cost['flops']):>9}{cost['seconds']:9.1f}{cost['flops_equal_batch'] / base:10.3f}"
-        print(f"{row['method']:{wide}}  {regret:21}{six}{spent}  {choice(row, pairs)}")
+        five = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
+        spent = f"{teraflop(cost['flops']):>9}{number(cost['seconds'], 1):>9}"
+        ratio = number(times(cost, base, "flops_equal_batch"), 3)
+        print(f"{row['method']:{wide}}  {regret:21}{five}{spent}{ratio:>10}  {choice(row, found.pairs)}")
 
 
-def ranking_rows(judged, found):
+def ranking_rows(found):
     """ranking.csv: a row a task and pair, truly best first: true score in points, its interval, every method's rank, and
     the score of every run's own connector."""
     table, pairs = [], found.pairs
-    for each in judged:
-        truth, truths = (100 * values for values in true_scores(each, found.oracle, found.drawn))
-        low, high = np.percentile(truths, [2.5, 97.5], axis=0)
-        ranks = {method.name: rankdata(-method.orders.mean(0)) for method in found.methods}
+    ranks = {f"rank by {method.name}": rankdata(-method.orders.mean(0)) for method in found.methods}
+    for each in found.judged:
+        truth, truths = 100 * truth_of(each, found.oracle), 100 * truth_again(each, found.oracle, found.drawn)
+        columns = {"true_rank": rankdata(-truth), "true_score": truth}
+        columns |= dict(zip(("low", "high"), np.percentile(truths, [2.5, 97.5], axis=0))) | ranks
+        columns |= {f"score of {name}": 100 * values.mean(0) for name, values in each.scores.items()}
         for k in np.argsort(-truth, kind="stable"):
-            row = {"task": each.name, "image": pairs[k][0], "text": pairs[k][1], "true_rank": rankdata(-truth)[k]}
-            row |= {"true_score": round(truth[k], 3), "low": round(low[k], 3), "high": round(high[k], 3)}
-            row |= {f"rank by {name}": values[k] for name, values in ranks.items()}
-            own = {name: round(100 * values.mean(0)[k], 3) for name, values in each.scores.items()}
-            table.append(row | {f"score of {name}": value for name, value in own.items()})
+            row = {"task": each.name, "image": pairs[k][0], "text": pairs[k][1]}
+            table.append(row | {name: round(values[k], 3) for name, values in columns.items()})
     return table
 
 
-def ranking_table(judged, found):
-    runs, lines = [method for method in found.methods if method.runs], []
-    table = ranking_rows([judged], found)
-    for row in table:
-        score_and_interval = number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}"
-        line = [f"{row['true_rank']:g}", row["image"], row["text"], score_and_interval]
-        lines.append(
-            line + [(number(row[f"score of {m.name}"], 1), f"rank {row[f'rank by {m.name}']:g}") for m in runs]
-        )
-    classes = ["chosen" if (row["image"], row["text"]) == found.pairs[found.chosen] else "" for row in table]
-    return html_table(["true rank", "image", "text", "true score, %", *(m.name for m in runs)], lines, classes, "pairs")
+def ranking_table(found):
+    """The first task's rows of ranking.csv: the pairs, their true scores, and the runs' ranks and scores."""
+    runs, lines, classes = [method.name for method in found.methods if method.runs], [], []
+    for row in ranking_rows(found)[: len(found.pairs)]:
+        line = [f"{row['true_rank']:g}", row["image"], row["text"]]
+        line += [(number(row["true_score"], 1), f"{row['low']:.1f} to {row['high']:.1f}")]
+        lines.append(line + [(number(row[f"score of {m}"], 1), f"rank {row[f'rank by {m}']:g}") for m in runs])
+        classes.append("chosen" if (row["image"], row["text"]) == found.pairs[found.chosen] else "")
+    return html_table(["true rank", "image", "text", "true score, %", *runs], lines, classes, "pairs")
 
 
-class Findings(NamedTuple):
-    """All that the report is made of."""
-
-    pairs: list  # (image, text)
-    methods: list
-    oracle: Method  # whose connectors are the truth
-    primary: Method  # whose choice is advised
-    chosen: int  # the number of that pair
-    judged: list  # the mean of the tasks first, if there are several
-    drawn: dict  # method -> [R, S] weights of the seeds
-    fidelities: list  # of each in `judged`, a row a method
-    costs: dict  # method -> its row of the ledger
-    spectra: dict  # pair -> canonical correlations
-    warnings: list
-
-
-def compose(found, tasks, flags):
-    """(the answer in a sentence; the report from top to bottom: HTML and plots; rows of the gallery's CSV)."""
-    judged, methods, oracle, primary, pairs = found.judged, found.methods, found.oracle, found.primary, found.pairs
-    styles, runs, sentence = style_of(methods), [method for method in methods if method.runs], advise(found)
-    connector = primary.runs[0].connector(*pairs[found.chosen])
+def compose(found, tasks, sentence, resamples):
+    """(the report from top to bottom: HTML and plots; rows of the gallery's CSV)."""
+    oracle, primary, pairs = found.oracle, found.primary, found.pairs
+    chosen, worst = pairs[found.chosen], pairs[int(truth_of(found.judged[0], oracle).argmin())]
     body = ["<h1>Which pair to stitch</h1>", f"<p class=answer>{html.escape(sentence)}</p>"]
-    body += [f"<p>Its connector: <code>{html.escape(str(connector))}</code></p>"]
+    body += [f"<p>Its connector: <code>{html.escape(str(primary.runs[0].connector(*chosen)))}</code></p>"]
     body += [f"<p class=warning>{html.escape(line)}</p>" for line in found.warnings]
-    for place, (each, rows) in enumerate(zip(judged, found.fidelities)):
-        about = f"{each.headline}; {each.counted}" + (f". Protocol: {each.protocol}" if each.protocol else "")
-        body += [f"<h2>{html.escape(each.name.capitalize())}</h2>", f"<p>{html.escape(about)}.</p>"]
+    for place, (each, rows) in enumerate(zip(found.judged, found.fidelities)):
+        about = f"Score: {HEADLINES[each.kind]}; {each.counted}. Protocol: {each.protocol}."
+        body += [f"<h2>{html.escape(each.name)}</h2>", f"<p>{html.escape(about)}</p>"]
         body += [fidelity_table(rows, pairs)]
         if place == 0:
-            body += [f"<p>{html.escape(READING.format(oracle.name, len(oracle.runs), flags.bootstrap))}</p>"]
-        body += [own_table(rows), cost_against_regret(each, rows, found.costs, styles, f"cost-regret-{place}")]
+            body += [f"<p>{html.escape(READING.format(oracle.name, len(oracle.runs), resamples))}</p>"]
+        body += [own_table(rows), cost_against_regret(found, each, rows, f"cost-regret-{place}")]
         if place == 0:
-            body += ["<h3>Every pair</h3>", ranking_table(each, found)]
-            body += [rank_scatter(each, methods, oracle, pairs, f"ranks-{place}")]
-        beside = [method for method in runs if method is not oracle] or [oracle]
+            body += ["<h3>Every pair</h3>", ranking_table(found), rank_scatter(found, each, f"ranks-{place}")]
+        beside = [method for method in found.methods if method.runs and method is not oracle] or [oracle]
         for k, method in enumerate(beside if place == 0 else [primary]):
-            body += [heatmaps(each, method, oracle, pairs, f"heatmap-{place}-{k}")]
-    body += ["<h2>What it cost</h2>", cost_table(methods, found.costs, oracle), f"<p>{html.escape(COSTS)}</p>"]
-    body += ["<h2>Over the epochs</h2>"]
-    body += [ranking_over_epochs(judged[0], methods, oracle, pairs, styles, "ranking-over-epochs")]
-    body += [loss_curves(runs, styles, "loss")]
+            body += [heatmaps(found, each, method, f"heatmap-{place}-{k}")]
+    body += ["<h2>What it cost</h2>", cost_table(found), f"<p>{html.escape(READING_COSTS)}</p>"]
+    epochs = [ranking_over_epochs(found, "ranking-over-epochs"), loss_curves(found, "loss")]
+    body += ["<h2>Over the epochs</h2>", *epochs] if any(epochs) else []
     if found.spectra:
-        body += ["<h2>Before any training</h2>"]
-        body += [correlation_spectra(judged[0], oracle, pairs, found.spectra, "canonical-correlations")]
-    worst = pairs[int(judged[0].scores[oracle.name].mean(0).argmin())]
-    shown = [(pairs[found.chosen], "the pair to stitch"), (worst, "the worst")]
+        body += ["<h2>Before any training</h2>", correlation_spectra(found, "canonical-correlations")]
+    shown = {chosen: "the pair to stitch"} | ({worst: "the worst"} if worst != chosen else {})
     tiles, table = gallery(tasks, primary.runs[0], shown)
-    heads, lines = ["run", "method", "seed", "commit", "torch", "device", "started"], []
-    for method in runs:
-        for run in method.runs:
-            known = [run.config.get(key) or "–" for key in ("commit", "device", "started")]
-            torch_version = run.config.get("versions", {}).get("torch", "–")
-            lines.append([run.folder, method.name, run.seed, known[0], torch_version, *known[1:]])
     body += ["<h2>What the best and the worst pair find</h2>", tiles]
-    body += ["<h2>Where it comes from</h2>", html_table(heads, lines, kind="words")]
-    return sentence, [item for item in body if item is not None], table
+    return [item for item in body if item is not None], table
 
 
 READING = (
@@ -1589,15 +1546,15 @@ READING = (
     "scores is too high, so intervals of regret lean upwards. NDCG's gain is the true score minus the worst pair's. Ties "
     "in an order are broken at random, in expectation; the last line is a random order's."
 )
-COSTS = (
-    "As run; at the oracle's batch size (the share of the logits grows with the batch); and at its updates of each pair "
-    "too. A run's cost is one seed's. Selectors train nothing, so theirs does not change. Rows embedded: rows times "
-    "encoders. Embedding is the forward pass of those rows, captions at "
-    f"{TOKENS_A_WORD} tokens a word, and – where an encoder's cost is not known; its seconds are not recorded."
+READING_COSTS = (
+    "As run; at the oracle's batch size (the share of the logits grows with the batch); and at its updates of each "
+    "trained pair too. A run's cost is one seed's. Selectors train nothing, so theirs does not change. Rows embedded: rows "
+    f"times encoders. Embedding is the forward pass of those rows, captions at {TOKENS_A_WORD} tokens a word; its seconds "
+    "are not recorded. – where a cost is not known."
 )
 
 
-def selector_lines(found):
+def method_rows(found):
     """selectors.csv: a row a task and method, runs and selectors alike, with every metric and cost."""
     lines = []
     for row in (row for rows in found.fidelities for row in rows):
@@ -1613,31 +1570,27 @@ def write_report(out, title, body, tables, results):
     """
     out.mkdir(parents=True, exist_ok=True)
     earlier = vlm.read_json(out / "results.json").get("files", []) if (out / "results.json").is_file() else []
-    sections, files = [], ["report.html", "results.json"]
+    page, files = "", ["report.html", "results.json"]
     for item in body:
         if isinstance(item, Plot):
-            png = io.BytesIO()
+            png, said = io.BytesIO(), html.escape(item.caption, quote=True)
             item.figure.savefig(png, dpi=160, metadata={"Software": None})
             with vlm.atomic_file(out / f"{item.name}.png") as file:
                 file.write(png.getvalue())
             tables |= {f"{item.name}.csv": item.rows}
             files.append(f"{item.name}.png")
-            wide = int(item.figure.get_figwidth() * 96)
-            source, alt = base64.b64encode(png.getvalue()).decode(), html.escape(item.caption, quote=True)
+            source, wide = base64.b64encode(png.getvalue()).decode(), int(item.figure.get_figwidth() * 96)
             links = f'<a href="{item.name}.png">PNG</a>, <a href="{item.name}.csv">CSV</a>'
-            picture = f'<img width="{wide}" src="data:image/png;base64,{source}" alt="{alt}">'
-            sections.append(
-                f"<figure>{picture}<figcaption>{html.escape(item.caption[:1].upper() + item.caption[1:])} ({links})</figcaption></figure>"
-            )
-        else:
-            sections.append(item)
+            item = f'<figure><img width="{wide}" src="data:image/png;base64,{source}" alt="{said}">'
+            item += f"<figcaption>{said} ({links})</figcaption></figure>"
+        page += item
     for name, rows in tables.items():
         if rows:
             vlm.write_csv(out / name, rows)
             files.append(name)
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
     head += '<meta name=viewport content="width=device-width, initial-scale=1">'
-    vlm.write_text(out / "report.html", f"{head}<style>{CSS}</style><body>{''.join(sections)}</body></html>\n")
+    vlm.write_text(out / "report.html", f"{head}<style>{CSS}</style><body>{page}</body></html>\n")
     vlm.write_json(out / "results.json", {"files": files} | results)
     for name in set(earlier) - set(files):
         if re.fullmatch(r"[\w-]+\.(png|csv)", name):
@@ -1671,12 +1624,11 @@ def run_demo(device):
     return folders
 
 
-def default_runs():
-    """The newest finished run."""
-    newest = sorted(Path("runs").glob("*/ledger.json"), key=lambda path: path.stat().st_mtime)
-    if not newest:
+def newest_run():
+    finished = sorted(Path("runs").glob("*/ledger.json"), key=lambda path: path.stat().st_mtime)
+    if not finished:
         raise BadInput("runs/ holds no finished run; make one: python train_hyma.py --pairs all, or see --demo")
-    return [newest[-1].parent]
+    return finished[-1].parent
 
 
 def choose_oracle(methods, named):
@@ -1692,31 +1644,41 @@ def choose_oracle(methods, named):
     if full:
         alike = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
         return (alike or full)[0], primary, []
+    if not primary.trained:
+        return (
+            primary,
+            primary,
+            [f"{primary.name}: nothing ranks them but the rows that judge them: their best leans upwards"],
+        )
     said = f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
     return primary, primary, [said + "runs of train_grid.py with its whole budget, or name others with --oracle"]
 
 
 def open_all_tasks(flags, runs, data):
-    if flags.task:
-        return [task for name, folder in flags.task.items() for task in open_tasks(name, folder, flags)], []
-    if not any(row.get("split") == "test" for row in data.rows or []):
-        seeds = sorted({run.seed for run in runs})
-        if len(seeds) > 1 and not any(row.get("split") for row in data.rows or []):
-            said = f"{data.folder}: has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
-            raise BadInput(f"{said}; name a --task, or give runs of one seed")
-        said = f"{data.folder} has no test split: the validation rows that chose the connectors also judge them; name a --task"
-        return open_tasks(None, data.folder, flags, runs[0].seed), [said]
-    return open_tasks(None, data.folder, flags, runs[0].seed), []
+    """(the tasks, lines of warning). Of the folder that the runs were trained on, only rows that none was trained on."""
+    tasks, warnings, seeds = [], [], sorted({run.seed for run in runs if run.ledger})
+    for name, folder in (flags.task or {None: data.folder}).items():
+        own = seeds and os.path.realpath(folder) == os.path.realpath(data.folder)
+        if own and not any(row.get("split") == "test" for row in data.rows or []):
+            if len(seeds) > 1 and not any(row.get("split") for row in data.rows or []):
+                said = f"has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
+                raise BadInput(f"{data.folder}: {said}; name another --task, or give runs of one seed")
+            said = (
+                "has no test split: the validation rows that chose the connectors also judge them; name another --task"
+            )
+            warnings.append(f"{data.folder} {said}")
+        tasks += open_tasks(name, folder, flags, seeds[0] if own else None)
+    return tasks, warnings
 
 
 def main():
     flags = parse_flags()
-    folders = run_demo(flags.device) if flags.demo else flags.runs or default_runs()
+    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_run()]
     runs = [open_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
     oracles = {os.path.normpath(folder) for folder in flags.oracle}
-    pairs = list(next(run for run in runs if len(oracles) == len(runs) or str(run.folder) not in oracles).ranks)
-    data = open_embeddings(runs, flags.data)
-    pairs = [pair for pair in vlm.choose_pairs(data, ["all"]) if pair in pairs]
+    data = open_embeddings(runs, flags)
+    first = next((run for run in runs if str(run.folder) not in oracles), runs[0])
+    pairs = [pair for pair in vlm.choose_pairs(data, ["all"]) if pair in first.ranks]
     for run in runs:
         if missing := [":".join(pair) for pair in pairs if pair not in run.ranks]:
             said = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
@@ -1725,35 +1687,35 @@ def main():
     oracle, primary, warnings = choose_oracle(methods, oracles)
     tasks, said = open_all_tasks(flags, runs, data)
     warnings += said
+    for name in (method.name for method in methods if method.runs[0].flags.get("from")):
+        warnings.append(f"{name}: starts from another run's connectors, whose cost is not in its own")
 
-    results = []
-    judged = score_runs(tasks, methods, pairs, data, flags, results)
-    if len(judged) > 1:
-        judged = [mean_of_tasks(judged), *judged]
-
-    spectra = {}
-    if flags.selector_rows:
-        train_rows, _ = vlm.split_rows(data, runs[0].seed)
-        rows = selector_rows(data, train_rows, flags.selector_rows)
+    results, spectra = [], {}
+    judged = headline_first(score_runs(tasks, methods, pairs, data, flags, results))
+    trained = [run for method in (oracle, *methods) for run in method.runs if run.ledger]
+    if flags.selector_rows and trained:
+        rows = selector_rows(data, vlm.split_rows(data, trained[0].seed)[0], flags.selector_rows)
         selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
         methods, warnings = methods + selectors, warnings + alike
-    methods.append(Method("random order", np.zeros((1, len(pairs))), [], {"flops": 0, "seconds": 0.0, "rows": 0}))
+    methods.append(Method("random order", np.zeros((1, len(pairs))), [], FREE))
     drawn = draw_seeds(methods, flags.bootstrap)
     warnings += [line for each in judged for line in at_chance(each, oracle, drawn)]
     fidelities = [judge(each, methods, oracle, drawn) for each in judged]
-    costs = {method.name: ledger(method, data, pairs, oracle.runs[0].ledger) for method in methods}
-    chosen = chosen_pairs(primary.orders.mean(0))[0]
+    # A closed form's one step says nothing of a batch size; connectors alone have no ledger.
+    reference = next((run.ledger for run in trained if not run.flags.get("closed_form")), trained and trained[0].ledger)
+    costs = {method.name: ledger(method, data, pairs, reference) for method in methods}
+    chosen = chosen_pairs(primary.orders.mean(0) if primary.trained else truth_of(judged[0], oracle))[0]
     found = Findings(pairs, methods, oracle, primary, chosen, judged, drawn, fidelities, costs, spectra, warnings)
 
-    sentence, body, shown = compose(found, tasks, flags)
-    about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results}
-    lines = selector_lines(found)
-    about |= {"methods": lines, "made": vlm.provenance(flags.device)}
-    tables = {"ranking.csv": ranking_rows(judged, found), "selectors.csv": lines, "gallery.csv": shown}
+    sentence = advise(found)
+    body, shown = compose(found, tasks, sentence, flags.bootstrap)
+    lines = method_rows(found)
+    about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results, "methods": lines}
+    about |= {"runs": {str(run.folder): run.config for run in runs}, "made": vlm.provenance(flags.device)}
+    tables = {"ranking.csv": ranking_rows(found), "selectors.csv": lines, "gallery.csv": shown}
     write_report(flags.out, f"Stitch {':'.join(pairs[chosen])}", body, tables, about)
 
-    print(f"\n{judged[0].name}, {judged[0].counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
-    print_table(fidelities[0], costs, oracle, pairs)
+    print_table(found)
     for line in warnings:
         print(f"warning: {line}")
     print(f"\n{sentence}")
