@@ -71,8 +71,9 @@ def parse_flags():
         flags.data = Path(flags.data)
     if not flags.resume:
         vlm.check_training_flags(flags, "width", "rank", "pairs_per_step")
-        if flags.width is not None and flags.generator != "mlp":
-            raise BadInput(f"--width {flags.width}: contradicts --generator {flags.generator}; only mlp has a width")
+        for name, owner in (("width", "mlp"), ("rank", "factored")):
+            if getattr(flags, name) is not None and flags.generator != owner:
+                raise BadInput(f"--{name} {getattr(flags, name)}: contradicts --generator {flags.generator}, which has none")
         return flags, None
     return vlm.resume_flags(parser, vlm.find_run(flags.out))
 

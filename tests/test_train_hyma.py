@@ -205,6 +205,7 @@ def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
 def test_bad_input(run, refused, planted, tmp_path):
     base = ("--data", planted, "--device", "cpu")
     refused("train_hyma.py", *base, "--width", "8", says=["--width 8", "contradicts"])
+    refused("train_hyma.py", *base, "--rank", "8", "--generator", "mlp", says=["--rank 8", "contradicts"])
     refused(
         "train_hyma.py", *base, "--pairs", "efflite0:*", "--predict", "control:mpnet", says="control must be in a pair"
     )
