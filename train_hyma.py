@@ -73,7 +73,9 @@ def parse_flags():
         vlm.check_training_flags(flags, "width", "rank", "pairs_per_step")
         for name, owner in (("width", "mlp"), ("rank", "factored")):
             if getattr(flags, name) is not None and flags.generator != owner:
-                raise BadInput(f"--{name} {getattr(flags, name)}: contradicts --generator {flags.generator}, which has none")
+                raise BadInput(
+                    f"--{name} {getattr(flags, name)}: contradicts --generator {flags.generator}, which has none"
+                )
         return flags, None
     return vlm.resume_flags(parser, vlm.find_run(flags.out))
 
@@ -171,12 +173,18 @@ class Factored(nn.Module):
         return inputs, layers
 
     def flops(self, batch_size, pairs):
-        """Of the connectors' matrix products in one step, forward and backward, 2 a multiply-add."""
-        texts = [self.text_parts[self.texts.index(text)] for text in unique(text for _, text in pairs)]
-        first = sum(4 * part[0].weight.numel() for part in texts)  # no gradient with respect to the embeddings
-        middle = sum(6 * layer.weight.numel() for part in texts for layer in part[1:])
-        last = sum(6 * self.image_parts[self.images.index(image)].weight.numel() for image, _ in pairs)
-        return batch_size * (first + middle + last)
+        """Of the connectors' matrix products in one step, forward and backward, 2 a multiply-add. A layer has a product
+        forward, one for its gradient where it is trained, and one for its input's where anything before it is."""
+        total, parts = 0, {text: self.text_parts[self.texts.index(text)] for text in unique(text for _, text in pairs)}
+        for part in parts.values():
+            trained = part[0].weight.requires_grad
+            total += sum(
+                (2 + 2 * trained + 2 * (trained and layer is not part[0])) * layer.weight.numel() for layer in part
+            )
+        for image, text in pairs:
+            weight = self.image_parts[self.images.index(image)].weight
+            total += (2 + 2 * weight.requires_grad + 2 * parts[text][0].weight.requires_grad) * weight.numel()
+        return batch_size * total
 
     @torch.no_grad()
     def predict(self, image, text):

@@ -391,13 +391,18 @@ def test_export_is_the_function_that_was_trained(script, hidden_layers):
         assert [tuple(w.shape) for w, _ in generator.predict("a", "t")][-1][0] == 48
 
 
+@pytest.mark.parametrize("frozen", [None, "text_parts", "image_parts"])  # as when an encoder joins
 @pytest.mark.parametrize("hidden_layers", [0, 1, 2])
-def test_flops_against_torch(script, hidden_layers):
+def test_flops_against_torch(script, hidden_layers, frozen):
     features = {"t": torch.randn(64, 24), "u": torch.randn(64, 40)}
     images = {"a": F.normalize(torch.randn(64, 48), dim=1), "b": F.normalize(torch.randn(64, 32), dim=1)}
     pairs = [("a", "u"), ("b", "t"), ("a", "t")]
     for generator in generators(script, hidden_layers):
         axes = in_axes(generator, hidden_layers)
+        if frozen and not hasattr(generator, frozen):
+            continue
+        if frozen:
+            getattr(generator, frozen).requires_grad_(False)
         targets = [images[image] @ axes[image] for image in images]
         with FlopCounterMode(display=False) as counter:
             z, sumsq = connector_mlp(*generator(features, pairs))
