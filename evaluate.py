@@ -129,7 +129,7 @@ def open_run(folder) -> Run:
             said = f"is not finished (no ledger.json); go on: python {script} --resume --out {folder}"
             raise BadInput(f"{folder}: {said}")
         ledger = vlm.read_json(folder / "ledger.json")
-        for key in ("batch_size", "pair_samples", "flops", "seconds"):
+        for key in ("batch_size", "pair_samples", "flops", "logit_flops", "seconds"):
             float(ledger[key])
         with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
             ranks = {(row["image"], row["text"]): int(row["rank"]) for row in csv.DictReader(file)}
@@ -686,7 +686,7 @@ def relative_representations(features, pairs, held_out):
 
 
 def recall10(held_out, texts, images):
-    found = held_out.recalls(texts.cpu(), images.cpu())  # torch's own products, which are counted
+    found = held_out.recalls(texts.cpu(), F.normalize(images.cpu(), dim=1))  # torch's own products, which are counted
     return (found[2] + found[5]) / 2
 
 
@@ -981,22 +981,20 @@ def ledger(method, data, pairs, reference):
 
 
 def run_costs(run, data, reference):
-    """A run's FLOPs are samples x (connector + 4 B D_i for the logits), summed over pairs, and a rest: what a generator's
-    parts save by being shared, which goes with the samples, or, of `mlp`, what it costs to predict, which goes with the
-    steps."""
-    batch, updates = run.ledger["batch_size"], run.ledger["updates_per_pair"]
-    plain = at_reference = 0
-    for image, text in run.ranks:
-        widths = [data.encoders[text].dim] + [vlm.HIDDEN_DIM] * run.hidden_layers + [data.encoders[image].dim]
-        samples, logits = batch * updates[f"{image}:{text}"], 4 * data.encoders[image].dim
-        connector = vlm.connector_flops(1, list(zip(widths[1:], widths)))
-        plain += samples * (connector + logits * batch)
-        at_reference += samples * (connector + logits * reference["batch_size"])
+    """What a run's FLOPs would be at another batch size: those of the logits go with the batch, and what the `mlp`
+    generator spends on predicting goes with the steps; the rest goes with the samples."""
     costs = {key: run.ledger[key] for key in ("flops", "seconds", "pair_samples")}
     if run.flags.get("closed_form"):
         return costs | {"flops_equal_batch": costs["flops"], "flops_equal_updates": costs["flops"]}
-    steps = batch / reference["batch_size"] if run.flags.get("generator") == "mlp" else 1
-    equal_batch = at_reference + (costs["flops"] - plain) * steps
+    batches = reference["batch_size"] / run.ledger["batch_size"]
+    equal_batch = costs["flops"] + run.ledger["logit_flops"] * (batches - 1)
+    if run.flags.get("generator") == "mlp":
+        predicting = costs["flops"] - run.ledger["logit_flops"]
+        for image, text in run.ranks:
+            widths = [data.encoders[text].dim] + [vlm.HIDDEN_DIM] * run.hidden_layers + [data.encoders[image].dim]
+            samples = run.ledger["batch_size"] * run.ledger["updates_per_pair"][f"{image}:{text}"]
+            predicting -= vlm.connector_flops(samples, list(zip(widths[1:], widths)))
+        equal_batch += predicting * (1 / batches - 1)
     # At one batch size, updates go with samples; a pair that is only predicted has none, and needs none.
     samples = [
         each["pair_samples"] / sum(map(bool, each["updates_per_pair"].values())) for each in (reference, run.ledger)

@@ -131,8 +131,7 @@ def step_flops(flags, pairs, dims):
     for image, text in pairs:
         widths = [dims[text]] + [HIDDEN_DIM] * int(flags.connector[-1]) + [dims[image]]
         total += vlm.connector_flops(flags.batch_size, zip(widths[1:], widths))
-        total += 4 * flags.batch_size**2 * dims[image]
-    return total
+    return total + vlm.logit_flops(flags.batch_size, [dims[image] for image, _ in pairs])
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -163,8 +162,8 @@ def halving_rungs(pair_count, steps):
 
 def new_state(pairs):
     """All that training changes beside the tensors. best: {pair: its best recalls, with the layers that reached them}."""
-    updates = {":".join(pair): 0 for pair in pairs}
-    return {"step": 0, "flops": 0, "seconds": 0.0, "peak_bytes": 0, "updates": updates, "metrics": [], "best": {}}
+    costs = {"flops": 0, "logit_flops": 0, "seconds": 0.0, "peak_bytes": 0}
+    return {"step": 0, "updates": {":".join(pair): 0 for pair in pairs}, "metrics": [], "best": {}} | costs
 
 
 def score(six):
@@ -220,6 +219,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             for pair in alive:
                 state["updates"][":".join(pair)] += 1
             state["flops"] += step_flops(flags, alive, store.dims)
+            state["logit_flops"] += vlm.logit_flops(flags.batch_size, [store.dims[image] for image, _ in alive])
             progress.update()
             if (step + 1) % period and step + 1 < steps and step + 1 not in rungs:
                 continue
@@ -250,7 +250,7 @@ def best_of(pairs, state, count):
 def merge_states(states, pairs):
     """One state of several that went through the same steps with different pairs: costs are added up."""
     whole = new_state(pairs) | {"step": states[0]["step"], "peak_bytes": max(state["peak_bytes"] for state in states)}
-    whole |= {key: sum(state[key] for state in states) for key in ("flops", "seconds")}
+    whole |= {key: sum(state[key] for state in states) for key in ("flops", "logit_flops", "seconds")}
     for key in ("updates", "best"):
         found = {name: value for state in states for name, value in state[key].items()}
         whole[key] = {":".join(pair): found[":".join(pair)] for pair in pairs}

@@ -436,6 +436,7 @@ def main():
     state = {
         "step": 0,
         "flops": 0,
+        "logit_flops": 0,
         "seconds": 0.0,
         "updates": {":".join(pair): 0 for pair in untrained + pairs},
         "metrics": [],
@@ -477,7 +478,8 @@ def main():
             for pair in chosen:
                 state["updates"][":".join(pair)] += 1
             state["flops"] += generator.flops(flags.batch_size, chosen)
-            state["flops"] += sum(4 * flags.batch_size**2 * store.dims[image] for image, _ in chosen)  # the logits
+            logits = vlm.logit_flops(flags.batch_size, [store.dims[image] for image, _ in chosen])
+            state["flops"], state["logit_flops"] = state["flops"] + logits, state["logit_flops"] + logits
             progress.update()
             if (step + 1) % period and step + 1 < steps:
                 continue

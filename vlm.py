@@ -675,9 +675,11 @@ class Retrieval:
         self.chance = [sum(pair) / 2 for pair in zip(*chances)]
 
     def ranks(self, text, image):
-        """text [n, D] of the rows, any length; image [n, D], unit vectors or coordinates of such along orthonormal axes.
-        Returns how many candidates come before a query's first right
-        one: of each caption among the pictures [captions], of each picture among the captions [pictures]."""
+        """How many candidates come before a query's first right one: of each caption among the pictures [captions], of
+        each picture among the captions [pictures].
+
+        text [n, D]: of the rows, of any length. image [n, D]: unit vectors, or their coordinates along orthonormal axes.
+        """
         vectors = {"caption": F.normalize(text, dim=1), "image": image}
         own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
         found = []
@@ -892,6 +894,11 @@ def connector_flops(batch_size, shapes):
     return batch_size * sum((4 if depth == 0 else 6) * out * into for depth, (out, into) in enumerate(shapes))
 
 
+def logit_flops(batch_size, dims):
+    """Of the similarities of a batch with itself, for pictures of these widths, forward and backward."""
+    return sum(4 * batch_size**2 * dim for dim in dims)
+
+
 def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32."""
     texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
@@ -919,7 +926,7 @@ def write_results(out, data, ranked, connector_of, batch_size, state):
     """Writes connectors and cards, ranking.csv and, last, ledger.json. Returns the connectors' paths, best first.
 
     ranked: the rows of `rank_pairs`. connector_of("image:text"): its layers and what its card is to record. state: what
-    a checkpoint holds: step, updates (of each pair), flops, seconds, peak_bytes, trainable_parameters.
+    a checkpoint holds: step, updates (of each pair), flops, logit_flops, seconds, peak_bytes, trainable_parameters.
     """
     paths = []
     for row in ranked:
@@ -933,6 +940,7 @@ def write_results(out, data, ranked, connector_of, batch_size, state):
         "pair_samples": batch_size * sum(state["updates"].values()),
         "updates_per_pair": state["updates"],
         "flops": state["flops"],
+        "logit_flops": state["logit_flops"],  # of those, what grows with the batch at equal samples
         "seconds": round(state["seconds"], 3),
         "peak_bytes": state["peak_bytes"],
         "trainable_parameters": state["trainable_parameters"],

@@ -359,7 +359,8 @@ def test_a_planted_best_pair_is_found(run, runs, tmp_path):
         assert float(row["regret_low"]) <= float(row["regret"]) + 1e-9 and float(row["regret_random"]) > 30
         if "largest" not in name and name != "random order":
             assert "efflite1" in row["chosen"] and "control" not in row["chosen"], name
-            assert float(row["regret"]) < 5 and float(row["spearman"]) > 0.5, name
+            # Only the picture's encoder is planted: of the two texts, either may be first.
+            assert float(row["regret"]) < float(row["regret_random"]) / 4 and float(row["spearman"]) > 0.5, name
     assert rows["random order"]["regret"] == rows["random order"]["regret_random"]
     assert float(rows["largest (sum of widths)"]["regret"]) > 20  # efflite0 is as wide
     assert float(rows["grid mlp0"]["gap_all"]) == 0 and rows["linear CKA"]["own_score"] == ""
@@ -515,10 +516,10 @@ def test_a_run_on_some_rows_is_no_oracle_and_embeds_less(run, graded, runs, tmp_
 
 def test_predicted_pairs_need_no_updates(run, planted, tmp_path):
     """Five of six pairs trained: at as many updates of those as the grid's, the run costs what it cost."""
-    flags = ("--data", planted, *QUICK, "--epochs", "4")
-    pairs = ("--pairs", "efflite?:*", "control:mpnet", "--pairs-per-step", "5", "--predict", "control:*")
-    assert run("train_hyma.py", *flags, *pairs, "--out", "some").code == 0
-    assert run("train_grid.py", *flags, "--out", "grid").code == 0
+    flags = ("--data", planted, *QUICK)
+    pairs = ("--pairs", "efflite?:*", "control:mpnet", "--predict", "control:*")  # a text encoder a step, of two
+    assert run("train_hyma.py", *flags, *pairs, "--epochs", "8", "--out", "some").code == 0
+    assert run("train_grid.py", *flags, "--epochs", "4", "--out", "grid").code == 0
     result = run("evaluate.py", "some", "grid", "--bootstrap", "10", "--selector-rows", "0")
     assert result.code == 0 and "truth: grid" in result.out, result.err
     row = read_csv(tmp_path / "report" / "selectors.csv")[0]

@@ -39,7 +39,7 @@ def test_half_and_grey(tenfold, weights, tmp_path):
     """Half: the config asks for 112 pixels. Grey: colours with the same luminance are the same picture."""
     tenfold.write_half(tmp_path / "half", {"efflite0": weights["efflite0"]})
     half = vlm.ImageEncoder(f"half=local-dir:{tmp_path / 'half'}", "cpu")
-    assert half.config["input_size"] == (3, 112, 112) and half.embed_dim == 1280
+    assert list(half.config["input_size"]) == [3, 112, 112] and half.embed_dim == 1280
 
     fresh = timm.create_model("tf_efficientnet_lite1", pretrained=False).state_dict()
     save_file({name: tensor.contiguous() for name, tensor in fresh.items()}, tmp_path / "efflite1.safetensors")
