@@ -22,6 +22,7 @@ LEDGER = [
     "pair_samples",
     "updates_per_pair",
     "flops",
+    "logit_flops",
     "seconds",
     "peak_bytes",
     "trainable_parameters",
