@@ -27,12 +27,10 @@ import vlm
 from kernels import Layer, adamw_outer, outer_grad_norm_sq
 from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, unique, validate
 
-LEARNING_RATE = {
-    "factored": {"mlp0": 3e-3, "mlp1": 6e-3, "mlp2": 3e-3},
-    "mlp": dict.fromkeys(("mlp0", "mlp1", "mlp2"), 1e-3),
-}
+LEARNING_RATE = {"factored": 1e-4, "mlp": 1e-3}  # factored starts from a closed form, and only refines it
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
-RIDGE = 10.0  # regularisation of the linear start, in mean eigenvalues; weaker ones fit the training pictures too well
+START_RMS = 0.1  # of the hidden units at the start: smaller, and training moves the text parts more
+TEXT_RIDGE, SHARED_RIDGE, PICTURE_RIDGE = 0.3, 0.3, 3.0  # regularisation of the start, in mean eigenvalues
 
 
 def parse_flags():
@@ -53,8 +51,8 @@ def parse_flags():
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
     add("--rank", type=int, help="principal axes of each image encoder that factored works in (default: 256)")
-    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: all of them)")
-    add("--lr", type=float, help="peak learning rate (default: factored 6e-3, mlp0 and mlp2 3e-3; mlp 1e-3)")
+    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: half of them)")
+    add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
     add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
     add("--from", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")
     add("--seed", type=int, default=0, help="of weights, batches and pair draws (default: %(default)s)")
@@ -110,46 +108,80 @@ class Factored(nn.Module):
 
     @torch.no_grad()
     def prepare(self, store, rows, known=()):
-        """Axes and means from the training rows (eight an axis are enough), except of encoders already `known`; without
-        a hidden layer also the parts, by ridge regression. Returns the FLOPs, 2 a multiply-add."""
-        widest, flops = max(axes.shape[1] for axes in self.axes), 0
-        few = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 8 * widest)).long()]
-        for place, text in enumerate(self.texts):
-            if text not in known and self.hidden_layers:
-                self.means[place].copy_(store.take(text, few).mean(0))
+        """Starts the parts from a closed form on the training rows, except of encoders already `known`. Returns its FLOPs,
+        2 a multiply-add.
+
+        All texts side by side have leading principal axes s. A text part leads to s by ridge regression, an image part
+        from s to the pictures by `whitened`, and a ReLU between is passed as relu(s) - relu(-s) = s. An encoder that joins
+        a trained run is fitted to that run's hidden space in the same way.
+        """
+        rows, flops = rows[:: math.ceil(len(rows) / 16384)], 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            texts = [store.take(text, rows) for text in self.texts]  # [n, D_t]
+            for place, text in enumerate(self.texts):
+                if text not in known:
+                    self.means[place].copy_(texts[place].mean(0))
+            texts = [self.centred(x, place) for place, x in enumerate(texts)]
+            old = [place for place, text in enumerate(self.texts) if text in known]
+            if old:
+                target = sum(self.text_parts[place][0](texts[place]) for place in old) / len(old)  # [n, space]
+            else:
+                beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
+                space = self.image_parts[0].in_features // (2 if self.hidden_layers else 1)
+                count = min(space, *beside.shape)
+                shared = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
+                shared *= START_RMS * shared.numel() ** 0.5 / shared.norm()
+                target = torch.cat([shared, -shared], dim=1) if self.hidden_layers else shared
+                flops += 5 * 2 * beside.numel() * count
+            for place, text in enumerate(self.texts):
+                if text not in known:
+                    flops += self.start_text(place, texts[place], target, old)
+            hidden = shared if not old else sum(self.hidden(x, place) for place, x in enumerate(texts)) / len(texts)
             for place, image in enumerate(self.images):
-                axes = self.axes[place]
                 if image not in known:
-                    axes.copy_(torch.pca_lowrank(store.take(image, few), axes.shape[1], niter=1)[2])
-                    flops += 4 * 2 * len(few) * axes.numel()
-            if self.hidden_layers == 0 and not known:
-                flops += self.start_from_ridge(store, rows[:16384])
+                    flops += self.start_image(place, store.take(image, rows), hidden, mirrored=not old)
         return flops
 
-    def start_from_ridge(self, store, rows):
-        """Parts of the linear connector by ridge regression: from each text encoder to the leading principal axes of
-        all text encoders side by side, and from there to each image encoder's axes."""
-        inputs = [store.take(text, rows) for text in self.texts]  # [n, D_t]
-        means = [x.mean(0) for x in inputs]
-        inputs = [x - mean for x, mean in zip(inputs, means)]
-        beside = torch.cat([x / x.norm() for x in inputs], dim=1) * len(rows) ** 0.5  # [n, sum D_t]
-        space = min(self.image_parts[0].in_features, *beside.shape)
-        shared = beside @ torch.pca_lowrank(beside, space, center=False, niter=1)[2]  # [n, space]
-        flops = 5 * 2 * beside.numel() * space
-        for x, mean, part in zip(inputs, means, self.text_parts):
-            part[0].weight[:space] = ridge(x, shared)
-            part[0].bias[:space] = -part[0].weight[:space] @ mean
-            flops += ridge_flops(x, shared)
-        for image, part, axes in zip(self.images, self.image_parts, self.axes):
-            pictures = store.take(image, rows) @ axes  # [n, k]
-            across = nn.functional.normalize(pictures.mean(0), dim=0)  # outputs perpendicular to the mean picture
-            weight = ridge(shared, pictures - pictures.mean(0))
-            part.weight.zero_()[:, :space] = weight - across[:, None] * (across @ weight)
-            part.bias.zero_()
-            flops += ridge_flops(shared, pictures)
-        return flops
+    def start_text(self, place, x, target, old):
+        """x [n, D_t], centred, to the first layer's outputs [n, m]; later layers pass them on, as an old text's do."""
+        first, *later = self.text_parts[place]
+        mean, weight = target.mean(0), ridge(x, target - target.mean(0), TEXT_RIDGE)
+        first.weight[: len(weight)], first.bias[: len(weight)] = weight, mean
+        for depth, layer in enumerate(later, 1):
+            if old:
+                layer.load_state_dict(self.text_parts[old[0]][depth].state_dict())
+            else:
+                layer.weight[: len(weight)] = torch.eye(*layer.weight.shape)[: len(weight)].to(x)
+                layer.bias[: len(weight)] = 0
+        return ridge_flops(*x.shape, target.shape[1])
+
+    def start_image(self, place, pictures, hidden, mirrored):
+        """hidden [n, m] to pictures [n, D]; mirrored: the last layer's inputs are relu(hidden) and relu(-hidden)."""
+        part, axes, mean = self.image_parts[place], self.axes[place], hidden.mean(0)
+        centre, hidden = pictures.mean(0), hidden - mean
+        weight = whitened(hidden, pictures - centre)  # [D, m]
+        across = nn.functional.normalize(centre, dim=0)  # outputs perpendicular to the mean picture
+        weight -= across[:, None] * (across @ weight)
+        spread = torch.linalg.cholesky(regularised(hidden.T @ hidden, 1e-4))  # [m, m]
+        leading = torch.svd_lowrank(weight @ spread, min(axes.shape[1], *weight.shape), niter=2)[0]  # [D, k]
+        basis = torch.cat([leading, torch.eye(*axes.shape).to(leading)], dim=1)  # for where m < k
+        axes.copy_(torch.linalg.qr(basis).Q[:, : axes.shape[1]])
+        weight = axes.T @ weight
+        weight /= (hidden @ weight.T).norm(dim=1).mean()
+        part.bias.copy_(-weight @ mean)
+        weight = torch.cat([weight, -weight], dim=1) if mirrored and self.hidden_layers else weight
+        part.weight.zero_()[:, : weight.shape[1]] = weight
+        (count, dim), wide = pictures.shape, hidden.shape[1]
+        solved = ridge_flops(count, dim, wide) + ridge_flops(count, wide, dim) - 2 * count * dim * wide
+        return solved + 2 * dim * wide * (wide + 5 * axes.shape[1]) + 2 * count * wide * (wide + axes.shape[1])
+
+    def hidden(self, x, place):
+        """Centred texts [n, D_t] to what the last layer takes [n, space]."""
+        for layer in self.text_parts[place]:
+            x = layer(x)
+            x = nn.functional.relu(x) if self.hidden_layers else x
+        return x
 
     def centred(self, x, place):
         return (x - self.means[place].to(x)) * self.scale
@@ -206,16 +238,27 @@ def fixed(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def ridge(inputs, outputs):
-    """The map [out, in] from inputs [n, in] to outputs [n, out], both centred."""
-    gram = inputs.T @ inputs  # [in, in]
-    gram.diagonal().add_(RIDGE * gram.trace() / len(gram))
+def regularised(gram, strength):
+    gram.diagonal().add_(strength * gram.trace() / len(gram))
+    return gram
+
+
+def ridge(inputs, outputs, strength):
+    """The map [out, in] from inputs [n, in] to outputs [n, out], both centred. strength: in mean eigenvalues."""
+    gram = regularised(inputs.T @ inputs, strength)  # [in, in]
     return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(gram)).T
 
 
-def ridge_flops(inputs, outputs):
-    count, wide, narrow = *inputs.shape, outputs.shape[1]
+def ridge_flops(count, wide, narrow):
     return 2 * count * wide * (wide + narrow) + wide**3 // 3 + 2 * wide**2 * narrow
+
+
+def whitened(inputs, outputs):
+    """C_yy^-1 C_yx C_xx^-1 [out, in], both inverses regularised: to first order in the correlation the bilinear score of
+    Gaussian vectors that InfoNCE looks for, log p(x, y) / p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3).
+    Ridge regression lacks the first factor: it follows the directions in which pictures differ most."""
+    gram = regularised(outputs.T @ outputs, PICTURE_RIDGE)  # [out, out]
+    return torch.cholesky_solve(ridge(inputs, outputs, SHARED_RIDGE), torch.linalg.cholesky(gram))
 
 
 class InAxes:
@@ -357,10 +400,10 @@ def update(generator, optimizer, moments, count, lr, flags):
 def settle(flags, device, row_count, images, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
     vlm.settle_training_flags(flags, "hyma", device, row_count)
-    flags.pairs_per_step = min(flags.pairs_per_step or len(images), len(pairs))
+    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(len(images) / 2), len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
     flags.rank = None if flags.generator == "mlp" else min(flags.rank or 256, row_count)
-    flags.lr = flags.lr or LEARNING_RATE[flags.generator][flags.connector]
+    flags.lr = flags.lr or LEARNING_RATE[flags.generator]
     return flags
 
 
@@ -408,7 +451,7 @@ def main():
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
     train_rows, val_rows = vlm.split_for_training(data, flags.seed, flags.rows)
     if earlier and not flags.pairs_per_step:  # one column's share of the run's
-        flags.pairs_per_step = max(1, len(images) * len(pairs) // len(pairs + untrained))
+        flags.pairs_per_step = max(1, len(images) * len(pairs) // (2 * len(pairs + untrained)))
     flags = settle(flags, device, len(train_rows), images, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)
