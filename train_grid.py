@@ -5,7 +5,7 @@
     python train_grid.py --data embeddings/my --shard 0/4 --out runs/grid         # and 1/4, 2/4, 3/4 elsewhere
     python train_grid.py --budget-of runs/hyma                        # as many FLOPs as that run has spent
     python train_grid.py --halving                                    # gives up the worse half of the pairs, repeatedly
-    python train_grid.py --closed-form ridge                          # no training at all
+    python train_grid.py --closed-form whitened                       # no training at all; also ridge, procrustes
     python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # refines that run's connector
     python train_grid.py --resume                                     # the newest run, after an interruption
 
@@ -46,7 +46,7 @@ def parse_flags():
         "--budget-of", "--budget", metavar="RUN", default="full", help="spend that run's FLOPs (default: %(default)s)"
     )
     budget("--halving", action="store_true", help="successive halving of the pairs by their validation scores")
-    budget("--closed-form", choices=["ridge", "procrustes"], help="a linear connector (mlp0) without training")
+    budget("--closed-form", choices=["ridge", "whitened", "procrustes"], help="a linear connector (mlp0) without training")
     flags = parser.parse_args()
     if not flags.resume:
         vlm.check_training_flags(flags, "pairs_per_pass")
@@ -269,7 +269,8 @@ def merge_states(states, pairs):
 
 
 def solve(flags, pairs, store, retrieval, rows):
-    """Ridge regression or orthogonal Procrustes from text to image, both centred on the training rows, in float64.
+    """A linear map from text to image, both centred on the training rows, in float64: ridge regression, the same with the
+    pictures whitened too (C_yy^-1 C_yx C_xx^-1, what train_hyma.py starts from), or orthogonal Procrustes.
 
     An mlp0 file can centre the texts (its bias does) but not the pictures. A map whose outputs are perpendicular to the
     pictures' mean scores a picture as if the mean had been subtracted, but for its length: so the mean's direction is
@@ -281,21 +282,26 @@ def solve(flags, pairs, store, retrieval, rows):
         gram = covariance(store, text, text, rows, means)  # [D_t, D_t]
         wide = len(gram)
         state["flops"] += 2 * count * wide**2
-        if flags.closed_form == "ridge":
-            mean_eigenvalue = gram.trace() / wide
-            factors = {a: torch.linalg.cholesky(gram + a * mean_eigenvalue * torch.eye(wide).to(gram)) for a in RIDGE}
+        if flags.closed_form != "procrustes":
+            factors = {a: torch.linalg.cholesky(vlm.regularised(gram, a)) for a in RIDGE}
             state["flops"] += len(RIDGE) * wide**3 // 3
         texts = store.take(text, retrieval.rows)
         for image in (image for image, other in pairs if other == text):
             cross = covariance(store, image, text, rows, means)  # [D_i, D_t]
             state["flops"] += 2 * count * cross.numel()
-            if flags.closed_form == "ridge":
+            if flags.closed_form != "ridge":
+                image_gram = covariance(store, image, image, rows, means)  # [D_i, D_i]
+                state["flops"] += 2 * count * len(cross) ** 2
+            if flags.closed_form == "procrustes":
+                maps = {None: procrustes(cross, image_gram, gram)}
+                state["flops"] += procrustes_flops(*cross.shape)
+            else:
                 maps = {a: torch.cholesky_solve(cross.T, factor).T for a, factor in factors.items()}
                 state["flops"] += len(RIDGE) * 2 * wide * cross.numel()
-            else:
-                image_gram = covariance(store, image, image, rows, means)
-                maps = {None: procrustes(cross, image_gram, gram)}
-                state["flops"] += 2 * count * len(cross) ** 2 + procrustes_flops(*cross.shape)
+            if flags.closed_form == "whitened":
+                factor = torch.linalg.cholesky(vlm.regularised(image_gram, vlm.PICTURE_RIDGE))
+                maps = {a: torch.cholesky_solve(weight, factor) for a, weight in maps.items()}
+                state["flops"] += len(cross) ** 3 // 3 + len(RIDGE) * 2 * len(cross) * cross.numel()
             direction = F.normalize(means[image], dim=0)  # [D_i]
             name, pictures = f"{image}:{text}", store.take(image, retrieval.rows)
             for strength, weight in maps.items():

@@ -30,7 +30,7 @@ from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, uni
 LEARNING_RATE = {"factored": 1e-4, "mlp": 1e-3}  # factored starts from a closed form, and only refines it
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
 START_RMS = 0.1  # of the hidden units at the start: smaller, and training moves the text parts more
-TEXT_RIDGE, SHARED_RIDGE, PICTURE_RIDGE = 0.3, 0.3, 3.0  # regularisation of the start, in mean eigenvalues
+TEXT_RIDGE = SHARED_RIDGE = 0.3  # regularisation of the start, in mean eigenvalues
 
 
 def parse_flags():
@@ -50,7 +50,7 @@ def parse_flags():
         type=int,
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
-    add("--rank", type=int, help="principal axes of each image encoder that factored works in (default: 256)")
+    add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
     add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: half of them)")
     add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
     add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
@@ -88,9 +88,9 @@ class Factored(nn.Module):
     A part learns from every pair of its encoder, so each pair needs only its share of the steps, and a pair that was
     never drawn has a connector too. Without a hidden layer the two parts are multiplied into one linear map.
 
-    The last layer ends in the encoder's `rank` leading principal axes (orthonormal columns [D, k]): y in them stands
-    for axes @ y, whose cosine with a picture x is that of y with axes.T @ x, so nothing wider is computed. Texts are
-    centred. Both are undone in `predict`, which gives an ordinary connector.
+    The last layer ends in `rank` axes of the image encoder (orthonormal columns [D, k]), along which its pictures can be
+    told from texts: y in them stands for axes @ y, whose cosine with a picture x is that of y with axes.T @ x, so nothing
+    wider is computed. Texts are centred. Both are undone in `predict`, which gives an ordinary connector.
     """
 
     def __init__(self, image_dims, text_dims, hidden_layers, rank):
@@ -163,8 +163,10 @@ class Factored(nn.Module):
         weight = whitened(hidden, pictures - centre)  # [D, m]
         across = nn.functional.normalize(centre, dim=0)  # outputs perpendicular to the mean picture
         weight -= across[:, None] * (across @ weight)
-        spread = torch.linalg.cholesky(regularised(hidden.T @ hidden, 1e-4))  # [m, m]
-        leading = torch.svd_lowrank(weight @ spread, min(axes.shape[1], *weight.shape), niter=2)[0]  # [D, k]
+        leading = weight  # [D, m], whose span is enough where it is narrow
+        if min(weight.shape) > axes.shape[1]:
+            spread = torch.linalg.cholesky(vlm.regularised(hidden.T @ hidden, 1e-4))  # [m, m]
+            leading = torch.svd_lowrank(weight @ spread, axes.shape[1], niter=2)[0]  # [D, k]
         basis = torch.cat([leading, torch.eye(*axes.shape).to(leading)], dim=1)  # for where m < k
         axes.copy_(torch.linalg.qr(basis).Q[:, : axes.shape[1]])
         weight = axes.T @ weight
@@ -238,14 +240,9 @@ def fixed(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def regularised(gram, strength):
-    gram.diagonal().add_(strength * gram.trace() / len(gram))
-    return gram
-
-
 def ridge(inputs, outputs, strength):
     """The map [out, in] from inputs [n, in] to outputs [n, out], both centred. strength: in mean eigenvalues."""
-    gram = regularised(inputs.T @ inputs, strength)  # [in, in]
+    gram = vlm.regularised(inputs.T @ inputs, strength)  # [in, in]
     return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(gram)).T
 
 
@@ -254,16 +251,19 @@ def ridge_flops(count, wide, narrow):
 
 
 def whitened(inputs, outputs):
-    """C_yy^-1 C_yx C_xx^-1 [out, in], both inverses regularised: to first order in the correlation the bilinear score of
-    Gaussian vectors that InfoNCE looks for, log p(x, y) / p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3).
-    Ridge regression lacks the first factor: it follows the directions in which pictures differ most."""
-    gram = regularised(outputs.T @ outputs, PICTURE_RIDGE)  # [out, out]
+    """C_yy^-1 C_yx C_xx^-1 [out, in] of centred inputs [n, in] and outputs [n, out], both inverses regularised.
+
+    To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
+    p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
+    directions in which pictures differ most.
+    """
+    gram = vlm.regularised(outputs.T @ outputs, vlm.PICTURE_RIDGE)  # [out, out]
     return torch.cholesky_solve(ridge(inputs, outputs, SHARED_RIDGE), torch.linalg.cholesky(gram))
 
 
 class InAxes:
-    """A RowStore whose pictures are coordinates [rows, k] along their encoder's principal axes, made once, of the rows
-    that a run uses."""
+    """A RowStore whose pictures are coordinates [rows, k] along the generator's axes, made once, of the rows that a run
+    uses."""
 
     def __init__(self, store, generator, rows):
         self.store, self.device, self.pictures = store, store.device, {}

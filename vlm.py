@@ -43,6 +43,7 @@ from kernels import Layer, clip_loss, connector_mlp, true_rank
 
 HIDDEN_DIM = 1024
 FORMAT_VERSION = 1
+PICTURE_RIDGE = 3.0  # regularisation of the pictures' Gram matrix in a whitened map, in mean eigenvalues
 SAMPLE = Path(__file__).parent / "sample" / "embeddings"
 
 
@@ -884,6 +885,11 @@ def own_layers(features, pairs, weights):
         wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
         layers.append(Layer([w[depth][0] for w in weights], [w[depth][1] for w in weights], wiring))
     return list(features.values()), layers
+
+
+def regularised(gram, strength):
+    """A Gram matrix [D, D] with `strength` times its mean eigenvalue added to its diagonal."""
+    return gram + strength * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
 
 
 def connector_flops(batch_size, shapes):

@@ -254,6 +254,22 @@ def test_ridge_against_least_squares(run, planted, tmp_path):
     assert set(connectors(tmp_path / "x")) == {f"{row['image']}_mlp0_{row['text']}.pt" for row in rows}
 
 
+def test_whitened_against_its_formula(run, planted, tmp_path):
+    result = run("train_grid.py", "--data", planted, "--closed-form", "whitened", "--out", "x", "--device", "cpu")
+    assert result.code == 0, result.err
+    rows = ranking(tmp_path / "x")
+    assert {r["image"] for r in rows[-2:]} == {"control"} and float(rows[0]["val_recall10"]) > 0.9
+    path = tmp_path / "x" / "connectors" / f"{rows[0]['image']}_mlp0_{rows[0]['text']}.pt"
+    image, _, text, state = vlm.read_connector(path)
+    x, y, mean, direction = centred(planted, image, text)
+    strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], vlm.PICTURE_RIDGE
+    inverses = [(a.T @ a + s * a.square().mean() * len(a) * torch.eye(a.shape[1])).inverse() for a, s in zip((x, y), strengths)]
+    weight = inverses[1] @ y.T @ x @ inverses[0]
+    weight -= direction[:, None] * (direction @ weight)
+    torch.testing.assert_close(state["weight"].double(), weight, atol=1e-7, rtol=1e-3)
+    torch.testing.assert_close(state["bias"].double(), -weight @ mean, atol=1e-7, rtol=1e-3)
+
+
 def test_procrustes_is_orthogonal(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "procrustes", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err

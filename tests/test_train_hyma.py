@@ -191,6 +191,51 @@ def test_lower_precision_trains_alike(run, planted, tmp_path):
     assert bf16 == pytest.approx(fp32, rel=0.02)
 
 
+def test_the_whitened_map_against_float64(script):
+    """C_yy^-1 C_yx C_xx^-1, and where it matters: a loud direction that no text tells must not lead."""
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 24), torch.randn(500, 40)
+    y[:, :24] += 0.5 * x
+    x, y = x - x.mean(0), y - y.mean(0)
+    a, b = x.double(), y.double()
+    gram_x, gram_y = a.T @ a, b.T @ b
+    gram_x += script.SHARED_RIDGE * gram_x.trace() / 24 * torch.eye(24)
+    gram_y += vlm.PICTURE_RIDGE * gram_y.trace() / 40 * torch.eye(40)
+    expected = torch.linalg.inv(gram_y) @ b.T @ a @ torch.linalg.inv(gram_x)
+    torch.testing.assert_close(script.whitened(x, y).double(), expected, rtol=1e-4, atol=1e-9)
+
+    y[:, 39] = 30 * torch.randn(500) + x[:, 0]
+    loud = [map_[39].norm() / map_.norm() for map_ in (script.ridge(x, y, 0.3), script.whitened(x, y))]
+    assert loud[1] < loud[0] / 3
+
+
+@pytest.mark.parametrize("hidden_layers", [0, 1, 2])
+def test_the_start_is_a_linear_map_that_already_ranks(script, planted, hidden_layers):
+    """relu(s) - relu(-s) = s at every depth, and the planted encoder leads before any step."""
+    data, cpu = vlm.Embeddings(planted), torch.device("cpu")
+    images, texts = data.names("image"), data.names("text")
+    store, (rows, val_rows) = vlm.RowStore(data, images + texts, cpu), vlm.split_rows(data)
+    torch.manual_seed(0)
+    generator = script.Factored(*({n: store.dims[n] for n in names} for names in (images, texts)), hidden_layers, 64)
+    assert generator.prepare(store, rows) > 1e8
+    retrieval, scores = vlm.Retrieval(data, val_rows, cpu), {}
+    for image in images:
+        for text in texts:
+            layers = generator.predict(image, text)
+            connector = vlm.init_modality_connector(store.dims[text], [1024] * hidden_layers, store.dims[image])
+            connector.load_state_dict(dict(zip(connector.state_dict(), (t for layer in layers for t in layer))))
+            with torch.no_grad():
+                a, b = store.take(text, rows[:50]), store.take(text, rows[50:100])
+                middle = (connector(a) + connector(b)) / 2
+                torch.testing.assert_close(connector((a + b) / 2), middle, rtol=0, atol=1e-3 * middle.abs().max().item())
+                found = retrieval.recalls(connector(store.take(text, val_rows)), store.take(image, val_rows))
+            scores[image, text] = (found[2] + found[5]) / 2
+    best = sorted(scores, key=scores.get, reverse=True)
+    assert {image for image, _ in best[:2]} == {"efflite1"} and scores[best[0]] > 0.8
+    for axes in generator.axes:
+        torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), rtol=0, atol=1e-4)
+
+
 def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
     """Both encoders of efflite0:mpnet are seen, in other pairs."""
     flags = ("--pairs", "efflite1:*", "efflite0:minilm_l6", "--predict", "efflite0:*")
