@@ -51,7 +51,7 @@ def parse_flags():
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
     add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
-    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: half of them)")
+    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: a third of them)")
     add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
     add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
     add("--from", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")
@@ -131,58 +131,63 @@ class Factored(nn.Module):
                 space = self.image_parts[0].in_features // (2 if self.hidden_layers else 1)
                 count = min(space, *beside.shape)
                 shared = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
+                shared = shared[:, torch.arange(space) % count]  # [n, space]; few narrow texts: axes stand twice
                 shared *= START_RMS * shared.numel() ** 0.5 / shared.norm()
                 target = torch.cat([shared, -shared], dim=1) if self.hidden_layers else shared
                 flops += 5 * 2 * beside.numel() * count
             for place, text in enumerate(self.texts):
                 if text not in known:
                     flops += self.start_text(place, texts[place], target, old)
-            hidden = shared if not old else sum(self.hidden(x, place) for place, x in enumerate(texts)) / len(texts)
+            if old:
+                shared = sum(self.hidden(x, place) for place, x in enumerate(texts)) / len(texts)  # [n, m]
+                flops += 2 * len(rows) * sum(layer.weight.numel() for part in self.text_parts for layer in part)
             for place, image in enumerate(self.images):
                 if image not in known:
-                    flops += self.start_image(place, store.take(image, rows), hidden, mirrored=not old)
+                    flops += self.start_image(place, store.take(image, rows), shared)
         return flops
 
     def start_text(self, place, x, target, old):
         """x [n, D_t], centred, to the first layer's outputs [n, m]; later layers pass them on, as an old text's do."""
         first, *later = self.text_parts[place]
-        mean, weight = target.mean(0), ridge(x, target - target.mean(0), TEXT_RIDGE)
-        first.weight[: len(weight)], first.bias[: len(weight)] = weight, mean
+        mean = target.mean(0)
+        first.weight.copy_(ridge(x, target - mean, TEXT_RIDGE))
+        first.bias.copy_(mean)
         for depth, layer in enumerate(later, 1):
             if old:
                 layer.load_state_dict(self.text_parts[old[0]][depth].state_dict())
             else:
-                layer.weight[: len(weight)] = torch.eye(*layer.weight.shape)[: len(weight)].to(x)
-                layer.bias[: len(weight)] = 0
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
         return ridge_flops(*x.shape, target.shape[1])
 
-    def start_image(self, place, pictures, hidden, mirrored):
-        """hidden [n, m] to pictures [n, D]; mirrored: the last layer's inputs are relu(hidden) and relu(-hidden)."""
-        part, axes, mean = self.image_parts[place], self.axes[place], hidden.mean(0)
-        centre, hidden = pictures.mean(0), hidden - mean
-        weight = whitened(hidden, pictures - centre)  # [D, m]
+    def start_image(self, place, pictures, shared):
+        """The shared axes s [n, m] to pictures [n, D]."""
+        part, axes, mean = self.image_parts[place], self.axes[place], shared.mean(0)
+        centre, shared = pictures.mean(0), shared - mean
+        weight = whitened(shared, pictures - centre)  # [D, m]
         across = nn.functional.normalize(centre, dim=0)  # outputs perpendicular to the mean picture
         weight -= across[:, None] * (across @ weight)
         leading = weight  # [D, m], whose span is enough where it is narrow
         if min(weight.shape) > axes.shape[1]:
-            spread = torch.linalg.cholesky(vlm.regularised(hidden.T @ hidden, 1e-4))  # [m, m]
+            spread = torch.linalg.cholesky(vlm.regularised(shared.T @ shared, 1e-4))  # [m, m]
             leading = torch.svd_lowrank(weight @ spread, axes.shape[1], niter=2)[0]  # [D, k]
         basis = torch.cat([leading, torch.eye(*axes.shape).to(leading)], dim=1)  # for where m < k
         axes.copy_(torch.linalg.qr(basis).Q[:, : axes.shape[1]])
         weight = axes.T @ weight
-        weight /= (hidden @ weight.T).norm(dim=1).mean()
+        weight /= (shared @ weight.T).norm(dim=1).mean()
+        part.weight.copy_(torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight)
         part.bias.copy_(-weight @ mean)
-        weight = torch.cat([weight, -weight], dim=1) if mirrored and self.hidden_layers else weight
-        part.weight.zero_()[:, : weight.shape[1]] = weight
-        (count, dim), wide = pictures.shape, hidden.shape[1]
+        (count, dim), wide = pictures.shape, shared.shape[1]
         solved = ridge_flops(count, dim, wide) + ridge_flops(count, wide, dim) - 2 * count * dim * wide
         return solved + 2 * dim * wide * (wide + 5 * axes.shape[1]) + 2 * count * wide * (wide + axes.shape[1])
 
     def hidden(self, x, place):
-        """Centred texts [n, D_t] to what the last layer takes [n, space]."""
+        """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or, of the two halves of that, the difference."""
         for layer in self.text_parts[place]:
-            x = layer(x)
-            x = nn.functional.relu(x) if self.hidden_layers else x
+            x = nn.functional.relu(layer(x)) if self.hidden_layers else layer(x)
+        if self.hidden_layers:
+            positive, negative = x.chunk(2, dim=1)
+            x = positive - negative
         return x
 
     def centred(self, x, place):
@@ -400,7 +405,7 @@ def update(generator, optimizer, moments, count, lr, flags):
 def settle(flags, device, row_count, images, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
     vlm.settle_training_flags(flags, "hyma", device, row_count)
-    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(len(images) / 2), len(pairs))
+    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(len(images) / 3), len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
     flags.rank = None if flags.generator == "mlp" else min(flags.rank or 256, row_count)
     flags.lr = flags.lr or LEARNING_RATE[flags.generator]
@@ -451,7 +456,7 @@ def main():
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
     train_rows, val_rows = vlm.split_for_training(data, flags.seed, flags.rows)
     if earlier and not flags.pairs_per_step:  # one column's share of the run's
-        flags.pairs_per_step = max(1, len(images) * len(pairs) // (2 * len(pairs + untrained)))
+        flags.pairs_per_step = max(1, len(images) * len(pairs) // (3 * len(pairs + untrained)))
     flags = settle(flags, device, len(train_rows), images, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
     store = vlm.RowStore(data, images + texts, device)
