@@ -609,7 +609,12 @@ def embed_encoder(wanted, weights, root, rows, keys_sha256, flags, out):
         if not folder.is_dir():
             folder.mkdir(parents=True)
             vlm.write_json(folder / "plan.json", made_by)
-    embed_shards(wanted.name, encoder, rows, root, folder, flags)
+    try:
+        embed_shards(wanted.name, encoder, rows, root, folder, flags)
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise
+        print(f"{wanted.name}: another process came to the end first")
 
     shards = [shard_path(folder, start) for start in range(0, len(rows), flags.shard_rows)]
     with vlm.lock_folder(out, wait=True):
@@ -647,7 +652,7 @@ def main():
 
     missing = []
     for wanted in encoders:
-        record = manifest["encoders"].get(wanted.name)
+        record = read_manifest(out)["encoders"].get(wanted.name)  # by now another process may have made it
         if record is None:
             record = embed_encoder(wanted, weights.get(wanted.name), root, rows, manifest["keys_sha256"], flags, out)
         elif record["spec"] != wanted.spec:

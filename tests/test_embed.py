@@ -208,6 +208,20 @@ def test_shards_of_several_processes(run, corpus, tmp_path):
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
+def test_the_slower_of_two_processes_ends_well(run, spawn, corpus, tmp_path):
+    """Without --shard both make everything; the first to end takes the shards away from under the other."""
+    flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "2")
+    slow = spawn("embed.py", *flags, "--out", "two")
+    until = time.time() + 120
+    while not (tmp_path / "two" / ".shards" / "tiny" / "000000000.pt").exists() and time.time() < until:
+        time.sleep(0.002)
+    slow.send_signal(signal.SIGSTOP)
+    assert run("embed.py", *flags, "--out", "two").code == 0
+    before = folder_bytes(tmp_path / "two")
+    slow.send_signal(signal.SIGCONT)
+    assert slow.wait() == 0 and folder_bytes(tmp_path / "two") == before
+
+
 def test_encoders_are_added_to_a_sealed_folder(run, refused, corpus, tmp_path):
     assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
     before = (tmp_path / "e" / "tiny.pt").read_bytes()
