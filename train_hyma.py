@@ -51,7 +51,7 @@ def parse_flags():
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
     add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
-    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: a third of them)")
+    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: factored a third of them, mlp all)")
     add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
     add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
     add("--from", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")
@@ -134,7 +134,7 @@ class Factored(nn.Module):
                 shared = shared[:, torch.arange(space) % count]  # [n, space]; few narrow texts: axes stand twice
                 shared *= START_RMS * shared.numel() ** 0.5 / shared.norm()
                 target = torch.cat([shared, -shared], dim=1) if self.hidden_layers else shared
-                flops += 5 * 2 * beside.numel() * count
+                flops += 2 * beside.numel() * count + low_rank_flops(*beside.shape, count, 1)
             for place, text in enumerate(self.texts):
                 if text not in known:
                     flops += self.start_text(place, texts[place], target, old)
@@ -164,22 +164,23 @@ class Factored(nn.Module):
         """The shared axes s [n, m] to pictures [n, D]."""
         part, axes, mean = self.image_parts[place], self.axes[place], shared.mean(0)
         centre, shared = pictures.mean(0), shared - mean
+        (count, dim), wide, kept = pictures.shape, shared.shape[1], axes.shape[1]
         weight = whitened(shared, pictures - centre)  # [D, m]
         across = nn.functional.normalize(centre, dim=0)  # outputs perpendicular to the mean picture
         weight -= across[:, None] * (across @ weight)
-        leading = weight  # [D, m], whose span is enough where it is narrow
-        if min(weight.shape) > axes.shape[1]:
+        flops = 2 * count * dim**2 + dim**3 // 3 + 2 * dim**2 * wide + ridge_flops(count, wide, dim)
+        if min(dim, wide) > kept:  # the leading directions of the outputs
             spread = torch.linalg.cholesky(vlm.regularised(shared.T @ shared, 1e-4))  # [m, m]
-            leading = torch.svd_lowrank(weight @ spread, axes.shape[1], niter=2)[0]  # [D, k]
-        basis = torch.cat([leading, torch.eye(*axes.shape).to(leading)], dim=1)  # for where m < k
-        axes.copy_(torch.linalg.qr(basis).Q[:, : axes.shape[1]])
+            axes.copy_(torch.svd_lowrank(weight @ spread, kept, niter=2)[0])
+            flops += 2 * count * wide**2 + wide**3 // 3 + 2 * dim * wide**2 + low_rank_flops(dim, wide, kept, 2)
+        else:  # any basis of all of them, and more where there are fewer than k
+            axes.copy_(torch.linalg.qr(torch.cat([weight, torch.eye(dim, kept).to(weight)], dim=1)[:, :kept]).Q)
+            flops += qr_flops(dim, kept)
         weight = axes.T @ weight
         weight /= (shared @ weight.T).norm(dim=1).mean()
         part.weight.copy_(torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight)
         part.bias.copy_(-weight @ mean)
-        (count, dim), wide = pictures.shape, shared.shape[1]
-        solved = ridge_flops(count, dim, wide) + ridge_flops(count, wide, dim) - 2 * count * dim * wide
-        return solved + 2 * dim * wide * (wide + 5 * axes.shape[1]) + 2 * count * wide * (wide + axes.shape[1])
+        return flops + 2 * dim * kept * wide + 2 * count * wide * kept
 
     def hidden(self, x, place):
         """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or, of the two halves of that, the difference."""
@@ -253,6 +254,18 @@ def ridge(inputs, outputs, strength):
 
 def ridge_flops(count, wide, narrow):
     return 2 * count * wide * (wide + narrow) + wide**3 // 3 + 2 * wide**2 * narrow
+
+
+def qr_flops(rows, columns):
+    """Of the factorisation and of forming Q (Golub and Van Loan, section 5.2)."""
+    return 4 * columns**2 * rows - 4 * columns**3 // 3
+
+
+def low_rank_flops(rows, columns, rank, iterations):
+    """Of torch's randomised singular vectors: products, their orthonormal bases, and a small decomposition (22 k^3)."""
+    columns, rows = sorted((rows, columns))  # of a wide matrix it takes the transpose
+    products = 2 * (2 * iterations + 2) * rows * columns * rank + 2 * rows * rank**2
+    return products + (iterations + 1) * qr_flops(rows, rank) + iterations * qr_flops(columns, rank) + 22 * rank**3
 
 
 def whitened(inputs, outputs):
@@ -405,7 +418,8 @@ def update(generator, optimizer, moments, count, lr, flags):
 def settle(flags, device, row_count, images, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
     vlm.settle_training_flags(flags, "hyma", device, row_count)
-    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(len(images) / 3), len(pairs))
+    few = math.ceil(len(images) / 3) if flags.generator == "factored" else len(images)
+    flags.pairs_per_step = min(flags.pairs_per_step or few, len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
     flags.rank = None if flags.generator == "mlp" else min(flags.rank or 256, row_count)
     flags.lr = flags.lr or LEARNING_RATE[flags.generator]

@@ -517,7 +517,8 @@ def test_a_run_on_some_rows_is_no_oracle_and_embeds_less(run, graded, runs, tmp_
 def test_predicted_pairs_need_no_updates(run, planted, tmp_path):
     """Five of six pairs trained: at as many updates of those as the grid's, the run costs what it cost."""
     flags = ("--data", planted, *QUICK)
-    pairs = ("--pairs", "efflite?:*", "control:mpnet", "--predict", "control:*", "--pairs-per-step", "3")  # a text encoder a step, of two
+    pairs = ("--pairs", "efflite?:*", "control:mpnet", "--predict", "control:*")
+    pairs += ("--pairs-per-step", "3")  # a text encoder a step, of two
     assert run("train_hyma.py", *flags, *pairs, "--epochs", "8", "--out", "some").code == 0
     assert run("train_grid.py", *flags, "--epochs", "4", "--out", "grid").code == 0
     result = run("evaluate.py", "some", "grid", "--bootstrap", "10", "--selector-rows", "0")
