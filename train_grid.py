@@ -46,7 +46,7 @@ def parse_flags():
         "--budget-of", "--budget", metavar="RUN", default="full", help="spend that run's FLOPs (default: %(default)s)"
     )
     budget("--halving", action="store_true", help="successive halving of the pairs by their validation scores")
-    budget("--closed-form", choices=["ridge", "whitened", "procrustes"], help="a linear connector (mlp0) without training")
+    budget("--closed-form", choices=["ridge", "whitened", "procrustes"], help="a linear connector, untrained")
     flags = parser.parse_args()
     if not flags.resume:
         vlm.check_training_flags(flags, "pairs_per_pass")

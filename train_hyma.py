@@ -51,7 +51,7 @@ def parse_flags():
         help="hidden width of the mlp generator; the paper's is 512 (default: 128)",
     )
     add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
-    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: factored a third of them, mlp all)")
+    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: a third of them; mlp: all)")
     add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
     add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
     add("--from", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")

@@ -226,7 +226,9 @@ def _check_connector(features, layers):
             if not (0 <= a < len(widths) and 0 <= k < len(weights)):
                 raise ValueError(f"layers[{depth}].wiring[{o}]: ({a}, {k}) is out of range")
             if weights[k].shape[1] != widths[a]:
-                raise ValueError(f"layers[{depth}].wiring[{o}]: weight {k} takes {weights[k].shape[1]}, not {widths[a]}")
+                raise ValueError(
+                    f"layers[{depth}].wiring[{o}]: weight {k} takes {weights[k].shape[1]}, not {widths[a]}"
+                )
         widths = [weights[k].shape[0] for _, k in wiring]
 
 

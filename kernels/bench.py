@@ -39,8 +39,8 @@ class Shape:
     def __init__(self, pairs, batch, widths, dtype, device, generator, sets=3):
         self.texts, self.images = WIDTHS[widths]
         every = [(t, i) for i in range(len(self.images)) for t in range(len(self.texts))]
-        self.pairs = [every[p % len(every)] for p in range(pairs)] if pairs >= len(every) else every[:: len(every) // pairs]
-        self.pairs = self.pairs[:pairs]
+        spaced = every[:: max(1, len(every) // pairs)]  # fewer pairs than there are: spread over all encoders
+        self.pairs = [spaced[p % len(spaced)] for p in range(pairs)]
         self.batch, self.dtype, self.device, self.generator = batch, dtype, device, generator
         self.text_of, self.image_of = ([pair[side] for pair in self.pairs] for side in (0, 1))
         self.sets = [self.draw(seed) for seed in range(sets)]
@@ -57,7 +57,8 @@ class Shape:
         self.bytes = {"forward": forward_bytes, "backward": 2 * forward_bytes, "loss": (2 * z + y) * size}
         for work in (self.flops, self.bytes):
             work["step"] = sum(work.values())
-        self.bytes["step"] += 28 * weights  # AdamW reads weight, gradient and two moments, and writes all but the gradient
+        # AdamW reads weight, gradient and two moments, and writes all but the gradient
+        self.bytes["step"] += 28 * weights
 
     def draw(self, seed):
         """features, layers, images. Weights of a layer lie end to end, as a generator's output does."""
@@ -309,7 +310,9 @@ def main():
             if time.perf_counter() - begin > LIMIT_SECONDS:
                 print(f"P={pairs} B={batch}: left out, time is up")
                 continue
-            rows += bench_shape(Shape(pairs, batch, args.widths, dtype, device, args.generator), contenders, roof, seconds)
+            rows += bench_shape(
+                Shape(pairs, batch, args.widths, dtype, device, args.generator), contenders, roof, seconds
+            )
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         versions = {"torch": torch.__version__, "triton": getattr(importlib.import_module("triton"), "__version__", "")
@@ -330,11 +333,15 @@ def bench_shape(shape, contenders, roof, seconds):
         except Exception as error:
             if name == "triton" and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            print(f"P={where['pairs']} B={where['batch']} {name}: {type(error).__name__}: {str(error)[:80]}", flush=True)
+            print(
+                f"P={where['pairs']} B={where['batch']} {name}: {type(error).__name__}: {str(error)[:80]}", flush=True
+            )
 
     def measure(operation, name, calls):
         times = clock(shape.device, calls, seconds)
-        found[operation].append(row(operation, name, times, shape.flops[operation], shape.bytes[operation], roof, **where))
+        found[operation].append(
+            row(operation, name, times, shape.flops[operation], shape.bytes[operation], roof, **where)
+        )
 
     for name, pair in contenders.items():
         torch.compiler.reset()

@@ -90,7 +90,8 @@ def linear_dx_kernel(
         for k in range(0, width_out, BLOCK_K):
             k_mask = depth < width_out - k
             dy = tl.load(dy_ptrs + k, mask=row_mask[:, None] & k_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_ptrs + k * width_in, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+            w_mask = k_mask[:, None] & col_mask[None, :]
+            w = tl.load(w_ptrs + k * width_in, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
             if WIDEN:
                 dy, w = dy.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)

@@ -263,7 +263,9 @@ def test_whitened_against_its_formula(run, planted, tmp_path):
     image, _, text, state = vlm.read_connector(path)
     x, y, mean, direction = centred(planted, image, text)
     strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], vlm.PICTURE_RIDGE
-    inverses = [(a.T @ a + s * a.square().mean() * len(a) * torch.eye(a.shape[1])).inverse() for a, s in zip((x, y), strengths)]
+    inverses = [
+        (a.T @ a + s * a.square().mean() * len(a) * torch.eye(a.shape[1])).inverse() for a, s in zip((x, y), strengths)
+    ]
     weight = inverses[1] @ y.T @ x @ inverses[0]
     weight -= direction[:, None] * (direction @ weight)
     torch.testing.assert_close(state["weight"].double(), weight, atol=1e-7, rtol=1e-3)

@@ -235,7 +235,9 @@ def test_the_start_is_a_linear_map_that_already_ranks(script, planted, hidden_la
             with torch.no_grad():
                 a, b = store.take(text, rows[:50]), store.take(text, rows[50:100])
                 middle = (connector(a) + connector(b)) / 2
-                torch.testing.assert_close(connector((a + b) / 2), middle, rtol=0, atol=1e-3 * middle.abs().max().item())
+                torch.testing.assert_close(
+                    connector((a + b) / 2), middle, rtol=0, atol=1e-3 * middle.abs().max().item()
+                )
                 found = retrieval.recalls(connector(store.take(text, val_rows)), store.take(image, val_rows))
             scores[image, text] = (found[2] + found[5]) / 2
     best = sorted(scores, key=scores.get, reverse=True)
