@@ -7,7 +7,7 @@
 
 It knows connectors and embeddings only: RUN may be a folder of connectors alone, as published, with --task. The true
 score of a pair on a task is what the oracle's connector scores there, the mean over the oracle's seeds. Every way of
-choosing a pair (a run's ranking.csv, made from validation rows, or a selector that trains nothing) is judged by what its
+choosing a pair (a run's ranking.csv, which no test row has seen, or a selector that trains nothing) is judged by what its
 choice loses against the best: regret, in points. Retrieval leads the report, as connectors are trained for it; other
 tasks follow. Writes report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each
 figure as PNG and CSV.
@@ -98,7 +98,7 @@ class Run(NamedTuple):
     folder: Path
     config: dict
     ledger: dict | None
-    ranks: dict  # (image, text) -> rank by validation rows, 1 the best; equals share a rank
+    ranks: dict  # (image, text) -> rank in ranking.csv, 1 the best; equals share a rank
     seed: int
     hidden_layers: int
 
@@ -1129,7 +1129,7 @@ def heatmaps(found, judged, method, name):
     rows = [{"image": i, "text": t, "oracle": a, "run": b, "difference": c} for (i, t), a, b, c in values]
     caption = (
         f"{judged.name}, score in % of every pair: {found.oracle.name} (the oracle), {method.name}, and the difference in "
-        "points. Boxed: the oracle's best on the task, and the pair that the run chose by validation rows."
+        "points. Boxed: the oracle's best on the task, and the pair that the run chose."
     )
     return Plot(name, caption, figure, rows)
 
@@ -1539,8 +1539,8 @@ def compose(found, tasks, sentence, resamples):
 
 READING = (
     "True score: what the connectors of the oracle ({0}, seeds: {1}) score on the task. Runs order the pairs by "
-    "validation rows, selectors by training rows: no order has seen the rows that judge it, unless a warning says so. "
-    "Small print: the 95 % interval over {2} resamples of the task's pictures and of the seeds; the best of many noisy "
+    "validation rows, the hypernetwork also, and selectors only, by training rows: no order has seen the rows that judge "
+    "it, unless a warning says so. Small print: the 95 % interval over {2} resamples of the task's pictures and of the seeds; the best of many noisy "
     "scores is too high, so intervals of regret lean upwards. NDCG's gain is the true score minus the worst pair's. Ties "
     "in an order are broken at random, in expectation; the last line is a random order's."
 )

@@ -430,7 +430,7 @@ def export(flags, data, state, retrieval, row_count):
         return best[pair]["layers"], best[pair]["about"] | {"updates": updates[pair]}
 
     recalls = {pair: best[pair]["recalls"] for pair in best}
-    ranked = vlm.rank_pairs(recalls, outlived=updates)  # halving: fewer updates, given up sooner
+    ranked = vlm.rank_pairs(recalls, before=updates)  # halving: fewer updates, given up sooner
     paths = vlm.write_results(
         flags.out, data, ranked, connector_of, row_count if flags.closed_form else flags.batch_size, state
     )

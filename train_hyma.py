@@ -10,8 +10,9 @@
 Every step draws a mini-batch of rows and a few pairs of one text encoder, lets the generator predict those pairs'
 connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two generators: `factored`
 (default) predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp`
-is the paper's, an MLP from a pair code and a layer code to that layer's weights. Writes runs/<name>/: connectors/,
-ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
+is the paper's, an MLP from a pair code and a layer code to that layer's weights. `factored` starts from a closed form,
+which also tells the pairs apart on training rows that it has not seen; ranks come from these and the validation rows.
+Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
 import argparse
@@ -107,79 +108,73 @@ class Factored(nn.Module):
         self.means = nn.ParameterList(fixed(torch.zeros(dim)) for dim in text_dims.values())
 
     @torch.no_grad()
-    def prepare(self, store, rows, known=()):
-        """Starts the parts from a closed form on the training rows, except of encoders already `known`. Returns its FLOPs,
-        2 a multiply-add.
+    def prepare(self, sides, known=()):
+        """Starts the parts from a closed form on training rows, {encoder: Covariance}, except of encoders already `known`.
+        Returns the axes s [n, m] that all pairs share, and the FLOPs, 2 a multiply-add.
 
         All texts side by side have leading principal axes s. A text part leads to s by ridge regression, an image part
         from s to the pictures by `whitened`, and a ReLU between is passed as relu(s) - relu(-s) = s. An encoder that joins
         a trained run is fitted to that run's hidden space in the same way.
         """
-        rows, flops = rows[:: math.ceil(len(rows) / 16384)], 0
+        before, flops = sum(side.flops for side in sides.values()), 0
+        texts = [self.scale * sides[text].rows for text in self.texts]  # [n, D_t]
+        old = [place for place, text in enumerate(self.texts) if text in known]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            texts = [store.take(text, rows) for text in self.texts]  # [n, D_t]
-            for place, text in enumerate(self.texts):
-                if text not in known:
-                    self.means[place].copy_(texts[place].mean(0))
-            texts = [self.centred(x, place) for place, x in enumerate(texts)]
-            old = [place for place, text in enumerate(self.texts) if text in known]
             if old:
                 target = sum(self.text_parts[place][0](texts[place]) for place in old) / len(old)  # [n, space]
+                shared = sum(self.hidden(texts[place], place) for place in old) / len(old)  # [n, m]
+                flops += (
+                    2 * len(shared) * sum(layer.weight.numel() for place in old for layer in self.text_parts[place])
+                )
             else:
                 beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
                 space = self.image_parts[0].in_features // (2 if self.hidden_layers else 1)
                 count = min(space, *beside.shape)
                 shared = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
-                shared = shared[:, torch.arange(space) % count]  # [n, space]; few narrow texts: axes stand twice
+                shared = shared[:, torch.arange(space) % count]  # [n, m]; few narrow texts: axes stand twice
                 shared *= START_RMS * shared.numel() ** 0.5 / shared.norm()
                 target = torch.cat([shared, -shared], dim=1) if self.hidden_layers else shared
                 flops += 2 * beside.numel() * count + low_rank_flops(*beside.shape, count, 1)
             for place, text in enumerate(self.texts):
                 if text not in known:
-                    flops += self.start_text(place, texts[place], target, old)
-            if old:
-                shared = sum(self.hidden(x, place) for place, x in enumerate(texts)) / len(texts)  # [n, m]
-                flops += 2 * len(rows) * sum(layer.weight.numel() for part in self.text_parts for layer in part)
+                    flops += self.start_text(place, sides[text], target, old)
+            axes = Covariance(shared, SHARED_RIDGE)
             for place, image in enumerate(self.images):
                 if image not in known:
-                    flops += self.start_image(place, store.take(image, rows), shared)
-        return flops
+                    flops += self.start_image(place, sides[image], axes)
+        return shared, flops + axes.flops + sum(side.flops for side in sides.values()) - before
 
-    def start_text(self, place, x, target, old):
-        """x [n, D_t], centred, to the first layer's outputs [n, m]; later layers pass them on, as an old text's do."""
+    def start_text(self, place, side, target, old):
+        """A text to the first layer's outputs, target [n, m]; later layers pass them on, as an old text's do."""
         first, *later = self.text_parts[place]
-        mean = target.mean(0)
-        first.weight.copy_(ridge(x, target - mean, TEXT_RIDGE))
-        first.bias.copy_(mean)
+        first.weight.copy_(side.solve(side.rows.T @ (target - target.mean(0))).T / self.scale)
+        first.bias.copy_(target.mean(0))
+        self.means[place].copy_(side.mean)
         for depth, layer in enumerate(later, 1):
             if old:
                 layer.load_state_dict(self.text_parts[old[0]][depth].state_dict())
             else:
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        return ridge_flops(*x.shape, target.shape[1])
+        return 2 * side.rows.numel() * target.shape[1]
 
-    def start_image(self, place, pictures, shared):
-        """The shared axes s [n, m] to pictures [n, D]."""
-        part, axes, mean = self.image_parts[place], self.axes[place], shared.mean(0)
-        centre, shared = pictures.mean(0), shared - mean
-        (count, dim), wide, kept = pictures.shape, shared.shape[1], axes.shape[1]
-        weight = whitened(shared, pictures - centre)  # [D, m]
-        across = nn.functional.normalize(centre, dim=0)  # outputs perpendicular to the mean picture
-        weight -= across[:, None] * (across @ weight)
-        flops = 2 * count * dim**2 + dim**3 // 3 + 2 * dim**2 * wide + ridge_flops(count, wide, dim)
+    def start_image(self, place, side, shared):
+        """The shared axes s [n, m] to the image encoder's pictures [n, D]."""
+        part, axes, weight = self.image_parts[place], self.axes[place], whitened(shared, side)  # [D, m]
+        (dim, kept), (count, wide) = axes.shape, shared.rows.shape
+        flops = 2 * count * wide * dim
         if min(dim, wide) > kept:  # the leading directions of the outputs
-            spread = torch.linalg.cholesky(vlm.regularised(shared.T @ shared, 1e-4))  # [m, m]
+            spread = torch.linalg.cholesky(vlm.regularised(shared.rows.T @ shared.rows, 1e-4))  # [m, m]
             axes.copy_(torch.svd_lowrank(weight @ spread, kept, niter=2)[0])
             flops += 2 * count * wide**2 + wide**3 // 3 + 2 * dim * wide**2 + low_rank_flops(dim, wide, kept, 2)
         else:  # any basis of all of them, and more where there are fewer than k
             axes.copy_(torch.linalg.qr(torch.cat([weight, torch.eye(dim, kept).to(weight)], dim=1)[:, :kept]).Q)
             flops += qr_flops(dim, kept)
         weight = axes.T @ weight
-        weight /= (shared @ weight.T).norm(dim=1).mean()
+        weight /= (shared.rows @ weight.T).norm(dim=1).mean()
         part.weight.copy_(torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight)
-        part.bias.copy_(-weight @ mean)
+        part.bias.copy_(-weight @ shared.mean)
         return flops + 2 * dim * kept * wide + 2 * count * wide * kept
 
     def hidden(self, x, place):
@@ -246,14 +241,41 @@ def fixed(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def ridge(inputs, outputs, strength):
-    """The map [out, in] from inputs [n, in] to outputs [n, out], both centred. strength: in mean eigenvalues."""
-    gram = vlm.regularised(inputs.T @ inputs, strength)  # [in, in]
-    return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(gram)).T
+class Covariance:
+    """Rows [n, D], centred, and the inverse of their Gram matrix, regularised. strength: in mean eigenvalues."""
+
+    def __init__(self, rows, strength):
+        self.mean = rows.mean(0)
+        self.rows = rows - self.mean
+        self.gram = vlm.regularised(self.rows.T @ self.rows, strength)  # [D, D]
+        self.factor = torch.linalg.cholesky(self.gram)
+        self.flops = 2 * len(rows) * len(self.gram) ** 2 + len(self.gram) ** 3 // 3
+
+    def solve(self, cross):
+        """The inverse times cross [D, m]: of rows.T @ outputs, ridge regression."""
+        self.flops += 2 * len(self.gram) * cross.numel()
+        return torch.cholesky_solve(cross, self.factor)
+
+    def solve_without(self, rows, cross):
+        """The same without some of the rows."""
+        self.flops += 2 * len(self.gram) * (rows.numel() + cross.numel()) + len(self.gram) ** 3 // 3
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(self.gram - rows.T @ rows))
 
 
-def ridge_flops(count, wide, narrow):
-    return 2 * count * wide * (wide + narrow) + wide**3 // 3 + 2 * wide**2 * narrow
+def whitened(inputs, outputs):
+    """C_yy^-1 C_yx C_xx^-1 [out, in] of the Covariances of inputs and outputs.
+
+    To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
+    p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
+    directions in which pictures differ most.
+    """
+    return perpendicular(outputs.solve(inputs.solve(inputs.rows.T @ outputs.rows).T), outputs.mean)
+
+
+def perpendicular(weight, mean):
+    """A map [D, m] without the direction of the mean [D] in its outputs: it scores pictures as if they were centred."""
+    across = nn.functional.normalize(mean, dim=0)
+    return weight - across[:, None] * (across @ weight)
 
 
 def qr_flops(rows, columns):
@@ -268,15 +290,77 @@ def low_rank_flops(rows, columns, rank, iterations):
     return products + (iterations + 1) * qr_flops(rows, rank) + iterations * qr_flops(columns, rank) + 22 * rank**3
 
 
-def whitened(inputs, outputs):
-    """C_yy^-1 C_yx C_xx^-1 [out, in] of centred inputs [n, in] and outputs [n, out], both inverses regularised.
+@torch.no_grad()
+def cross_validate(sides, shared, folds, data, pairs):
+    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value a fold of the training
+    rows, by the start of the other folds}, and the FLOPs.
 
-    To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
-    p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
-    directions in which pictures differ most.
+    shared: the axes s [n, m] between texts and pictures. Only the pictures' Gram matrix keeps the fold: it knows of no text,
+    and its strong regularisation leaves a fold little weight.
     """
-    gram = vlm.regularised(outputs.T @ outputs, vlm.PICTURE_RIDGE)  # [out, out]
-    return torch.cholesky_solve(ridge(inputs, outputs, SHARED_RIDGE), torch.linalg.cholesky(gram))
+    sizes, before, flops = [len(fold) for fold in folds], sum(side.flops for side in sides.values()), 0
+    shared, told, found = Covariance(shared, SHARED_RIDGE), {}, {":".join(pair): [] for pair in pairs}
+    retrievals = [vlm.Retrieval(data, fold, shared.mean.device) for fold in folds]
+
+    def by_fold(name):
+        """Rows [h, D], their s [h, m], and the products of all other rows with theirs, [D, m]."""
+        rows, axes = sides[name].rows.split(sizes), shared.rows.split(sizes)
+        parts = [x.T @ s for x, s in zip(rows, axes)]
+        return zip(rows, axes, [sum(parts) - part for part in parts])
+
+    for text in unique(text for _, text in pairs):
+        told[text] = []  # [h, m] a fold: C_ss^-1 times the s that the text predicts
+        for x, s, cross in by_fold(text):
+            predicted = x @ sides[text].solve_without(x, cross)
+            told[text].append(shared.solve_without(s, predicted.T).T)
+        flops += 4 * sides[text].rows.numel() * len(shared.gram)
+    for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
+        for k, (y, _, cross) in enumerate(by_fold(image)):
+            weight = perpendicular(sides[image].solve(cross), sides[image].mean)  # [D, m]
+            root = torch.linalg.cholesky(vlm.regularised(weight.T @ weight, 1e-4))  # lengths of outputs need no basis
+            pictures = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
+            flops += len(root) * (2 * weight.numel() + 4 * y.numel() + pictures.numel()) + len(root) ** 3 // 3
+            for text in (text for other, text in pairs if other == image):
+                six = retrievals[k].recalls(told[text][k] @ root, pictures)
+                found[f"{image}:{text}"].append((six[2] + six[5]) / 2)
+                flops += 2 * pictures.numel() * (len(root) + 2 * len(y))
+    return found, flops + shared.flops + sum(side.flops for side in sides.values()) - before
+
+
+def fold_rows(data, rows, val_rows, seed):
+    """The training rows, at most 16,384 of them, in folds about as large as the validation rows, two to six: all captions
+    of a picture in one."""
+    rows = rows[:: math.ceil(len(rows) / 16384)]
+    pictures = [data.rows[i]["image"] for i in rows.tolist()] if data.rows else rows.tolist()
+    place = {name: k for k, name in enumerate(unique(pictures))}
+    if len(place) < 2:
+        raise BadInput(f"{data.folder}: one picture alone is left to train on; two are the least")
+    count = min(len(place), max(2, min(6, round(len(rows) / len(val_rows)))))
+    fold_of = torch.randperm(len(place), generator=vlm.random_of("folds", seed)) * count // len(place)  # [pictures]
+    fold_of = fold_of[torch.tensor([place[name] for name in pictures])]  # [n]
+    return [rows[fold_of == k] for k in range(count)]
+
+
+def expected(recalls, judged, scale):
+    """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a start scores on training rows that it has
+    not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika 2008).
+
+    A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
+    adds. So validation is regressed on them over the pairs, and of a pair's residual as much is kept as is not noise.
+    recalls: {pair: six}. judged: {pair: R@10 a fold}; that folds disagree on a pair is the noise. scale: rows of a fold a
+    validation row. Empty with fewer than four pairs, or one that was not judged.
+    """
+    if len(recalls) < 4 or not recalls.keys() <= judged.keys():
+        return {}
+    direct = torch.tensor([(six[2] + six[5]) / 2 for six in recalls.values()], dtype=torch.float64)  # [P]
+    folds = torch.tensor([judged[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
+    pairs, k = folds.shape
+    score = folds.mean(1) - folds.mean()
+    noise = (folds - folds.mean(0) - score[:, None]).square().sum() / ((pairs - 1) * (k - 1))  # variance of one fold's
+    fit = direct.mean() + score * (score @ direct) / score.square().sum().clamp(min=1e-12)
+    spread = (direct - fit).square().sum() / (pairs - 2)
+    kept = 1 - noise * scale / torch.maximum(spread, noise * (scale + 1 / k)).clamp(min=1e-12)
+    return dict(zip(recalls, (fit + kept * (direct - fit)).tolist()))
 
 
 class InAxes:
@@ -501,6 +585,8 @@ def main():
         "logit_flops": 0,
         "seconds": 0.0,
         "updates": {":".join(pair): 0 for pair in untrained + pairs},
+        "judged": {},
+        "fold_rows": 0,
         "metrics": [],
         "best": None,
     }
@@ -510,11 +596,20 @@ def main():
         generator.load_state_dict(saved["generator"])
         optimizer.load_state_dict(saved["optimizer"])
         moments = [moment.to(device) for moment in saved["moments"]]
-        state = saved["state"]
+        state |= saved["state"]
         print(f"resumed: {flags.out} at step {state['step']} of {steps}")
     elif flags.generator == "factored":
         known = [name for pair in untrained for name in pair] if earlier else []
-        state["flops"] += generator.prepare(store, train_rows, known)
+        folds, sides = fold_rows(data, train_rows, val_rows, flags.seed), {}
+        for name in tqdm(images + texts, desc="start", unit="encoder"):
+            strength = vlm.PICTURE_RIDGE if name in images else TEXT_RIDGE
+            sides[name] = Covariance(store.take(name, torch.cat(folds)), strength)
+            state["flops"] += sides[name].flops
+        shared, flops = generator.prepare(sides, known)
+        state["judged"], more = cross_validate(sides, shared, folds, data, pairs + ([] if earlier else untrained))
+        state["judged"] |= earlier.get("judged", {}) if earlier else {}
+        state["flops"], state["fold_rows"] = state["flops"] + flops + more, len(folds[0])
+        del sides, shared
     if flags.generator == "factored":
         store = InAxes(store, generator, torch.cat([train_rows, val_rows]))
         state["flops"] += 0 if state["step"] else store.flops
@@ -584,7 +679,10 @@ def export(flags, data, generator, state, retrieval, device):
     trained = [tensor for tensor in generator.parameters() if tensor.requires_grad] + list(generator.buffers())
     state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)
     state["peak_bytes"] = vlm.peak_bytes(device)
-    ranked = vlm.rank_pairs(best["recalls"])
+    expectation = expected(best["recalls"], state["judged"], state["fold_rows"] / len(retrieval.rows))
+    ranked = vlm.rank_pairs(best["recalls"], expectation)
+    for row in ranked if expectation else []:
+        row["expected_recall10"] = round(expectation[f"{row['image']}:{row['text']}"], 6)
     paths = vlm.write_results(flags.out, data, ranked, connector_of, flags.batch_size, state)
     made = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
     vlm.print_results(ranked, best["recalls"], retrieval, made, state, paths[0])

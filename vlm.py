@@ -697,10 +697,10 @@ class Retrieval:
         return [(ranks < k).double().mean().item() for ranks in self.ranks(text, image) for k in self.ks]
 
 
-def rank_pairs(recalls, outlived=None):
+def rank_pairs(recalls, before=None):
     """{"image:text": six recalls} to the rows of ranking.csv, best first by R@10, R@5, R@1; equals share a rank.
 
-    outlived: {"image:text": number}, which comes before the recalls: pairs given up sooner rank below.
+    before: {"image:text": number}, what comes before the recalls: the more the better.
     """
     table = []
     for pair, six in recalls.items():
@@ -710,7 +710,7 @@ def rank_pairs(recalls, outlived=None):
 
     def value(row):
         recall = row["val_recall10"], row["val_recall5"], row["val_recall1"]
-        return (outlived or {}).get(f"{row['image']}:{row['text']}", 0), *recall
+        return (before or {}).get(f"{row['image']}:{row['text']}", 0), *recall
 
     table.sort(key=value, reverse=True)
     for row in table:
@@ -723,11 +723,16 @@ def print_ranking(table, recalls, retrieval):
     chance = " / ".join(f"{100 * c:.1f}" for c in retrieval.chance)
     wide, narrow = (max(len(row[part]) for row in table) for part in ("image", "text"))
     print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
-    print(f"{'':{wide + narrow + 8}}text -> image        image -> text        mean")
-    print(f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10")
+    more = "expected_recall10" in table[0]
+    print(f"{'':{wide + narrow + 8}}text -> image        image -> text        mean" + "  expected" * more)
+    print(f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10" + "      R@10" * more)
     for row in table:
         six = "".join(f"{100 * value:6.1f}" for value in recalls[f"{row['image']}:{row['text']}"])
-        print(f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}{100 * row['val_recall10']:7.1f}")
+        print(
+            f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}{100 * row['val_recall10']:7.1f}",
+            end="",
+        )
+        print(f"{100 * row['expected_recall10']:10.1f}" if more else "")
 
 
 # --------------------------------------------------------------------------------------- what both trainers need

@@ -172,6 +172,7 @@ def compare(run, grids):
     """One run against grid search, on the emoji, in points of R@10: the pair it chose, and its connectors' scores."""
     truth, collapse = mean_scores(grids), run["curve"][-1] < 0.5 * max(run["curve"])
     order = sorted(truth, key=truth.get, reverse=True)
+    by_validation = sorted(run["val"], key=run["val"].get, reverse=True)  # alone, which a run may know better than
     return {
         "chosen": run["order"][0],
         "regret": truth[order[0]] - truth[run["order"][0]],
@@ -179,7 +180,9 @@ def compare(run, grids):
         "top9_gap": gap(run, truth, order[:9]),
         "best_gap": gap(run, truth, order[:1]),
         "mean_gap": gap(run, truth, order),
-        "spearman": spearmanr([-run["order"].index(pair) for pair in order], [truth[pair] for pair in order])[0].item(),
+        "spearman": agreement(run["order"], truth),
+        "regret_by_validation": truth[order[0]] - truth[by_validation[0]],
+        "spearman_by_validation": agreement(by_validation, truth),
         "validation_top9_gap": float(
             np.mean([run["val"][p] - np.mean([g["val"][p] for g in grids]) for p in order[:9]])
         ),
@@ -189,6 +192,11 @@ def compare(run, grids):
 
 def mean_scores(runs):
     return {pair: float(np.mean([run["test"][pair] for run in runs])) for pair in runs[0]["test"]}
+
+
+def agreement(order, truth):
+    """Spearman's rank correlation of an order, best first, with the true scores."""
+    return spearmanr([-order.index(pair) for pair in truth], list(truth.values()))[0].item()
 
 
 def gap(run, truth, pairs):

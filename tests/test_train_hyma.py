@@ -53,7 +53,10 @@ def test_run_folder(run, planted, tmp_path):
     assert result.code == 0, result.err
     out = tmp_path / "runs" / "x"
     rows = ranking(out)
-    assert list(rows[0]) == ["image", "text", "val_recall1", "val_recall5", "val_recall10", "rank"]
+    columns = ["image", "text", "val_recall1", "val_recall5", "val_recall10", "rank", "expected_recall10"]
+    assert list(rows[0]) == columns
+    found = [float(row["expected_recall10"]) for row in rows]
+    assert found == sorted(found, reverse=True) and "expected" in result.out
     assert len(rows) == 6 and [int(r["rank"]) for r in rows] == sorted(int(r["rank"]) for r in rows)
     assert {r["image"] for r in rows[:2]} == {"efflite1"} and {r["image"] for r in rows[-2:]} == {"control"}
     assert float(rows[0]["val_recall10"]) > 0.9 > 0.3 > float(rows[-1]["val_recall10"])
@@ -202,30 +205,65 @@ def test_the_whitened_map_against_float64(script):
     gram_x += script.SHARED_RIDGE * gram_x.trace() / 24 * torch.eye(24)
     gram_y += vlm.PICTURE_RIDGE * gram_y.trace() / 40 * torch.eye(40)
     expected = torch.linalg.inv(gram_y) @ b.T @ a @ torch.linalg.inv(gram_x)
-    torch.testing.assert_close(script.whitened(x, y).double(), expected, rtol=1e-4, atol=1e-9)
+    texts, pictures = script.Covariance(x + 3, script.SHARED_RIDGE), script.Covariance(y, vlm.PICTURE_RIDGE)
+    found = script.whitened(texts, pictures)
+    across = F.normalize(pictures.mean.double(), dim=0)
+    expected -= torch.outer(across, across) @ expected
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(texts.mean, x.mean(0) + 3)
+    left_out = texts.solve_without(texts.rows[:99], torch.eye(24)).double()
+    torch.testing.assert_close(left_out, torch.linalg.inv(gram_x - a[:99].T @ a[:99]), rtol=1e-4, atol=1e-9)
 
     y[:, 39] = 30 * torch.randn(500) + x[:, 0]
-    loud = [map_[39].norm() / map_.norm() for map_ in (script.ridge(x, y, 0.3), script.whitened(x, y))]
+    pictures = script.Covariance(y, vlm.PICTURE_RIDGE)
+    ridge = texts.solve(texts.rows.T @ pictures.rows).T
+    loud = [weight[39].norm() / weight.norm() for weight in (ridge, script.whitened(texts, pictures))]
     assert loud[1] < loud[0] / 3
 
 
+@pytest.fixture
+def started(script, planted):
+    """Builds a generator of some depth and starts it, on some pictures: everything that main has by then."""
+
+    def start(hidden_layers, shuffled=False):
+        data, cpu = vlm.Embeddings(planted), torch.device("cpu")
+        images, texts = data.names("image"), data.names("text")
+        store, (rows, val_rows) = vlm.RowStore(data, images + texts, cpu), vlm.split_rows(data)
+        for image in images if shuffled else []:
+            order = torch.randperm(data.row_count, generator=torch.Generator().manual_seed(1))
+            store.tensors[image] = store.tensors[image][order]
+        torch.manual_seed(0)
+        widths = [{name: store.dims[name] for name in names} for names in (images, texts)]
+        generator, folds = script.Factored(*widths, hidden_layers, 64), script.fold_rows(data, rows, val_rows, 0)
+        ridges = {name: vlm.PICTURE_RIDGE if name in images else script.TEXT_RIDGE for name in images + texts}
+        sides = {name: script.Covariance(store.take(name, torch.cat(folds)), ridges[name]) for name in ridges}
+        return data, store, rows, val_rows, generator, folds, sides, [(i, t) for i in images for t in texts]
+
+    return start
+
+
 @pytest.mark.parametrize("hidden_layers", [0, 1, 2])
-def test_the_start_is_a_linear_map_that_already_ranks(script, planted, hidden_layers):
-    """relu(s) - relu(-s) = s at every depth, and the planted encoder leads before any step."""
-    data, cpu = vlm.Embeddings(planted), torch.device("cpu")
-    images, texts = data.names("image"), data.names("text")
-    store, (rows, val_rows) = vlm.RowStore(data, images + texts, cpu), vlm.split_rows(data)
-    torch.manual_seed(0)
-    generator = script.Factored(*({n: store.dims[n] for n in names} for names in (images, texts)), hidden_layers, 64)
+def test_the_start_is_a_linear_map_that_already_ranks(script, started, hidden_layers):
+    """relu(s) - relu(-s) = s at every depth, and the planted encoder leads before any step. FLOPs are torch's count."""
+    data, store, rows, val_rows, generator, folds, _, pairs = started(hidden_layers)
     factorisations = {
         torch.ops.aten.linalg_qr: lambda x, *_, **__: 4 * x[-1] ** 2 * x[-2] - 4 * x[-1] ** 3 // 3,
         torch.ops.aten._linalg_svd: lambda x, *_, **__: 22 * min(x) ** 3,
         torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
         torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
+        torch.ops.aten.linalg_solve_triangular: lambda x, y, *_, **__: x[-1] ** 2 * y[-1],
     }
     with FlopCounterMode(display=False, custom_mapping=factorisations) as counter:
-        flops = generator.prepare(store, rows)
-    assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+        *_, sides, pairs = started(hidden_layers)
+        sums = counter.get_total_flops()
+        shared, flops = generator.prepare(sides)
+        start = counter.get_total_flops() - sums
+        judged, more = script.cross_validate(sides, shared, folds, data, pairs)
+    rest = counter.get_total_flops() - sums - start
+    assert [sum(side.flops for side in started(hidden_layers)[6].values()), flops, more] == [
+        pytest.approx(count, rel=0.01) for count in (sums, start, rest)
+    ]
+    cpu, images, texts = torch.device("cpu"), data.names("image"), data.names("text")
     retrieval, scores = vlm.Retrieval(data, val_rows, cpu), {}
     for image in images:
         for text in texts:
@@ -242,8 +280,74 @@ def test_the_start_is_a_linear_map_that_already_ranks(script, planted, hidden_la
             scores[image, text] = (found[2] + found[5]) / 2
     best = sorted(scores, key=scores.get, reverse=True)
     assert {image for image, _ in best[:2]} == {"efflite1"} and scores[best[0]] > 0.8
+    for (image, text), score in scores.items():  # rows the start has not seen, twice
+        assert sum(judged[f"{image}:{text}"]) / len(folds) == pytest.approx(score, abs=0.1)
     for axes in generator.axes:
         torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), rtol=0, atol=1e-4)
+
+
+def test_cross_validation_is_blind_to_the_fold_it_judges(script, started):
+    """Against inverses in float64; and pictures dealt out anew are at chance, though a start fits its own rows far above."""
+    data, _, _, _, generator, folds, sides, pairs = started(0)
+    shared, _ = generator.prepare(sides)
+    found, _ = script.cross_validate(sides, shared, folds, data, pairs)
+    first = len(folds[0])
+    x, s, y = (rows.double() for rows in (sides["mpnet"].rows, shared - shared.mean(0), sides["efflite1"].rows))
+
+    def inverse(rows, strength, without):
+        gram = rows.T @ rows
+        gram += strength * gram.trace() / len(gram) * torch.eye(len(gram))
+        return torch.linalg.inv(gram - without.T @ without)
+
+    to_s = inverse(x, script.TEXT_RIDGE, x[:first]) @ x[first:].T @ s[first:]
+    weight = inverse(y, vlm.PICTURE_RIDGE, y[:0]) @ y[first:].T @ s[first:]
+    across = F.normalize(sides["efflite1"].mean.double(), dim=0)
+    weight = (weight - torch.outer(across, across) @ weight) @ inverse(s, script.SHARED_RIDGE, s[:first])
+    retrieval = vlm.Retrieval(data, folds[0], torch.device("cpu"))
+    six = retrieval.recalls(x[:first] @ to_s @ weight.T, y[:first])
+    assert found["efflite1:mpnet"][0] == pytest.approx((six[2] + six[5]) / 2, abs=0.015)
+
+    data, store, rows, _, generator, folds, sides, pairs = started(0, shuffled=True)
+    shared, _ = generator.prepare(sides)
+    found, _ = script.cross_validate(sides, shared, folds, data, pairs)
+    assert sum(map(sum, found.values())) / sum(map(len, found.values())) < 1.5 * retrieval.chance[2]
+    own, seen = script.InAxes(store, generator, rows), vlm.Retrieval(data, folds[0], torch.device("cpu"))
+    six = vlm.validate(generator, own, seen, [("efflite1", "mpnet")])["efflite1:mpnet"]
+    assert (six[2] + six[5]) / 2 > 3 * retrieval.chance[2]
+
+
+def test_folds_keep_a_pictures_captions_together(script, planted):
+    data = vlm.Embeddings(planted)
+    rows, val_rows = vlm.split_rows(data)
+    data.rows = [{"image": f"picture {k // 3}"} for k in range(data.row_count)]
+    folds = script.fold_rows(data, rows, val_rows, seed=0)
+    assert len(folds) == 6 and torch.equal(torch.cat(folds).sort().values, rows)
+    pictures = [{data.rows[i]["image"] for i in fold.tolist()} for fold in folds]
+    assert sum(map(len, pictures)) == len(set().union(*pictures))
+    again, other = (script.fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
+    assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
+    assert [len(fold) for fold in script.fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1]
+
+
+def test_what_ranks_follows_validation_as_far_as_it_is_not_noise(script):
+    def recalls(scores):
+        return {f"a{k}:t": [0, 0, score, 0, 0, score] for k, score in enumerate(scores)}
+
+    scores, folds = [0.5, 0.41, 0.3, 0.22, 0.1], [0.4, 0.5, 0.3, 0.2, 0.1]
+    exact = {f"a{k}:t": [score] * 3 for k, score in enumerate(folds)}  # folds that agree: no noise, validation alone
+    found = script.expected(recalls(scores), exact, 1.0)
+    assert list(found.values()) == pytest.approx(scores)
+    random = torch.Generator().manual_seed(0)
+    noisy = {
+        k: [score + e for e in (0.3 * torch.randn(3, generator=random)).tolist()] for k, score in zip(exact, folds)
+    }
+    mean = torch.tensor([sum(v) / 3 for v in noisy.values()], dtype=torch.float64)
+    design = torch.stack([torch.ones(5, dtype=torch.float64), mean], dim=1)
+    direct = torch.tensor(scores, dtype=torch.float64)
+    line = design @ torch.linalg.lstsq(design, direct[:, None]).solution[:, 0]
+    found = script.expected(recalls(scores), noisy, 2.0)  # noise above the residuals: one part in 1 + 2 * 3 is kept
+    assert list(found.values()) == pytest.approx((line + (direct - line) / 7).tolist())
+    assert script.expected(recalls(scores[:3]), exact, 1.0) == {} == script.expected(recalls(scores), {}, 1.0)
 
 
 def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
