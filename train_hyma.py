@@ -292,53 +292,55 @@ def low_rank_flops(rows, columns, rank, iterations):
 
 @torch.no_grad()
 def cross_validate(sides, shared, folds, data, pairs):
-    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value a fold of the training
-    rows, by the start of the other folds}, and the FLOPs.
+    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value for each of the folds but the
+    last, by the start of all other rows}, and the FLOPs.
 
     shared: the axes s [n, m] between texts and pictures. Only the pictures' Gram matrix keeps the fold: it knows of no text,
     and its strong regularisation leaves a fold little weight.
     """
     sizes, before, flops = [len(fold) for fold in folds], sum(side.flops for side in sides.values()), 0
     shared, told, found = Covariance(shared, SHARED_RIDGE), {}, {":".join(pair): [] for pair in pairs}
-    retrievals = [vlm.Retrieval(data, fold, shared.mean.device) for fold in folds]
+    retrievals = [vlm.Retrieval(data, fold, shared.mean.device) for fold in folds[:-1]]
 
     def by_fold(name):
         """Rows [h, D], their s [h, m], and the products of all other rows with theirs, [D, m]."""
         rows, axes = sides[name].rows.split(sizes), shared.rows.split(sizes)
         parts = [x.T @ s for x, s in zip(rows, axes)]
-        return zip(rows, axes, [sum(parts) - part for part in parts])
+        return zip(rows[:-1], axes[:-1], [sum(parts) - part for part in parts])
 
     for text in unique(text for _, text in pairs):
         told[text] = []  # [h, m] a fold: C_ss^-1 times the s that the text predicts
         for x, s, cross in by_fold(text):
             predicted = x @ sides[text].solve_without(x, cross)
             told[text].append(shared.solve_without(s, predicted.T).T)
-        flops += 4 * sides[text].rows.numel() * len(shared.gram)
+            flops += 2 * x.numel() * len(shared.gram)
+        flops += 2 * sides[text].rows.numel() * len(shared.gram)
     for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
         for k, (y, _, cross) in enumerate(by_fold(image)):
             weight = perpendicular(sides[image].solve(cross), sides[image].mean)  # [D, m]
             root = torch.linalg.cholesky(vlm.regularised(weight.T @ weight, 1e-4))  # lengths of outputs need no basis
             pictures = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
-            flops += len(root) * (2 * weight.numel() + 4 * y.numel() + pictures.numel()) + len(root) ** 3 // 3
+            flops += len(root) * (2 * weight.numel() + 2 * y.numel() + pictures.numel()) + len(root) ** 3 // 3
             for text in (text for other, text in pairs if other == image):
                 six = retrievals[k].recalls(told[text][k] @ root, pictures)
                 found[f"{image}:{text}"].append((six[2] + six[5]) / 2)
                 flops += 2 * pictures.numel() * (len(root) + 2 * len(y))
+        flops += 2 * sides[image].rows.numel() * len(shared.gram)
     return found, flops + shared.flops + sum(side.flops for side in sides.values()) - before
 
 
 def fold_rows(data, rows, val_rows, seed):
-    """The training rows, at most 16,384 of them, in folds about as large as the validation rows, two to six: all captions
-    of a picture in one."""
+    """At most 16,384 of the training rows: three folds, each about as large as the validation rows, and last the rest. All
+    captions of a picture are in one."""
     rows = rows[:: math.ceil(len(rows) / 16384)]
     pictures = [data.rows[i]["image"] for i in rows.tolist()] if data.rows else rows.tolist()
     place = {name: k for k, name in enumerate(unique(pictures))}
     if len(place) < 2:
         raise BadInput(f"{data.folder}: one picture alone is left to train on; two are the least")
-    count = min(len(place), max(2, min(6, round(len(rows) / len(val_rows)))))
+    count = min(len(place), max(3, round(len(rows) / len(val_rows))))
     fold_of = torch.randperm(len(place), generator=vlm.random_of("folds", seed)) * count // len(place)  # [pictures]
     fold_of = fold_of[torch.tensor([place[name] for name in pictures])]  # [n]
-    return [rows[fold_of == k] for k in range(count)]
+    return [rows[fold_of == k] for k in range(min(3, count))] + [rows[fold_of >= 3]]
 
 
 def expected(recalls, judged, scale):
@@ -577,7 +579,8 @@ def main():
     moments = [torch.zeros_like(generator.head) for _ in range(2)] if flags.generator == "mlp" else []
 
     steps = flags.epochs * (len(train_rows) // flags.batch_size)
-    period = vlm.steps_between_looks(flags.epochs, steps)
+    # Four looks, each with a checkpoint: one validates every pair, which costs as much as several steps of a few.
+    period = math.ceil(flags.epochs / 4) * (steps // flags.epochs)
     # All that the loop changes beside the tensors: a checkpoint holds just this.
     state = {
         "step": 0,

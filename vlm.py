@@ -855,11 +855,6 @@ def open_run(flags, config, identity, device, wait=False):
     return lock
 
 
-def steps_between_looks(epochs, steps):
-    """How many steps from one validation to the next, each with a checkpoint: whole epochs, five or six in all."""
-    return max(1, epochs // 5) * (steps // epochs)
-
-
 def unique(names):
     return list(dict.fromkeys(names))
 

@@ -79,7 +79,7 @@ def test_run_folder(run, planted, tmp_path):
         and ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 256
     )
     metrics = vlm.read_jsonl(out / "metrics.jsonl")
-    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4, 5, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [m["epoch"] for m in metrics] == [2, 4, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
 
     best = out / "connectors" / f"{rows[0]['image']}_mlp1_{rows[0]['text']}.pt"
     assert (
@@ -281,7 +281,7 @@ def test_the_start_is_a_linear_map_that_already_ranks(script, started, hidden_la
     best = sorted(scores, key=scores.get, reverse=True)
     assert {image for image, _ in best[:2]} == {"efflite1"} and scores[best[0]] > 0.8
     for (image, text), score in scores.items():  # rows the start has not seen, twice
-        assert sum(judged[f"{image}:{text}"]) / len(folds) == pytest.approx(score, abs=0.1)
+        assert sum(judged[f"{image}:{text}"]) / 3 == pytest.approx(score, abs=0.1)
     for axes in generator.axes:
         torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), rtol=0, atol=1e-4)
 
@@ -321,12 +321,13 @@ def test_folds_keep_a_pictures_captions_together(script, planted):
     rows, val_rows = vlm.split_rows(data)
     data.rows = [{"image": f"picture {k // 3}"} for k in range(data.row_count)]
     folds = script.fold_rows(data, rows, val_rows, seed=0)
-    assert len(folds) == 6 and torch.equal(torch.cat(folds).sort().values, rows)
+    assert [len(fold) for fold in folds] == pytest.approx([90, 90, 90, 540], abs=5)
+    assert torch.equal(torch.cat(folds).sort().values, rows)
     pictures = [{data.rows[i]["image"] for i in fold.tolist()} for fold in folds]
     assert sum(map(len, pictures)) == len(set().union(*pictures))
     again, other = (script.fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
     assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
-    assert [len(fold) for fold in script.fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1]
+    assert [len(fold) for fold in script.fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]
 
 
 def test_what_ranks_follows_validation_as_far_as_it_is_not_noise(script):
