@@ -565,7 +565,6 @@ def main():
     retrieval = vlm.Retrieval(data, val_rows, device)
 
     torch.manual_seed(flags.seed)
-    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     build = {"factored": Factored, "mlp": PaperMLP}[flags.generator]
     widths = [{name: store.dims[name] for name in names} for names in (images, texts)]
@@ -617,6 +616,7 @@ def main():
         store = InAxes(store, generator, torch.cat([train_rows, val_rows]))
         state["flops"] += 0 if state["step"] else store.flops
     started -= state["seconds"]
+    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")  # the start needs every bit
 
     epoch_losses = []
     with tqdm(total=steps, initial=state["step"], desc="train", unit="step") as progress:
