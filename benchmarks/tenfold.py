@@ -15,6 +15,7 @@ judged by the others). Writes benchmarks/tenfold.json. CPU only.
 
 import argparse
 import csv
+import io
 import json
 import runpy
 import shutil
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from functools import cache
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +133,14 @@ def bar(result):
 def further(runs, data):
     """Pairs never trained, an encoder that joins later, choosing from few rows: each against the same mlp1 grids."""
     grids = [read_run(runs / f"mlp1-grid-s{seed}", data) for seed in SEEDS]
-    truth = mean_scores(grids)
+    truth, train = mean_scores(grids), partial(run, timed=False)
     unseen, joined, small = [], [], {}
     for seed in SEEDS:
         seen = [pair for pair in PAIRS if pair not in HELD_OUT]
         part, refined = runs / f"unseen-s{seed}", runs / f"refined-s{seed}"
-        run("train_hyma.py", data, part, "--seed", seed, "--pairs", *seen, "--predict", *HELD_OUT)
+        train("train_hyma.py", data, part, "--seed", seed, "--pairs", *seen, "--predict", *HELD_OUT)
         few = ("--epochs", 1, "--lr", 1e-3, "--warmup-steps", 0)
-        run("train_grid.py", data, refined, "--seeds", seed, "--from", part, "--pairs", *HELD_OUT, *few)
+        train("train_grid.py", data, refined, "--seeds", seed, "--from", part, "--pairs", *HELD_OUT, *few)
         steps = vlm.read_json(refined / "ledger.json")["steps"]
         gaps = {
             "as they come": gap(read_run(part, data), truth, HELD_OUT),
@@ -147,8 +149,8 @@ def further(runs, data):
         unseen.append(gaps | {f"after {steps} steps": gap(read_run(refined, data), truth, HELD_OUT)})
 
         new, without, added = IMAGES[2], runs / f"without-s{seed}", runs / f"added-s{seed}"
-        run("train_hyma.py", data, without, "--seed", seed, "--pairs", *(p for p in PAIRS if new not in p))
-        run("train_hyma.py", None, added, "--add-encoder", new, "--from", without)
+        train("train_hyma.py", data, without, "--seed", seed, "--pairs", *(p for p in PAIRS if new not in p))
+        train("train_hyma.py", None, added, "--add-encoder", new, "--from", without)
         column = [pair for pair in PAIRS if new in pair]
         whole = read_run(runs / f"mlp1-hyma-s{seed}", data)
         joined.append(
@@ -157,7 +159,7 @@ def further(runs, data):
         joined[-1]["cost of one column, of the whole run"] = read_run(added, data)["flops"] / whole["flops"]
 
         for rows in (500, 1000, 2000):
-            run("train_hyma.py", data, runs / f"rows{rows}-s{seed}", "--seed", seed, "--rows", rows)
+            train("train_hyma.py", data, runs / f"rows{rows}-s{seed}", "--seed", seed, "--rows", rows)
             small.setdefault(str(rows), []).append(
                 compare(read_run(runs / f"rows{rows}-s{seed}", data), grids)["regret"]
             )
@@ -215,24 +217,23 @@ def spread(values):
     return f"{np.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
-def run(script, data, out, *flags):
-    """Runs a script by its command line, its ranking out of sight. out: the run folder it makes, or the folders."""
+def run(script, data, out, *flags, timed=True):
+    """Runs a script by its command line, its ranking out of sight. out: the run folder it makes, or the folders. timed: in
+    a process of its own, as its users do; in this one nothing has to be loaded again."""
     folders = out if isinstance(out, list) else [out]
     if all((folder / "ledger.json").is_file() for folder in folders):
         return
-    command = [
-        sys.executable,
-        ROOT / script,
-        "--device",
-        "cpu",
-        "--out",
-        folders[0],
-        *(["--data", data] if data else []),
-    ]
+    command = [ROOT / script, "--device", "cpu", "--out", folders[0], *(["--data", data] if data else []), *flags]
+    command = [str(part) for part in command]
     print(f"{script} {', '.join(folder.name for folder in folders)} ...", end=" ", flush=True)
-    done = subprocess.run([str(part) for part in [*command, *flags]], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
+    if timed:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
+    else:
+        sys.argv = command
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            runpy.run_path(command[0], run_name="__main__")
     print(", ".join(f"{vlm.read_json(folder / 'ledger.json')['seconds']:.1f} s" for folder in folders), flush=True)
 
 
