@@ -1540,9 +1540,9 @@ def compose(found, tasks, sentence, resamples):
 READING = (
     "True score: what the connectors of the oracle ({0}, seeds: {1}) score on the task. Runs order the pairs by "
     "validation rows, the hypernetwork also, and selectors only, by training rows: no order has seen the rows that judge "
-    "it, unless a warning says so. Small print: the 95 % interval over {2} resamples of the task's pictures and of the seeds; the best of many noisy "
-    "scores is too high, so intervals of regret lean upwards. NDCG's gain is the true score minus the worst pair's. Ties "
-    "in an order are broken at random, in expectation; the last line is a random order's."
+    "it, unless a warning says so. Small print: the 95 % interval over {2} resamples of the task's pictures and of the "
+    "seeds; the best of many noisy scores is too high, so intervals of regret lean upwards. NDCG's gain is the true score "
+    "minus the worst pair's. Ties in an order are broken at random, in expectation; the last line is a random order's."
 )
 READING_COSTS = (
     "As run; at the oracle's batch size (the share of the logits grows with the batch); and at its updates of each "

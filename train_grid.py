@@ -302,10 +302,9 @@ def solve(flags, pairs, store, retrieval, rows):
                 factor = torch.linalg.cholesky(vlm.regularised(image_gram, vlm.PICTURE_RIDGE))
                 maps = {a: torch.cholesky_solve(weight, factor) for a, weight in maps.items()}
                 state["flops"] += len(cross) ** 3 // 3 + len(RIDGE) * 2 * len(cross) * cross.numel()
-            direction = F.normalize(means[image], dim=0)  # [D_i]
             name, pictures = f"{image}:{text}", store.take(image, retrieval.rows)
             for strength, weight in maps.items():
-                weight = weight - direction[:, None] * (direction @ weight)
+                weight = vlm.perpendicular(weight, means[image])
                 bias = -weight @ means[text]
                 six = retrieval.recalls(F.linear(texts, weight.float(), bias.float()), pictures)
                 about = {"closed_form": flags.closed_form, "regularisation": strength}

@@ -269,13 +269,7 @@ def whitened(inputs, outputs):
     p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
     directions in which pictures differ most.
     """
-    return perpendicular(outputs.solve(inputs.solve(inputs.rows.T @ outputs.rows).T), outputs.mean)
-
-
-def perpendicular(weight, mean):
-    """A map [D, m] without the direction of the mean [D] in its outputs: it scores pictures as if they were centred."""
-    across = nn.functional.normalize(mean, dim=0)
-    return weight - across[:, None] * (across @ weight)
+    return vlm.perpendicular(outputs.solve(inputs.solve(inputs.rows.T @ outputs.rows).T), outputs.mean)
 
 
 def qr_flops(rows, columns):
@@ -317,7 +311,7 @@ def cross_validate(sides, shared, folds, data, pairs):
         flops += 2 * sides[text].rows.numel() * len(shared.gram)
     for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
         for k, (y, _, cross) in enumerate(by_fold(image)):
-            weight = perpendicular(sides[image].solve(cross), sides[image].mean)  # [D, m]
+            weight = vlm.perpendicular(sides[image].solve(cross), sides[image].mean)  # [D, m]
             root = torch.linalg.cholesky(vlm.regularised(weight.T @ weight, 1e-4))  # lengths of outputs need no basis
             pictures = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
             flops += len(root) * (2 * weight.numel() + 2 * y.numel() + pictures.numel()) + len(root) ** 3 // 3

@@ -728,11 +728,8 @@ def print_ranking(table, recalls, retrieval):
     print(f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10" + "      R@10" * more)
     for row in table:
         six = "".join(f"{100 * value:6.1f}" for value in recalls[f"{row['image']}:{row['text']}"])
-        print(
-            f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}{100 * row['val_recall10']:7.1f}",
-            end="",
-        )
-        print(f"{100 * row['expected_recall10']:10.1f}" if more else "")
+        six += f"{100 * row['val_recall10']:7.1f}" + (f"{100 * row['expected_recall10']:10.1f}" if more else "")
+        print(f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}")
 
 
 # --------------------------------------------------------------------------------------- what both trainers need
@@ -890,6 +887,12 @@ def own_layers(features, pairs, weights):
 def regularised(gram, strength):
     """A Gram matrix [D, D] with `strength` times its mean eigenvalue added to its diagonal."""
     return gram + strength * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
+
+
+def perpendicular(weight, mean):
+    """A map [D, m] without the direction of the mean [D] in its outputs: it scores pictures as if they were centred."""
+    direction = F.normalize(mean, dim=0)
+    return weight - direction[:, None] * (direction @ weight)
 
 
 def connector_flops(batch_size, shapes):

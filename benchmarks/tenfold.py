@@ -174,7 +174,7 @@ def compare(run, grids):
     """One run against grid search, on the emoji, in points of R@10: the pair it chose, and its connectors' scores."""
     truth, collapse = mean_scores(grids), run["curve"][-1] < 0.5 * max(run["curve"])
     order = sorted(truth, key=truth.get, reverse=True)
-    by_validation = sorted(run["val"], key=run["val"].get, reverse=True)  # alone, which a run may know better than
+    by_validation = sorted(run["val"], key=run["val"].get, reverse=True)  # what those rows alone would choose
     return {
         "chosen": run["order"][0],
         "regret": truth[order[0]] - truth[run["order"][0]],
