@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vlm
@@ -32,6 +33,14 @@ LEARNING_RATE = {"factored": 1e-4, "mlp": 1e-3}  # factored starts from a closed
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
 START_RMS = 0.1  # of the hidden units at the start: smaller, and training moves the text parts more
 TEXT_RIDGE = SHARED_RIDGE = 0.3  # regularisation of the start, in mean eigenvalues
+
+FACTORISATIONS = {  # FLOPs that torch's counter lacks, 2 a multiply-add (Golub and Van Loan, sections 4.2 and 5.2)
+    torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
+    torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
+    torch.ops.aten.linalg_solve_triangular: lambda x, y, *_, **__: x[-1] ** 2 * y[-1],
+    torch.ops.aten.linalg_qr: lambda x, *_, **__: 4 * x[-1] ** 2 * x[-2] - 4 * x[-1] ** 3 // 3,  # and forming Q
+    torch.ops.aten._linalg_svd: lambda x, *_, **__: 22 * min(x) ** 3,
+}
 
 
 def parse_flags():
@@ -98,84 +107,68 @@ class Factored(nn.Module):
         super().__init__()
         self.images, self.texts, self.hidden_layers = list(image_dims), list(text_dims), hidden_layers
         self.scale = TEXT_SCALE if hidden_layers else 1.0
-        space = HIDDEN_DIM if hidden_layers else HIDDEN_DIM // 4  # a linear map's shared space: no wider than its rank
+        wide = HIDDEN_DIM if hidden_layers else HIDDEN_DIM // 4  # a linear map's shared space: no wider than its rank
+        self.shared = wide // 2 if hidden_layers else wide  # m: a ReLU takes two units to pass a number
         self.text_parts = nn.ModuleList(
-            nn.ModuleList(nn.Linear(dim if depth == 0 else space, space) for depth in range(max(1, hidden_layers)))
+            nn.ModuleList(nn.Linear(dim if depth == 0 else wide, wide) for depth in range(max(1, hidden_layers)))
             for dim in text_dims.values()
         )
-        self.image_parts = nn.ModuleList(nn.Linear(space, min(rank, dim)) for dim in image_dims.values())
+        self.image_parts = nn.ModuleList(nn.Linear(wide, min(rank, dim)) for dim in image_dims.values())
         self.axes = nn.ParameterList(fixed(torch.eye(dim, min(rank, dim))) for dim in image_dims.values())
         self.means = nn.ParameterList(fixed(torch.zeros(dim)) for dim in text_dims.values())
 
-    @torch.no_grad()
-    def prepare(self, sides, known=()):
-        """Starts the parts from a closed form on training rows, {encoder: Covariance}, except of encoders already `known`.
-        Returns the axes s [n, m] that all pairs share, and the FLOPs, 2 a multiply-add.
+    def prepare(self, sides, shared, products):
+        """Starts the parts from a closed form on training rows, {encoder: Covariance}.
 
-        All texts side by side have leading principal axes s. A text part leads to s by ridge regression, an image part
-        from s to the pictures by `whitened`, and a ReLU between is passed as relu(s) - relu(-s) = s. An encoder that joins
-        a trained run is fitted to that run's hidden space in the same way.
+        shared: the Covariance of the texts' `leading_axes` s [n, m]. products: {encoder: rows.T @ s [D, m]}. A text part
+        leads to s by ridge regression, an image part from s to the pictures by `whitened`, and a ReLU between is passed as
+        relu(s) - relu(-s) = s.
         """
-        before, flops = sum(side.flops for side in sides.values()), 0
-        texts = [self.scale * sides[text].rows for text in self.texts]  # [n, D_t]
-        old = [place for place, text in enumerate(self.texts) if text in known]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if old:
-                target = sum(self.text_parts[place][0](texts[place]) for place in old) / len(old)  # [n, space]
-                shared = sum(self.hidden(texts[place], place) for place in old) / len(old)  # [n, m]
-                flops += (
-                    2 * len(shared) * sum(layer.weight.numel() for place in old for layer in self.text_parts[place])
-                )
-            else:
-                beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
-                space = self.image_parts[0].in_features // (2 if self.hidden_layers else 1)
-                count = min(space, *beside.shape)
-                shared = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
-                shared = shared[:, torch.arange(space) % count]  # [n, m]; few narrow texts: axes stand twice
-                shared *= START_RMS * shared.numel() ** 0.5 / shared.norm()
-                target = torch.cat([shared, -shared], dim=1) if self.hidden_layers else shared
-                flops += 2 * beside.numel() * count + low_rank_flops(*beside.shape, count, 1)
-            for place, text in enumerate(self.texts):
-                if text not in known:
-                    flops += self.start_text(place, sides[text], target, old)
-            axes = Covariance(shared, SHARED_RIDGE)
-            for place, image in enumerate(self.images):
-                if image not in known:
-                    flops += self.start_image(place, sides[image], axes)
-        return shared, flops + axes.flops + sum(side.flops for side in sides.values()) - before
-
-    def start_text(self, place, side, target, old):
-        """A text to the first layer's outputs, target [n, m]; later layers pass them on, as an old text's do."""
-        first, *later = self.text_parts[place]
-        first.weight.copy_(side.solve(side.rows.T @ (target - target.mean(0))).T / self.scale)
-        first.bias.copy_(target.mean(0))
-        self.means[place].copy_(side.mean)
-        for depth, layer in enumerate(later, 1):
-            if old:
-                layer.load_state_dict(self.text_parts[old[0]][depth].state_dict())
-            else:
+        for place, text in enumerate(self.texts):
+            self.start_text(place, sides[text], self.halves(products[text]))
+            for layer in self.text_parts[place][1:]:
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        return 2 * side.rows.numel() * target.shape[1]
+        for place, image in enumerate(self.images):
+            self.start_image(place, sides[image], shared, products[image])
 
-    def start_image(self, place, side, shared):
-        """The shared axes s [n, m] to the image encoder's pictures [n, D]."""
-        part, axes, weight = self.image_parts[place], self.axes[place], whitened(shared, side)  # [D, m]
-        (dim, kept), (count, wide) = axes.shape, shared.rows.shape
-        flops = 2 * count * wide * dim
-        if min(dim, wide) > kept:  # the leading directions of the outputs
-            spread = torch.linalg.cholesky(vlm.regularised(shared.rows.T @ shared.rows, 1e-4))  # [m, m]
+    def join(self, name, sides):
+        """Starts the part of an encoder that joins trained ones in the same way, with their hidden space for s."""
+        old = [place for place, text in enumerate(self.texts) if text != name]
+        texts = [self.scale * sides[self.texts[place]].rows for place in old]  # [n, D_t]
+        if name in self.texts:
+            place, side = self.texts.index(name), sides[name]
+            first = sum(self.text_parts[k][0](x) for k, x in zip(old, texts)) / len(old)  # [n, out]
+            self.start_text(place, side, side.rows.T @ (first - first.mean(0)), first.mean(0))
+            for layer, theirs in zip(self.text_parts[place][1:], self.text_parts[old[0]][1:]):
+                layer.load_state_dict(theirs.state_dict())
+        else:
+            hidden = Covariance(sum(self.hidden(x, k) for k, x in zip(old, texts)) / len(old), SHARED_RIDGE)  # [n, m]
+            self.start_image(self.images.index(name), sides[name], hidden, sides[name].rows.T @ hidden.rows)
+
+    def start_text(self, place, side, product, mean=0.0):
+        """A text to its first layer's outputs, from their product with it [D_t, out], centred, and their mean."""
+        self.text_parts[place][0].weight.copy_(side.solve(product).T / self.scale)
+        self.text_parts[place][0].bias.copy_(torch.as_tensor(mean))
+        self.means[place].copy_(side.mean)
+
+    def start_image(self, place, side, shared, product):
+        """s to the image encoder's pictures, from their product with it [D, m]."""
+        part, axes = self.image_parts[place], self.axes[place]
+        weight, kept = whitened(product, shared, side), axes.shape[1]  # [D, m]
+        if min(weight.shape) > kept:  # the leading directions of the outputs
+            spread = torch.linalg.cholesky(vlm.regularised(shared.gram, 1e-4))
             axes.copy_(torch.svd_lowrank(weight @ spread, kept, niter=2)[0])
-            flops += 2 * count * wide**2 + wide**3 // 3 + 2 * dim * wide**2 + low_rank_flops(dim, wide, kept, 2)
         else:  # any basis of all of them, and more where there are fewer than k
-            axes.copy_(torch.linalg.qr(torch.cat([weight, torch.eye(dim, kept).to(weight)], dim=1)[:, :kept]).Q)
-            flops += qr_flops(dim, kept)
+            axes.copy_(torch.linalg.qr(torch.cat([weight, torch.eye(*axes.shape).to(weight)], dim=1)[:, :kept]).Q)
         weight = axes.T @ weight
         weight /= (shared.rows @ weight.T).norm(dim=1).mean()
-        part.weight.copy_(torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight)
+        part.weight.copy_(self.halves(weight))
         part.bias.copy_(-weight @ shared.mean)
-        return flops + 2 * dim * kept * wide + 2 * count * wide * kept
+
+    def halves(self, weight):
+        """[D, m] to [D, 2 m], what goes with relu(s) and relu(-s)."""
+        return torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight
 
     def hidden(self, x, place):
         """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or, of the two halves of that, the difference."""
@@ -242,85 +235,95 @@ def fixed(tensor):
 
 
 class Covariance:
-    """Rows [n, D], centred, and the inverse of their Gram matrix, regularised. strength: in mean eigenvalues."""
+    """Rows [n, D], centred, and their Gram matrix [D, D]. strength: of its regularisation, in mean eigenvalues."""
 
     def __init__(self, rows, strength):
-        self.mean = rows.mean(0)
+        self.mean, self.strength = rows.mean(0), strength
         self.rows = rows - self.mean
-        self.gram = vlm.regularised(self.rows.T @ self.rows, strength)  # [D, D]
-        self.factor = torch.linalg.cholesky(self.gram)
-        self.flops = 2 * len(rows) * len(self.gram) ** 2 + len(self.gram) ** 3 // 3
+        self.gram = self.rows.T @ self.rows
+        self.factor = torch.linalg.cholesky(vlm.regularised(self.gram, strength))
 
-    def solve(self, cross):
-        """The inverse times cross [D, m]: of rows.T @ outputs, ridge regression."""
-        self.flops += 2 * len(self.gram) * cross.numel()
-        return torch.cholesky_solve(cross, self.factor)
+    def solve(self, product):
+        """The regularised inverse times product [D, m]: of rows.T @ outputs, ridge regression."""
+        return torch.cholesky_solve(product, self.factor)
 
-    def solve_without(self, rows, cross):
+    def solve_without(self, rows, product):
         """The same without some of the rows."""
-        self.flops += 2 * len(self.gram) * (rows.numel() + cross.numel()) + len(self.gram) ** 3 // 3
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(self.gram - rows.T @ rows))
+        gram = vlm.regularised(self.gram - rows.T @ rows, self.strength)
+        return torch.cholesky_solve(product, torch.linalg.cholesky(gram))
 
 
-def whitened(inputs, outputs):
-    """C_yy^-1 C_yx C_xx^-1 [out, in] of the Covariances of inputs and outputs.
+def whitened(product, inputs, outputs):
+    """C_yy^-1 C_yx C_xx^-1 [out, in] of the Covariances of inputs x and outputs y, and their product C_yx.
 
     To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
     p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
     directions in which pictures differ most.
     """
-    return vlm.perpendicular(outputs.solve(inputs.solve(inputs.rows.T @ outputs.rows).T), outputs.mean)
+    return vlm.perpendicular(outputs.solve(inputs.solve(product.T).T), outputs.mean)
 
 
-def qr_flops(rows, columns):
-    """Of the factorisation and of forming Q (Golub and Van Loan, section 5.2)."""
-    return 4 * columns**2 * rows - 4 * columns**3 // 3
-
-
-def low_rank_flops(rows, columns, rank, iterations):
-    """Of torch's randomised singular vectors: products, their orthonormal bases, and a small decomposition (22 k^3)."""
-    columns, rows = sorted((rows, columns))  # of a wide matrix it takes the transpose
-    products = 2 * (2 * iterations + 2) * rows * columns * rank + 2 * rows * rank**2
-    return products + (iterations + 1) * qr_flops(rows, rank) + iterations * qr_flops(columns, rank) + 22 * rank**3
+def leading_axes(texts, m):
+    """Coordinates s [n, m] along the principal axes of several encoders' texts [n, D_t], side by side."""
+    beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
+    count = min(m, *beside.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        s = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
+    s = s[:, torch.arange(m) % count]  # few narrow texts: axes stand twice
+    return s * (START_RMS * s.numel() ** 0.5 / s.norm())
 
 
 @torch.no_grad()
-def cross_validate(sides, shared, folds, data, pairs):
-    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value for each of the folds but the
-    last, by the start of all other rows}, and the FLOPs.
+def start(generator, store, folds, data, pairs, joins=None):
+    """Starts the parts of all encoders, or of the one that joins, and cross-validates the pairs: an encoder that joins is
+    judged along the same axes as those before it."""
+    images, sides = unique(image for image, _ in pairs), {}
+    for name in tqdm(images + generator.texts, desc="start", unit="encoder"):
+        strength = vlm.PICTURE_RIDGE if name in images else TEXT_RIDGE
+        sides[name] = Covariance(store.take(name, torch.cat(folds)), strength)
+    first = [sides[text].rows for text in generator.texts if text != joins]  # [n, D_t]
+    shared, sizes = Covariance(leading_axes(first, generator.shared), SHARED_RIDGE), [len(fold) for fold in folds]
+    products = {}
+    for name, side in sides.items():
+        by_fold = zip(side.rows.split(sizes), shared.rows.split(sizes))
+        products[name] = torch.stack([x.T @ s for x, s in by_fold])  # [folds, D, m]
+    if joins:
+        generator.join(joins, sides)
+    else:
+        generator.prepare(sides, shared, {name: parts.sum(0) for name, parts in products.items()})
+    return cross_validate(sides, shared, products, folds, data, pairs)
 
-    shared: the axes s [n, m] between texts and pictures. Only the pictures' Gram matrix keeps the fold: it knows of no text,
-    and its strong regularisation leaves a fold little weight.
+
+def cross_validate(sides, shared, products, folds, data, pairs):
+    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value for each of the folds but the
+    last, by the start of all other rows}.
+
+    products: {encoder: those of its rows with the shared axes, [folds, D, m]}. Only the pictures' Gram matrix keeps the
+    fold: it knows of no text, and its strong regularisation leaves a fold little weight.
     """
-    sizes, before, flops = [len(fold) for fold in folds], sum(side.flops for side in sides.values()), 0
-    shared, told, found = Covariance(shared, SHARED_RIDGE), {}, {":".join(pair): [] for pair in pairs}
+    sizes, told, found = [len(fold) for fold in folds], {}, {":".join(pair): [] for pair in pairs}
     retrievals = [vlm.Retrieval(data, fold, shared.mean.device) for fold in folds[:-1]]
 
     def by_fold(name):
-        """Rows [h, D], their s [h, m], and the products of all other rows with theirs, [D, m]."""
-        rows, axes = sides[name].rows.split(sizes), shared.rows.split(sizes)
-        parts = [x.T @ s for x, s in zip(rows, axes)]
-        return zip(rows[:-1], axes[:-1], [sum(parts) - part for part in parts])
+        """Rows [h, D], their s [h, m], and the product of all other rows with theirs [D, m]."""
+        rest = products[name].sum(0) - products[name]
+        return zip(sides[name].rows.split(sizes)[:-1], shared.rows.split(sizes), rest)
 
     for text in unique(text for _, text in pairs):
         told[text] = []  # [h, m] a fold: C_ss^-1 times the s that the text predicts
-        for x, s, cross in by_fold(text):
-            predicted = x @ sides[text].solve_without(x, cross)
+        for x, s, product in by_fold(text):
+            predicted = x @ sides[text].solve_without(x, product)
             told[text].append(shared.solve_without(s, predicted.T).T)
-            flops += 2 * x.numel() * len(shared.gram)
-        flops += 2 * sides[text].rows.numel() * len(shared.gram)
     for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
-        for k, (y, _, cross) in enumerate(by_fold(image)):
-            weight = vlm.perpendicular(sides[image].solve(cross), sides[image].mean)  # [D, m]
+        for k, (y, _, product) in enumerate(by_fold(image)):
+            weight = vlm.perpendicular(sides[image].solve(product), sides[image].mean)  # [D, m]
             root = torch.linalg.cholesky(vlm.regularised(weight.T @ weight, 1e-4))  # lengths of outputs need no basis
             pictures = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
-            flops += len(root) * (2 * weight.numel() + 2 * y.numel() + pictures.numel()) + len(root) ** 3 // 3
             for text in (text for other, text in pairs if other == image):
                 six = retrievals[k].recalls(told[text][k] @ root, pictures)
                 found[f"{image}:{text}"].append((six[2] + six[5]) / 2)
-                flops += 2 * pictures.numel() * (len(root) + 2 * len(y))
-        flops += 2 * sides[image].rows.numel() * len(shared.gram)
-    return found, flops + shared.flops + sum(side.flops for side in sides.values()) - before
+    return found
 
 
 def fold_rows(data, rows, val_rows, seed):
@@ -364,15 +367,15 @@ class InAxes:
     """A RowStore whose pictures are coordinates [rows, k] along the generator's axes, made once, of the rows that a run
     uses."""
 
-    def __init__(self, store, generator, rows):
+    def __init__(self, store, generator, images, rows):
         self.store, self.device, self.pictures = store, store.device, {}
-        self.dims, self.flops = dict(store.dims), 0
-        for image, axes in zip(generator.images, generator.axes):
+        self.dims = dict(store.dims)
+        for image in images:
+            axes = generator.axes[generator.images.index(image)]  # [D, k]
             self.dims[image] = axes.shape[1]
             self.pictures[image] = torch.zeros(len(store.tensors[image]), axes.shape[1], device=store.device)
             for part in rows.split(65536):
                 self.pictures[image][part.to(store.device)] = store.take(image, part) @ axes
-            self.flops += 2 * len(rows) * axes.numel()
 
     def take(self, name, rows):
         """[len(rows), k or D_t], float32, on the device; a picture's length is at most 1."""
@@ -558,6 +561,7 @@ def main():
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
     lock = vlm.open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
     retrieval = vlm.Retrieval(data, val_rows, device)
+    judged = pairs if earlier else pairs + untrained  # what looks and folds score
 
     torch.manual_seed(flags.seed)
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
@@ -587,7 +591,7 @@ def main():
         "metrics": [],
         "best": None,
     }
-    started = time.perf_counter()
+    started, counter = time.perf_counter(), FlopCounterMode(display=False, custom_mapping=FACTORISATIONS)
     if config is not None and (flags.out / "checkpoint.pt").is_file():
         saved = vlm.load_tensors(flags.out / "checkpoint.pt")
         generator.load_state_dict(saved["generator"])
@@ -596,20 +600,16 @@ def main():
         state |= saved["state"]
         print(f"resumed: {flags.out} at step {state['step']} of {steps}")
     elif flags.generator == "factored":
-        known = [name for pair in untrained for name in pair] if earlier else []
-        folds, sides = fold_rows(data, train_rows, val_rows, flags.seed), {}
-        for name in tqdm(images + texts, desc="start", unit="encoder"):
-            strength = vlm.PICTURE_RIDGE if name in images else TEXT_RIDGE
-            sides[name] = Covariance(store.take(name, torch.cat(folds)), strength)
-            state["flops"] += sides[name].flops
-        shared, flops = generator.prepare(sides, known)
-        state["judged"], more = cross_validate(sides, shared, folds, data, pairs + ([] if earlier else untrained))
+        folds = fold_rows(data, train_rows, val_rows, flags.seed)
+        with counter:
+            state["judged"] = start(generator, store, folds, data, judged, flags.add_encoder)
         state["judged"] |= earlier.get("judged", {}) if earlier else {}
-        state["flops"], state["fold_rows"] = state["flops"] + flops + more, len(folds[0])
-        del sides, shared
+        state["flops"], state["fold_rows"] = counter.get_total_flops(), len(folds[0])
     if flags.generator == "factored":
-        store = InAxes(store, generator, torch.cat([train_rows, val_rows]))
-        state["flops"] += 0 if state["step"] else store.flops
+        with counter:
+            seen = unique(image for image, _ in judged)
+            store = InAxes(store, generator, seen, torch.cat([train_rows, val_rows]))
+        state["flops"] += 0 if state["step"] else counter.get_total_flops()
     started -= state["seconds"]
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")  # the start needs every bit
 
@@ -641,7 +641,7 @@ def main():
 
             # earlier pairs are as they were
             recalls = dict(earlier["best"]["recalls"]) if earlier else {}
-            recalls |= validate(generator, store, retrieval, pairs + ([] if earlier else untrained))
+            recalls |= validate(generator, store, retrieval, judged)
             trained = [recalls[":".join(pair)] for pair in pairs]
             score = sum(six[2] + six[5] for six in trained) / (2 * len(pairs))  # R@10, both directions
             epoch = round((step + 1) / steps * flags.epochs)
