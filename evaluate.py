@@ -45,7 +45,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from scipy.stats import rankdata
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vlm
@@ -583,14 +582,6 @@ COMPONENTS = 100  # leading principal components that canonical correlations are
 STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
 KEPT, POWER = 100, 8  # relative representations: anchors that a row keeps, and the exponent of its similarities
 
-# What torch's counter leaves out of a selector's FLOPs (Golub and Van Loan, sections 4.2, 8.3 and 8.6).
-FACTORISATIONS = {
-    torch.ops.aten._linalg_eigh: lambda x, *_, **__: 9 * x[-1] ** 3,
-    torch.ops.aten._linalg_svd: lambda x, *_, **__: 4 * x[-1] ** 3,  # the singular values alone
-    torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
-    torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
-}
-
 
 def selector_rows(data, rows, count):
     """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
@@ -662,10 +653,7 @@ def ridge_probe(features, pairs, held_out):
     cut, factors = len(next(iter(features.values()))) - len(held_out.rows), {}
     for text in unique(text for _, text in pairs):
         x = features[text][:cut]
-        gram = x.T @ x
-        factors[text] = torch.linalg.cholesky(
-            gram + STRENGTH * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
-        )
+        factors[text] = torch.linalg.cholesky(vlm.regularised(x.T @ x, STRENGTH))
     values = {}
     for image, text in pairs:
         weight = torch.cholesky_solve(features[text][:cut].T @ features[image][:cut], factors[text])  # [D_t, D_i]
@@ -706,11 +694,11 @@ def run_selectors(data, pairs, rows, device):
         "ridge probe R@10": functools.partial(ridge_probe, held_out=held_out),
         "relative representations R@10": functools.partial(relative_representations, held_out=held_out),
     }
-    with FlopCounterMode(display=False):
+    with vlm.flop_counter():
         torch.ones(1, 1) @ torch.ones(1, 1)  # the counter's own start takes a second, which is no selector's
     for name, selector in tqdm(asked.items(), desc="selectors"):
         started = time.perf_counter()
-        with FlopCounterMode(display=False, custom_mapping=FACTORISATIONS) as counter:
+        with vlm.flop_counter() as counter:
             values = selector(features, pairs)
         cost = {"flops": counter.get_total_flops(), "seconds": time.perf_counter() - started, "rows": len(rows)}
         methods.append(Method(name, np.array([[values[pair] for pair in pairs]]).round(9), [], cost))

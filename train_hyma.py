@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vlm
@@ -33,14 +32,6 @@ LEARNING_RATE = {"factored": 1e-4, "mlp": 1e-3}  # factored starts from a closed
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
 START_RMS = 0.1  # of the hidden units at the start: smaller, and training moves the text parts more
 TEXT_RIDGE = SHARED_RIDGE = 0.3  # regularisation of the start, in mean eigenvalues
-
-FACTORISATIONS = {  # FLOPs that torch's counter lacks, 2 a multiply-add (Golub and Van Loan, sections 4.2 and 5.2)
-    torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
-    torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
-    torch.ops.aten.linalg_solve_triangular: lambda x, y, *_, **__: x[-1] ** 2 * y[-1],
-    torch.ops.aten.linalg_qr: lambda x, *_, **__: 4 * x[-1] ** 2 * x[-2] - 4 * x[-1] ** 3 // 3,  # and forming Q
-    torch.ops.aten._linalg_svd: lambda x, *_, **__: 22 * min(x) ** 3,
-}
 
 
 def parse_flags():
@@ -591,7 +582,7 @@ def main():
         "metrics": [],
         "best": None,
     }
-    started, counter = time.perf_counter(), FlopCounterMode(display=False, custom_mapping=FACTORISATIONS)
+    started, counter = time.perf_counter(), vlm.flop_counter()
     if config is not None and (flags.out / "checkpoint.pt").is_file():
         saved = vlm.load_tensors(flags.out / "checkpoint.pt")
         generator.load_state_dict(saved["generator"])

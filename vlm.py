@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Layer, clip_loss, connector_mlp, true_rank
 
@@ -893,6 +894,22 @@ def perpendicular(weight, mean):
     """A map [D, m] without the direction of the mean [D] in its outputs: it scores pictures as if they were centred."""
     direction = F.normalize(mean, dim=0)
     return weight - direction[:, None] * (direction @ weight)
+
+
+def flop_counter():
+    """Entered, it counts the FLOPs of torch's own products and factorisations, 2 a multiply-add: .get_total_flops(). The
+    kernels' it does not see."""
+    return FlopCounterMode(display=False, custom_mapping=FACTORISATIONS)
+
+
+FACTORISATIONS = {  # of D x D unless said otherwise (Golub and Van Loan, sections 4.2, 5.2, 8.3 and 8.6)
+    torch.ops.aten.linalg_cholesky_ex: lambda x, *_, **__: x[-1] ** 3 // 3,
+    torch.ops.aten.cholesky_solve: lambda y, x, *_, **__: 2 * x[-1] ** 2 * y[-1],
+    torch.ops.aten.linalg_solve_triangular: lambda x, y, *_, **__: x[-1] ** 2 * y[-1],
+    torch.ops.aten.linalg_qr: lambda x, *_, **__: 4 * x[-1] ** 2 * x[-2] - 4 * x[-1] ** 3 // 3,  # n x k, forming Q
+    torch.ops.aten._linalg_eigh: lambda x, *_, **__: 9 * x[-1] ** 3,
+    torch.ops.aten._linalg_svd: lambda x, *_, **__: 22 * min(x) ** 3,
+}
 
 
 def connector_flops(batch_size, shapes):
