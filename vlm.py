@@ -38,7 +38,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Layer, clip_loss, connector_mlp, true_rank
 
@@ -899,6 +898,8 @@ def perpendicular(weight, mean):
 def flop_counter():
     """Entered, it counts the FLOPs of torch's own products and factorisations, 2 a multiply-add: .get_total_flops(). The
     kernels' it does not see."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     return FlopCounterMode(display=False, custom_mapping=FACTORISATIONS)
 
 
