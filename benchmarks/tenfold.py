@@ -6,6 +6,7 @@
     python benchmarks/tenfold.py                          # embeddings (about an hour, once), then the measurement
     python benchmarks/tenfold.py --keep                   # trains only what is not there yet
     python benchmarks/tenfold.py --score runs/x runs/y    # any other run on these embeddings, against the same grids
+    python benchmarks/tenfold.py --keep --seeds 12 --connectors mlp0 mlp1 --search-only --json benchmarks/twelve_seeds.json
 
 27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on the
 emoji of four vendors, pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs, optimiser and logit
@@ -49,7 +50,6 @@ IMAGES = ["efflite0", "efflite1", "efflite2", "half0", "grey1", "stage2", "stage
 TEXTS = ["mpnet", "minilm_l6", "minilm_cut"]
 PAIRS = [f"{image}:{text}" for image in IMAGES for text in TEXTS]
 HELD_OUT = [f"{image}:{TEXTS[k % 3]}" for k, image in enumerate(IMAGES)]  # a third; every encoder stays in others
-SEEDS = (0, 1, 2)
 GALLERIES = 4  # a vendor's emoji, about 1,900, dealt into as many galleries to search in
 
 
@@ -58,12 +58,15 @@ def main():
     add = parser.add_argument
     add("--work", type=Path, default="embeddings/tenfold", help="corpus, embeddings, runs (default: %(default)s)")
     add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
+    add("--seeds", type=int, default=3, help="how many, from 0 (default: %(default)s)")
+    add("--search-only", action="store_true", help="no pairs left out, no encoder that joins, no choice from few rows")
     add("--connectors", nargs="+", default=["mlp1", "mlp0", "mlp2"], choices=["mlp0", "mlp1", "mlp2"])
     add("--keep", action="store_true", help="keep the finished runs of an earlier measurement")
     add("--score", nargs="+", type=Path, metavar="RUN", help="score these runs and measure nothing else")
     add("--json", type=Path, default=ROOT / "benchmarks" / "tenfold.json", help="(%(default)s)")
     flags = parser.parse_args()
     flags.work.mkdir(parents=True, exist_ok=True)
+    seeds = range(flags.seeds)
     data = flags.work / "embeddings"
     for folder, rows, write in (
         (data, "captions.csv", write_corpus),
@@ -77,16 +80,16 @@ def main():
     if flags.score:
         for run in flags.score:
             connector = vlm.read_json(run / "config.json")["flags"]["connector"]
-            grids = [read_run(flags.work / "runs" / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
+            grids = [read_run(flags.work / "runs" / f"{connector}-grid-s{seed}", data) for seed in seeds]
             report(run.name, [compare(read_run(run, data), grids)])
         return
     if not flags.keep:
         shutil.rmtree(flags.work / "runs", ignore_errors=True)
     started, results = time.time(), {}
     for connector in flags.connectors:
-        results[connector] = measure(flags.work / "runs", data, connector)
-    if "mlp1" in flags.connectors:
-        results |= further(flags.work / "runs", data)
+        results[connector] = measure(flags.work / "runs", data, connector, seeds)
+    if "mlp1" in flags.connectors and not flags.search_only:
+        results |= further(flags.work / "runs", data, seeds)
     made = vlm.read_json(flags.work / "runs" / f"{flags.connectors[0]}-hyma-s0" / "config.json")  # by the code that ran
     about = {key: made[key] for key in ("versions", "device", "commit", "started")} | {
         "threads": torch.get_num_threads()
@@ -98,16 +101,17 @@ def main():
 # ------------------------------------------------------------------------------------------------ the measurement
 
 
-def measure(runs, data, connector):
+def measure(runs, data, connector, seeds):
     """Grid search and hypernetwork at every seed: the numbers of one connector depth, each a list over seeds."""
-    several = [runs / f"{connector}-grid-s{seed}" for seed in SEEDS]
-    run(
-        "train_grid.py", data, several, "--connector", connector, "--out", runs / f"{connector}-grid", "--seeds", *SEEDS
-    )
-    for seed in SEEDS:
+    left = [seed for seed in seeds if not (runs / f"{connector}-grid-s{seed}" / "ledger.json").is_file()]
+    if left:
+        several = [runs / f"{connector}-grid-s{seed}" for seed in left]
+        out = several[0] if len(left) == 1 else runs / f"{connector}-grid"  # each seed's folder is named after it
+        run("train_grid.py", data, several, "--connector", connector, "--out", out, "--seeds", *left)
+    for seed in seeds:
         run("train_hyma.py", data, runs / f"{connector}-hyma-s{seed}", "--connector", connector, "--seed", seed)
-    grids = [read_run(runs / f"{connector}-grid-s{seed}", data) for seed in SEEDS]
-    hymas = [read_run(runs / f"{connector}-hyma-s{seed}", data) for seed in SEEDS]
+    grids = [read_run(runs / f"{connector}-grid-s{seed}", data) for seed in seeds]
+    hymas = [read_run(runs / f"{connector}-hyma-s{seed}", data) for seed in seeds]
     lines = [compare(hyma, grids) for hyma in hymas]
     noise = [compare(grid, [other for other in grids if other is not grid]) for grid in grids]
     report(f"{connector} grid search, judged by its other seeds", noise)
@@ -158,12 +162,12 @@ def excess_interval(hymas, grids, times=2000):
     return np.percentile(excess, [2.5, 97.5]).round(2).tolist()
 
 
-def further(runs, data):
+def further(runs, data, seeds):
     """Pairs never trained, an encoder that joins later, choosing from few rows: each against the same mlp1 grids."""
-    grids = [read_run(runs / f"mlp1-grid-s{seed}", data) for seed in SEEDS]
+    grids = [read_run(runs / f"mlp1-grid-s{seed}", data) for seed in seeds]
     truth, train = mean_scores(grids), partial(run, timed=False)
     unseen, joined, small = [], [], {}
-    for seed in SEEDS:
+    for seed in seeds:
         seen = [pair for pair in PAIRS if pair not in HELD_OUT]
         part, refined = runs / f"unseen-s{seed}", runs / f"refined-s{seed}"
         train("train_hyma.py", data, part, "--seed", seed, "--pairs", *seen, "--predict", *HELD_OUT)
