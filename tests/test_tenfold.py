@@ -1,8 +1,10 @@
 """The stick's own parts: encoders of graded quality, the score on the emoji, the comparison with grid search."""
 
+import io
 import json
 import runpy
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -58,6 +60,28 @@ def test_half_and_grey(tenfold, weights, tmp_path):
     with torch.no_grad():
         expected = F.normalize(plain(luminance.contiguous()), dim=1)
     torch.testing.assert_close(model.encode_image(pixels), expected, atol=1e-4, rtol=0)
+
+
+def test_a_vendors_emoji_are_rows_to_report_on(tenfold, tmp_path):
+    """Those that it has drawn, with all their names; another vendor's archive is not asked for."""
+    records = [
+        {
+            "image": "1f600.png",
+            "name": "GRINNING FACE",
+            "short_name": "grinning",
+            "short_names": ["grinning", "big_smile"],
+        },
+        {"image": "1f601.png", "name": None, "short_name": "beaming", "short_names": ["beaming"]},
+    ]
+    files = {"package/emoji.json": json.dumps(records).encode(), "package/img/apple/64/1f600.png": b"drawn"}
+    with tarfile.open(tmp_path / "emoji-datasource-apple-16.0.0.tgz", "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    rows = tenfold.emoji_rows(tmp_path, "apple")
+    assert rows == [{"image": "emoji-apple/1f600.png", "caption": "grinning face, big smile", "split": "test"}]
+    assert (tmp_path / rows[0]["image"]).read_bytes() == b"drawn"
 
 
 def test_recall_in_galleries(tenfold):
