@@ -552,7 +552,7 @@ def main():
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
     lock = vlm.open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
     retrieval = vlm.Retrieval(data, val_rows, device)
-    judged = pairs if earlier else pairs + untrained  # what looks and folds score
+    scored = pairs if earlier else pairs + untrained  # at every look and by the folds
 
     torch.manual_seed(flags.seed)
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
@@ -593,12 +593,12 @@ def main():
     elif flags.generator == "factored":
         folds = fold_rows(data, train_rows, val_rows, flags.seed)
         with counter:
-            state["judged"] = start(generator, store, folds, data, judged, flags.add_encoder)
+            state["judged"] = start(generator, store, folds, data, scored, flags.add_encoder)
         state["judged"] |= earlier.get("judged", {}) if earlier else {}
         state["flops"], state["fold_rows"] = counter.get_total_flops(), len(folds[0])
     if flags.generator == "factored":
         with counter:
-            seen = unique(image for image, _ in judged)
+            seen = unique(image for image, _ in scored)
             store = InAxes(store, generator, seen, torch.cat([train_rows, val_rows]))
         state["flops"] += 0 if state["step"] else counter.get_total_flops()
     started -= state["seconds"]
@@ -632,7 +632,7 @@ def main():
 
             # earlier pairs are as they were
             recalls = dict(earlier["best"]["recalls"]) if earlier else {}
-            recalls |= validate(generator, store, retrieval, judged)
+            recalls |= validate(generator, store, retrieval, scored)
             trained = [recalls[":".join(pair)] for pair in pairs]
             score = sum(six[2] + six[5] for six in trained) / (2 * len(pairs))  # R@10, both directions
             epoch = round((step + 1) / steps * flags.epochs)

@@ -9,9 +9,9 @@
     python benchmarks/tenfold.py --keep --seeds 12 --connectors mlp0 mlp1 --search-only --json benchmarks/twelve_seeds.json
 
 27 pairs of real encoders of graded quality, trained on openclipart and chosen on its validation rows; reported on the
-emoji of four vendors, pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs, optimiser and logit
-scale; grid search trains every pair in every step. Its seeds give the truth (their mean) and the noise floor (each seed
-judged by the others). Writes benchmarks/tenfold.json. CPU only.
+emoji of four vendors, pictures of another kind. Grid search and hypernetwork have the same rows, batch size, epochs,
+optimiser and logit scale; grid search trains every pair in every step. Its seeds give the truth (their mean) and the
+noise floor (each seed judged by the others). Writes benchmarks/tenfold.json. CPU only.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main():
     data = flags.work / "embeddings"
     for folder, rows, write in (
         (data, "captions.csv", write_corpus),
-        (data.parent / OTHERS, f"{OTHERS}.csv", write_others),
+        (flags.work / OTHERS, f"{OTHERS}.csv", write_others),
     ):
         if not (flags.work / rows).exists():
             write(flags.work)
@@ -125,11 +125,9 @@ def measure(runs, data, connector, seeds):
     result["regret_excess_interval"] = excess_interval(hymas, grids)
     result["bar"] = bar(result)
     print(f"{connector} cost: {spread(result['cost_ratio_flops'])} of grid search's FLOPs, ", end="")
-    print(
-        f"{spread(result['cost_ratio_seconds'])} of its seconds; regret above its own, 95 % interval over emoji: ",
-        end="",
-    )
-    print(f"{result['regret_excess_interval']}; bar: {result['bar']}", flush=True)
+    print(f"{spread(result['cost_ratio_seconds'])} of its seconds")
+    print(f"{connector} regret less grid search's, 95 % interval over emoji: {result['regret_excess_interval']}")
+    print(f"{connector} bar: {result['bar']}", flush=True)
     return result
 
 
@@ -148,17 +146,17 @@ def bar(result):
 def excess_interval(hymas, grids, times=2000):
     """What the emoji can say of the hypernetwork's mean regret less grid search's, each grid judged by its other seeds:
     the 95 % interval over resamples of them, in points."""
-    pairs, others = grids[0]["order"], [[g for g in grids if g is not grid] for grid in grids]
-    hits = {id(grid): np.array([grid["hits"][pair] for pair in pairs]) for grid in grids}  # [P, emoji]
-    count = next(iter(hits.values())).shape[1]
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=times) / count  # [R, emoji]
+    pairs = grids[0]["order"]
+    hits = np.array([[grid["hits"][pair] for pair in pairs] for grid in grids])  # [S, P, emoji]
+    count = hits.shape[2]
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=times)  # [R, emoji]
+    scores = 100 * hits @ drawn.T / count  # [S, P, R]
 
-    def regrets(run, judges):
-        truth = 100 * drawn @ np.mean([hits[id(judge)] for judge in judges], axis=0).T  # [R, P]
-        return truth.max(1) - truth[:, pairs.index(run["order"][0])]
+    def regrets(run, truth):
+        return truth.max(0) - truth[pairs.index(run["order"][0])]  # [R]
 
-    excess = np.mean([regrets(hyma, grids) for hyma in hymas], axis=0)
-    excess = excess - np.mean([regrets(grid, rest) for grid, rest in zip(grids, others)], axis=0)
+    own = [regrets(grid, np.delete(scores, k, axis=0).mean(0)) for k, grid in enumerate(grids)]
+    excess = np.mean([regrets(hyma, scores.mean(0)) for hyma in hymas], axis=0) - np.mean(own, axis=0)
     return np.percentile(excess, [2.5, 97.5]).round(2).tolist()
 
 
