@@ -27,15 +27,32 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import vlm
-from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, unique, validate
-
-RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # regularisation to choose from, in mean eigenvalues of the text Gram matrix
+from hyma.closed_form import PICTURE_RIDGE, RIDGE, covariance, mean_of, perpendicular, procrustes, regularised
+from hyma.costs import connector_flops, logit_flops, procrustes_flops
+from hyma.embeddings import RowStore, random_of, split_rows, unique
+from hyma.files import peak_bytes, run_script, save_tensors, write_jsonl
+from hyma.metrics import Retrieval, rank_pairs
+from hyma.runs import create_run, find_run, resume_flags, write_results
+from hyma.training import (
+    add_training_flags,
+    check_training_flags,
+    draw_rows,
+    learning_rate,
+    open_data,
+    own_layers,
+    pair_losses,
+    print_results,
+    settle_training_flags,
+    split_for_training,
+    validate,
+)
+from vlm import HIDDEN_DIM, BadInput
 
 
 def parse_flags():
     """[(flags, configuration)]: one run, or the resumed ones of several seeds. The configuration of a new run is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    vlm.add_training_flags(parser, "grid")
+    add_training_flags(parser, "grid")
     add, budget = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of weights and batches; several: a run each, OUT-s<seed>")
@@ -49,7 +66,7 @@ def parse_flags():
     budget("--closed-form", choices=["ridge", "whitened", "procrustes"], help="a linear connector, untrained")
     flags = parser.parse_args()
     if not flags.resume:
-        vlm.check_training_flags(flags, "pairs_per_pass")
+        check_training_flags(flags, "pairs_per_pass")
         if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
             raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
         if flags.shard and not flags.out:
@@ -61,14 +78,14 @@ def parse_flags():
                 "--halving: compares all pairs as it goes, so neither --shard nor --pairs-per-pass goes with it"
             )
         return [(flags, None)]
-    out = vlm.find_run(flags.out)
+    out = find_run(flags.out)
     if flags.out is None:  # the newest of several seeds stands for all of them
         out = out.with_name(re.sub(r"-s\d+$", "", out.name))
     whole = out.with_name(out.name + shard_suffix(flags))
     name = re.escape(out.name) + r"-s\d+" + shard_suffix(flags)
     several = sorted(path.parent for path in out.parent.glob("*/config.json") if re.fullmatch(name, path.parent.name))
     folders = [whole] if (whole / "config.json").is_file() or not several else several
-    return [vlm.resume_flags(parser, folder) for folder in folders]
+    return [resume_flags(parser, folder) for folder in folders]
 
 
 def shard_of(flags):
@@ -95,7 +112,7 @@ class Connectors(nn.Module):
         self.pairs, self.layers = list(pairs), nn.ModuleList()
         for image, text in pairs:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(vlm.random_of("weights", seed, image, text).initial_seed())
+                torch.manual_seed(random_of("weights", seed, image, text).initial_seed())
                 widths = [dims[text]] + [HIDDEN_DIM] * hidden_layers + [dims[image]]
                 self.layers.append(nn.ModuleList(nn.Linear(*shape) for shape in zip(widths, widths[1:])))
             if source:
@@ -110,7 +127,7 @@ class Connectors(nn.Module):
 
     def forward(self, features, pairs):
         """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
-        return vlm.own_layers(features, pairs, [self.of(pair) for pair in pairs])
+        return own_layers(features, pairs, [self.of(pair) for pair in pairs])
 
 
 def start_of(source, image, text, hidden_layers):
@@ -130,8 +147,8 @@ def step_flops(flags, pairs, dims):
     total = 0
     for image, text in pairs:
         widths = [dims[text]] + [HIDDEN_DIM] * int(flags.connector[-1]) + [dims[image]]
-        total += vlm.connector_flops(flags.batch_size, zip(widths[1:], widths))
-    return total + vlm.logit_flops(flags.batch_size, [dims[image] for image, _ in pairs])
+        total += connector_flops(flags.batch_size, zip(widths[1:], widths))
+    return total + logit_flops(flags.batch_size, [dims[image] for image, _ in pairs])
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -219,7 +236,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             for pair in alive:
                 state["updates"][":".join(pair)] += 1
             state["flops"] += step_flops(flags, alive, store.dims)
-            state["logit_flops"] += vlm.logit_flops(flags.batch_size, [store.dims[image] for image, _ in alive])
+            state["logit_flops"] += logit_flops(flags.batch_size, [store.dims[image] for image, _ in alive])
             progress.update()
             if (step + 1) % period and step + 1 < steps and step + 1 not in rungs:
                 continue
@@ -231,7 +248,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             line = {"epoch": epoch, "step": step + 1, "loss": sum(losses_seen) / len(losses_seen), "lr": lr}
             line |= {"val_recall10": mean_recall10(recalls)}
             state["step"], state["seconds"], losses_seen = step + 1, time.perf_counter() - started, []
-            state["peak_bytes"] = max(state["peak_bytes"], vlm.peak_bytes(store.device))
+            state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
             state["metrics"].append(line | {"seconds": state["seconds"], "recalls": recalls})
             progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{line['val_recall10']:.1%}", pairs=len(alive))
             checkpoint(state, {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()})
@@ -283,7 +300,7 @@ def solve(flags, pairs, store, retrieval, rows):
         wide = len(gram)
         state["flops"] += 2 * count * wide**2
         if flags.closed_form != "procrustes":
-            factors = {a: torch.linalg.cholesky(vlm.regularised(gram, a)) for a in RIDGE}
+            factors = {a: torch.linalg.cholesky(regularised(gram, a)) for a in RIDGE}
             state["flops"] += len(RIDGE) * wide**3 // 3
         texts = store.take(text, retrieval.rows)
         for image in (image for image, other in pairs if other == text):
@@ -299,55 +316,23 @@ def solve(flags, pairs, store, retrieval, rows):
                 maps = {a: torch.cholesky_solve(cross.T, factor).T for a, factor in factors.items()}
                 state["flops"] += len(RIDGE) * 2 * wide * cross.numel()
             if flags.closed_form == "whitened":
-                factor = torch.linalg.cholesky(vlm.regularised(image_gram, vlm.PICTURE_RIDGE))
+                factor = torch.linalg.cholesky(regularised(image_gram, PICTURE_RIDGE))
                 maps = {a: torch.cholesky_solve(weight, factor) for a, weight in maps.items()}
                 state["flops"] += len(cross) ** 3 // 3 + len(RIDGE) * 2 * len(cross) * cross.numel()
             name, pictures = f"{image}:{text}", store.take(image, retrieval.rows)
             for strength, weight in maps.items():
-                weight = vlm.perpendicular(weight, means[image])
+                weight = perpendicular(weight, means[image])
                 bias = -weight @ means[text]
                 six = retrieval.recalls(F.linear(texts, weight.float(), bias.float()), pictures)
                 about = {"closed_form": flags.closed_form, "regularisation": strength}
                 keep_best(state, name, six, [(weight.float(), bias.float())], about)
             state["updates"][name] = 1
     state["step"], state["seconds"] = 1, time.perf_counter() - started
-    state["peak_bytes"] = vlm.peak_bytes(store.device)
+    state["peak_bytes"] = peak_bytes(store.device)
     recalls = {name: best["recalls"] for name, best in state["best"].items()}
     line = {"epoch": 1, "step": 1, "val_recall10": mean_recall10(recalls), "seconds": state["seconds"]}
     state["metrics"].append(line | {"recalls": recalls})
     return state
-
-
-def mean_of(store, name, rows, block=8192):
-    return sum(store.take(name, part).double().sum(0) for part in rows.split(block)) / len(rows)  # [D]
-
-
-def covariance(store, left, right, rows, means, block=8192):
-    """Sum over the rows of (left - its mean) (right - its mean)^T: [D_left, D_right], float64."""
-    total = 0
-    for part in rows.split(block):
-        one, two = ((store.take(name, part).double() - means[name]) for name in (left, right))
-        total = total + one.T @ two
-    return total
-
-
-def procrustes(cross, image_gram, text_gram):
-    """The orthogonal map [D_i, D_t] that takes the texts nearest to the pictures, within the leading principal
-    components of the wider side, as many as the narrower has dimensions."""
-    count = min(cross.shape)
-    image_axes, text_axes = (
-        torch.linalg.eigh(gram).eigenvectors[:, -count:] if len(gram) > count else torch.eye(count).to(gram)
-        for gram in (image_gram, text_gram)
-    )  # [D, count]
-    left, _, right = torch.linalg.svd(image_axes.T @ cross @ text_axes)
-    return image_axes @ (left @ right) @ text_axes.T
-
-
-def procrustes_flops(image_dim, text_dim):
-    """Products, eigenvectors (9 n^3) and singular vectors (22 n^3; Golub and Van Loan, sections 8.3 and 8.6)."""
-    narrow, wide = sorted((image_dim, text_dim))
-    products = 4 * narrow * image_dim * text_dim + 2 * narrow**2 * (image_dim + text_dim) + 2 * narrow**3
-    return products + 22 * narrow**3 + (9 * wide**3 if wide > narrow else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -357,15 +342,15 @@ def main():
     runs = parse_flags()
     flags, config = runs[0]
     device = vlm.pick_device(flags.device)
-    data, all_pairs = vlm.open_data(flags)
+    data, all_pairs = open_data(flags)
     index, count = shard_of(flags)
     pairs = all_pairs[index::count]
     if not pairs:
         raise BadInput(f"--shard {flags.shard}: there are only {len(all_pairs)} pairs")
     images, texts = unique(image for image, _ in pairs), unique(text for _, text in pairs)
     if config is None:
-        row_count = len(vlm.split_rows(data, flags.seeds[0], flags.rows)[0])
-        vlm.settle_training_flags(flags, "grid", device, row_count)
+        row_count = len(split_rows(data, flags.seeds[0], flags.rows)[0])
+        settle_training_flags(flags, "grid", device, row_count)
         flags.connector = "mlp0" if flags.closed_form else flags.connector
         runs = [(argparse.Namespace(**vars(flags) | {"out": run_folder(flags, seed)}), None) for seed in flags.seeds]
         for pair in all_pairs if getattr(flags, "from") else []:
@@ -373,7 +358,7 @@ def main():
         steps = plan_steps(flags, all_pairs, {name: encoder.dim for name, encoder in data.encoders.items()}, row_count)
         if flags.halving:
             halving_rungs(len(pairs), steps)
-    store = vlm.RowStore(data, images + texts, device)
+    store = RowStore(data, images + texts, device)
     embeddings = data.fingerprint(images + texts)
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
@@ -381,12 +366,12 @@ def main():
     for (own_flags, config), seed in zip(runs, flags.seeds):
         about = {"pairs": [":".join(pair) for pair in pairs], "embeddings": embeddings}
         about |= {"seed": config["seed"], "steps": config["steps"]} if config else {"seed": seed, "steps": steps}
-        opened.append((own_flags, about, vlm.open_run(own_flags, config, about, device)))
+        opened.append((own_flags, about, create_run(own_flags, config, about, device)))
     for flags, about, _ in opened:
         encoders = f"{len(images)} image and {len(texts)} text encoders"
         print(f"run: {flags.out}, seed {about['seed']}, {len(pairs)} pairs of {encoders}")
-        train_rows, val_rows = vlm.split_for_training(data, about["seed"], flags.rows)
-        retrieval = vlm.Retrieval(data, val_rows, device)
+        train_rows, val_rows = split_for_training(data, about["seed"], flags.rows)
+        retrieval = Retrieval(data, val_rows, device)
         state = run_groups(flags, about, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
         if flags.shard:
@@ -407,15 +392,15 @@ def run_groups(flags, about, pairs, store, retrieval, train_rows):
         done.append(solve(flags, pairs, store, retrieval, train_rows))
 
     def checkpoint(state, tensors):
-        vlm.save_tensors({"done": done, "state": state} | tensors, path)
-        vlm.write_jsonl(flags.out / "metrics.jsonl", [line for each in [*done, state] for line in each["metrics"]])
+        save_tensors({"done": done, "state": state} | tensors, path)
+        write_jsonl(flags.out / "metrics.jsonl", [line for each in [*done, state] for line in each["metrics"]])
 
     while sum(len(state["updates"]) for state in done) < len(pairs):
         group = pairs[size * len(done) :][:size]
         steps, seed = about["steps"], about["seed"]
         done.append(train(flags, seed, group, steps, store, retrieval, train_rows, saved, checkpoint))
         saved = {}
-    vlm.save_tensors({"done": done}, path)
+    save_tensors({"done": done}, path)
     return merge_states(done, pairs)
 
 
@@ -423,21 +408,21 @@ def export(flags, data, state, retrieval, row_count):
     """Writes each pair's best connector, ranking.csv, ledger.json and metrics.jsonl, and prints the ranking."""
     best, updates = state["best"], state["updates"]
     state["trainable_parameters"] = sum(t.numel() for pair in best.values() for layer in pair["layers"] for t in layer)
-    vlm.write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+    write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
 
     def connector_of(pair):
         return best[pair]["layers"], best[pair]["about"] | {"updates": updates[pair]}
 
     recalls = {pair: best[pair]["recalls"] for pair in best}
-    ranked = vlm.rank_pairs(recalls, before=updates)  # halving: fewer updates, given up sooner
-    paths = vlm.write_results(
+    ranked = rank_pairs(recalls, before=updates)  # halving: fewer updates, given up sooner
+    paths = write_results(
         flags.out, data, ranked, connector_of, row_count if flags.closed_form else flags.batch_size, state
     )
     made = flags.closed_form or ("halving of the grid, " if flags.halving else "grid, ") + flags.connector
     if flags.halving:
         whole = max(updates.values()) * len(updates)
         made += f", {sum(updates.values()) / whole:.0%} of the full grid's updates"
-    vlm.print_results(ranked, recalls, retrieval, made, state, paths[0])
+    print_results(ranked, recalls, retrieval, made, state, paths[0])
 
 
 def merge_shards(flags, about, data, pairs, retrieval, row_count, device):
@@ -458,15 +443,15 @@ def merge_shards(flags, about, data, pairs, retrieval, row_count, device):
     whole = {"pairs": [":".join(pair) for pair in pairs], "seed": about["seed"], "steps": about["steps"]}
     whole["embeddings"] = {name: digest for config in configs for name, digest in config["embeddings"].items()}
     config = vlm.read_json(out / "config.json") if (out / "config.json").is_file() else None
-    lock = vlm.open_run(flags, config, whole, device, wait=True)  # noqa: F841  another shard may be merging
+    lock = create_run(flags, config, whole, device, wait=True)  # noqa: F841  another shard may be merging
     if (out / "ledger.json").is_file():
         return
     states = [vlm.load_tensors(shard / "checkpoint.pt")["done"] for shard in shards]
     state = merge_states([state for done in states for state in done], pairs)
-    vlm.save_tensors({"done": [state]}, out / "checkpoint.pt")
+    save_tensors({"done": [state]}, out / "checkpoint.pt")
     print(f"\nall {count} shards are finished; merged into {out}")
     export(flags, data, state, retrieval, row_count)
 
 
 if __name__ == "__main__":
-    vlm.run_script(main)
+    run_script(main)

@@ -25,12 +25,30 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import vlm
+from hyma.closed_form import PICTURE_RIDGE, Covariance, cross_validate, fold_rows, leading_axes, regularised, whitened
+from hyma.costs import connector_flops, flop_counter, logit_flops
+from hyma.embeddings import RowStore, choose_pairs, random_of, unique
+from hyma.files import peak_bytes, run_script, save_tensors, write_jsonl
+from hyma.metrics import Retrieval, expected, rank_pairs
+from hyma.runs import create_run, find_run, resume_flags, write_results
+from hyma.training import (
+    add_training_flags,
+    check_training_flags,
+    draw_rows,
+    learning_rate,
+    open_data,
+    own_layers,
+    pair_losses,
+    print_results,
+    settle_training_flags,
+    split_for_training,
+    validate,
+)
 from kernels import Layer, adamw_outer, outer_grad_norm_sq
-from vlm import HIDDEN_DIM, BadInput, draw_rows, learning_rate, pair_losses, unique, validate
+from vlm import HIDDEN_DIM, BadInput
 
 LEARNING_RATE = {"factored": 1e-4, "mlp": 1e-3}  # factored starts from a closed form, and only refines it
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
-START_RMS = 0.1  # of the hidden units at the start: smaller, and training moves the text parts more
 TEXT_RIDGE = SHARED_RIDGE = 0.3  # regularisation of the start, in mean eigenvalues
 
 
@@ -38,7 +56,7 @@ def parse_flags():
     """The flags, and the run folder's configuration if an interrupted run is to be resumed (else None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    vlm.add_training_flags(parser, "hyma")
+    add_training_flags(parser, "hyma")
     add("--predict", nargs="+", default=[], metavar="IMAGE:TEXT", help="pairs to predict, score and export untrained")
     add(
         "--generator",
@@ -69,14 +87,14 @@ def parse_flags():
         flags = parser.parse_args()
         flags.data = Path(flags.data)
     if not flags.resume:
-        vlm.check_training_flags(flags, "width", "rank", "pairs_per_step")
+        check_training_flags(flags, "width", "rank", "pairs_per_step")
         for name, owner in (("width", "mlp"), ("rank", "factored")):
             if getattr(flags, name) is not None and flags.generator != owner:
                 raise BadInput(
                     f"--{name} {getattr(flags, name)}: contradicts --generator {flags.generator}, which has none"
                 )
         return flags, None
-    return vlm.resume_flags(parser, vlm.find_run(flags.out))
+    return resume_flags(parser, find_run(flags.out))
 
 
 # ------------------------------------------------------------------------------------------------- generators
@@ -148,7 +166,7 @@ class Factored(nn.Module):
         part, axes = self.image_parts[place], self.axes[place]
         weight, kept = whitened(product, shared, side), axes.shape[1]  # [D, m]
         if min(weight.shape) > kept:  # the leading directions of the outputs
-            spread = torch.linalg.cholesky(vlm.regularised(shared.gram, 1e-4))
+            spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))
             axes.copy_(torch.svd_lowrank(weight @ spread, kept, niter=2)[0])
         else:  # any basis of all of them, and more where there are fewer than k
             axes.copy_(torch.linalg.qr(torch.cat([weight, torch.eye(*axes.shape).to(weight)], dim=1)[:, :kept]).Q)
@@ -225,53 +243,13 @@ def fixed(tensor):
     return nn.Parameter(tensor, requires_grad=False)
 
 
-class Covariance:
-    """Rows [n, D], centred, and their Gram matrix [D, D]. strength: of its regularisation, in mean eigenvalues."""
-
-    def __init__(self, rows, strength):
-        self.mean, self.strength = rows.mean(0), strength
-        self.rows = rows - self.mean
-        self.gram = self.rows.T @ self.rows
-        self.factor = torch.linalg.cholesky(vlm.regularised(self.gram, strength))
-
-    def solve(self, product):
-        """The regularised inverse times product [D, m]: of rows.T @ outputs, ridge regression."""
-        return torch.cholesky_solve(product, self.factor)
-
-    def solve_without(self, rows, product):
-        """The same without some of the rows."""
-        gram = vlm.regularised(self.gram - rows.T @ rows, self.strength)
-        return torch.cholesky_solve(product, torch.linalg.cholesky(gram))
-
-
-def whitened(product, inputs, outputs):
-    """C_yy^-1 C_yx C_xx^-1 [out, in] of the Covariances of inputs x and outputs y, and their product C_yx.
-
-    To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
-    p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
-    directions in which pictures differ most.
-    """
-    return vlm.perpendicular(outputs.solve(inputs.solve(product.T).T), outputs.mean)
-
-
-def leading_axes(texts, m):
-    """Coordinates s [n, m] along the principal axes of several encoders' texts [n, D_t], side by side."""
-    beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
-    count = min(m, *beside.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        s = beside @ torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [n, count]
-    s = s[:, torch.arange(m) % count]  # few narrow texts: axes stand twice
-    return s * (START_RMS * s.numel() ** 0.5 / s.norm())
-
-
 @torch.no_grad()
 def start(generator, store, folds, data, pairs, joins=None):
     """Starts the parts of all encoders, or of the one that joins, and cross-validates the pairs: an encoder that joins is
     judged along the same axes as those before it."""
     images, sides = unique(image for image, _ in pairs), {}
     for name in tqdm(images + generator.texts, desc="start", unit="encoder"):
-        strength = vlm.PICTURE_RIDGE if name in images else TEXT_RIDGE
+        strength = PICTURE_RIDGE if name in images else TEXT_RIDGE
         sides[name] = Covariance(store.take(name, torch.cat(folds)), strength)
     first = [sides[text].rows for text in generator.texts if text != joins]  # [n, D_t]
     shared, sizes = Covariance(leading_axes(first, generator.shared), SHARED_RIDGE), [len(fold) for fold in folds]
@@ -284,74 +262,6 @@ def start(generator, store, folds, data, pairs, joins=None):
     else:
         generator.prepare(sides, shared, {name: parts.sum(0) for name, parts in products.items()})
     return cross_validate(sides, shared, products, folds, data, pairs)
-
-
-def cross_validate(sides, shared, products, folds, data, pairs):
-    """R@10 of a start on rows it has not seen, mean of both directions: {"image:text": a value for each of the folds but the
-    last, by the start of all other rows}.
-
-    products: {encoder: those of its rows with the shared axes, [folds, D, m]}. Only the pictures' Gram matrix keeps the
-    fold: it knows of no text, and its strong regularisation leaves a fold little weight.
-    """
-    sizes, told, found = [len(fold) for fold in folds], {}, {":".join(pair): [] for pair in pairs}
-    retrievals = [vlm.Retrieval(data, fold, shared.mean.device) for fold in folds[:-1]]
-
-    def by_fold(name):
-        """Rows [h, D], their s [h, m], and the product of all other rows with theirs [D, m]."""
-        rest = products[name].sum(0) - products[name]
-        return zip(sides[name].rows.split(sizes)[:-1], shared.rows.split(sizes), rest)
-
-    for text in unique(text for _, text in pairs):
-        told[text] = []  # [h, m] a fold: C_ss^-1 times the s that the text predicts
-        for x, s, product in by_fold(text):
-            predicted = x @ sides[text].solve_without(x, product)
-            told[text].append(shared.solve_without(s, predicted.T).T)
-    for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
-        for k, (y, _, product) in enumerate(by_fold(image)):
-            weight = vlm.perpendicular(sides[image].solve(product), sides[image].mean)  # [D, m]
-            root = torch.linalg.cholesky(vlm.regularised(weight.T @ weight, 1e-4))  # lengths of outputs need no basis
-            pictures = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
-            for text in (text for other, text in pairs if other == image):
-                six = retrievals[k].recalls(told[text][k] @ root, pictures)
-                found[f"{image}:{text}"].append((six[2] + six[5]) / 2)
-    return found
-
-
-def fold_rows(data, rows, val_rows, seed):
-    """At most 16,384 of the training rows: three folds, each about as large as the validation rows, and last the rest. All
-    captions of a picture are in one."""
-    rows = rows[:: math.ceil(len(rows) / 16384)]
-    pictures = [data.rows[i]["image"] for i in rows.tolist()] if data.rows else rows.tolist()
-    place = {name: k for k, name in enumerate(unique(pictures))}
-    if len(place) < 2:
-        raise BadInput(f"{data.folder}: one picture alone is left to train on; two are the least")
-    count = min(len(place), max(3, round(len(rows) / len(val_rows))))
-    fold_of = torch.randperm(len(place), generator=vlm.random_of("folds", seed)) * count // len(place)  # [pictures]
-    fold_of = fold_of[torch.tensor([place[name] for name in pictures])]  # [n]
-    return [rows[fold_of == k] for k in range(min(3, count))] + [rows[fold_of >= 3]]
-
-
-def expected(recalls, judged, scale):
-    """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a start scores on training rows that it has
-    not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika 2008).
-
-    A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
-    adds. So validation is regressed on them over the pairs, and of a pair's residual as much is kept as is not noise.
-    recalls: {pair: six}. judged: {pair: R@10 a fold}; that folds disagree on a pair is the noise. scale: rows of a fold a
-    validation row. Empty with fewer than four pairs, or one that was not judged.
-    """
-    if len(recalls) < 4 or not recalls.keys() <= judged.keys():
-        return {}
-    direct = torch.tensor([(six[2] + six[5]) / 2 for six in recalls.values()], dtype=torch.float64)  # [P]
-    folds = torch.tensor([judged[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
-    pairs, k = folds.shape
-    score = folds.mean(1) - folds.mean()
-    noise = (folds - folds.mean(0) - score[:, None]).square().sum() / ((pairs - 1) * (k - 1))  # variance of one fold's
-    fit = direct.mean() + score * (score @ direct) / score.square().sum().clamp(min=1e-12)
-    spread = (direct - fit).square().sum() / (pairs - 2)
-    kept = 1 - noise * scale / torch.maximum(spread, noise * (scale + 1 / k)).clamp(min=1e-12)
-    found = (fit + kept * (direct - fit)).tolist()
-    return {pair: round(value, 6) for pair, value in zip(recalls, found)}  # rounding errors rank nobody
 
 
 class InAxes:
@@ -421,10 +331,10 @@ class PaperMLP(nn.Module):
         return predicted
 
     def forward(self, features, pairs):
-        return vlm.own_layers(features, pairs, self.weights(pairs))
+        return own_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
-        connectors = sum(vlm.connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
+        connectors = sum(connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
         rows = len(pairs) * (self.hidden_layers + 1)
         trunk = sum(6 * layer.weight.numel() for layer in self.trunk if isinstance(layer, nn.Linear))
         return connectors + rows * (6 * self.head.numel() + trunk)
@@ -462,7 +372,7 @@ def draw_pairs(step, seed, pairs, pairs_per_step):
     by_text = [[pair for pair in pairs if pair[1] == text] for text in unique(text for _, text in pairs)]
     steps_per_round = sum(math.ceil(len(group) / pairs_per_step) for group in by_text)
     turn, place = divmod(step, steps_per_round)
-    random = vlm.random_of("pairs", seed, turn)
+    random = random_of("pairs", seed, turn)
     dealt = []
     for group in by_text:
         group = [group[k] for k in torch.randperm(len(group), generator=random)]
@@ -492,7 +402,7 @@ def update(generator, optimizer, moments, count, lr, flags):
 
 def settle(flags, device, row_count, images, pairs):
     """Puts numbers in the place of those flags whose default depends on the data, so that config.json holds them."""
-    vlm.settle_training_flags(flags, "hyma", device, row_count)
+    settle_training_flags(flags, "hyma", device, row_count)
     few = math.ceil(len(images) / 3) if flags.generator == "factored" else len(images)
     flags.pairs_per_step = min(flags.pairs_per_step or few, len(pairs))
     flags.width = flags.width or (128 if flags.generator == "mlp" else None)
@@ -531,27 +441,27 @@ def column(flags, data):
 def main():
     flags, config = parse_flags()
     device = vlm.pick_device(flags.device)
-    data, pairs = vlm.open_data(flags)
+    data, pairs = open_data(flags)
     earlier, untrained = None, []
     if flags.add_encoder:
         pairs, earlier, untrained = column(flags, data)
     elif flags.predict:
-        untrained = [pair for pair in vlm.choose_pairs(data, flags.predict) if pair not in pairs]
+        untrained = [pair for pair in choose_pairs(data, flags.predict) if pair not in pairs]
     # encoders that joined later come last, so that the parts of the earlier ones keep their places
     images, texts = (unique(pair[side] for pair in (untrained if earlier else []) + pairs) for side in (0, 1))
     for image, text in untrained:
         if image not in images or text not in texts:
             name = text if image in images else image
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
-    train_rows, val_rows = vlm.split_for_training(data, flags.seed, flags.rows)
+    train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
     if earlier and not flags.pairs_per_step:  # one column's share of the run's
         flags.pairs_per_step = max(1, len(images) * len(pairs) // (3 * len(pairs + untrained)))
     flags = settle(flags, device, len(train_rows), images, pairs)
     print(f"pairs: {len(pairs)} of {len(images)} image and {len(texts)} text encoders, {flags.pairs_per_step} a step")
-    store = vlm.RowStore(data, images + texts, device)
+    store = RowStore(data, images + texts, device)
     identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": data.fingerprint(images + texts)}
-    lock = vlm.open_run(flags, config, identity, device)  # noqa: F841  held until the process ends
-    retrieval = vlm.Retrieval(data, val_rows, device)
+    lock = create_run(flags, config, identity, device)  # noqa: F841  held until the process ends
+    retrieval = Retrieval(data, val_rows, device)
     scored = pairs if earlier else pairs + untrained  # at every look and by the folds
 
     torch.manual_seed(flags.seed)
@@ -582,7 +492,7 @@ def main():
         "metrics": [],
         "best": None,
     }
-    started, counter = time.perf_counter(), vlm.flop_counter()
+    started, counter = time.perf_counter(), flop_counter()
     if config is not None and (flags.out / "checkpoint.pt").is_file():
         saved = vlm.load_tensors(flags.out / "checkpoint.pt")
         generator.load_state_dict(saved["generator"])
@@ -624,7 +534,7 @@ def main():
             for pair in chosen:
                 state["updates"][":".join(pair)] += 1
             state["flops"] += generator.flops(flags.batch_size, chosen)
-            logits = vlm.logit_flops(flags.batch_size, [store.dims[image] for image, _ in chosen])
+            logits = logit_flops(flags.batch_size, [store.dims[image] for image, _ in chosen])
             state["flops"], state["logit_flops"] = state["flops"] + logits, state["logit_flops"] + logits
             progress.update()
             if (step + 1) % period and step + 1 < steps:
@@ -650,8 +560,8 @@ def main():
             epoch_losses = []
             progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
             tensors = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
-            vlm.save_tensors(tensors | {"state": state}, flags.out / "checkpoint.pt")
-            vlm.write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+            save_tensors(tensors | {"state": state}, flags.out / "checkpoint.pt")
+            write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
 
     export(flags, data, generator, state, retrieval, device)
 
@@ -667,15 +577,15 @@ def export(flags, data, generator, state, retrieval, device):
 
     trained = [tensor for tensor in generator.parameters() if tensor.requires_grad] + list(generator.buffers())
     state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)
-    state["peak_bytes"] = vlm.peak_bytes(device)
+    state["peak_bytes"] = peak_bytes(device)
     expectation = expected(best["recalls"], state["judged"], state["fold_rows"] / len(retrieval.rows))
-    ranked = vlm.rank_pairs(best["recalls"], expectation)
+    ranked = rank_pairs(best["recalls"], expectation)
     for row in ranked if expectation else []:
         row["expected_recall10"] = expectation[f"{row['image']}:{row['text']}"]
-    paths = vlm.write_results(flags.out, data, ranked, connector_of, flags.batch_size, state)
+    paths = write_results(flags.out, data, ranked, connector_of, flags.batch_size, state)
     made = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
-    vlm.print_results(ranked, best["recalls"], retrieval, made, state, paths[0])
+    print_results(ranked, best["recalls"], retrieval, made, state, paths[0])
 
 
 if __name__ == "__main__":
-    vlm.run_script(main)
+    run_script(main)

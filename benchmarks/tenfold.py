@@ -42,6 +42,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sample")]
 import build  # noqa: E402  the sample's builder: openclipart's captions, weights from packages
 
 import vlm  # noqa: E402
+from hyma.embeddings import Embeddings  # noqa: E402
+from hyma.files import read_jsonl, run_script, write_json  # noqa: E402
 
 VENDORS = ("google", "apple", "twitter", "facebook")  # packages emoji-datasource-... of npm
 EMOJI_VERSION = "16.0.0"
@@ -94,7 +96,7 @@ def main():
     about = {key: made[key] for key in ("versions", "device", "commit", "started")} | {
         "threads": torch.get_num_threads()
     }
-    vlm.write_json(flags.json, results | {"about": about})
+    write_json(flags.json, results | {"about": about})
     print(f"\n{flags.json}: written after {time.time() - started:.0f} s")
 
 
@@ -280,7 +282,7 @@ def read_run(folder, data):
     val = {f"{row['image']}:{row['text']}": 100 * float(row["val_recall10"]) for row in ranking}
     hits = OnDemand(lambda pair: hits_of(folder, data, pair))
     run = {"order": list(val), "val": val, "hits": hits, "test": OnDemand(lambda pair: 100 * float(hits[pair].mean()))}
-    run["curve"] = [line["val_recall10"] for line in vlm.read_jsonl(folder / "metrics.jsonl")]
+    run["curve"] = [line["val_recall10"] for line in read_jsonl(folder / "metrics.jsonl")]
     ledger = vlm.read_json(folder / "ledger.json")
     return run | {key: ledger[key] for key in ("flops", "seconds")}
 
@@ -342,7 +344,7 @@ def emoji(data):
 @cache
 def opened_folders(data):
     """[(embeddings, numbers of their rows that are emoji)]"""
-    opened = [vlm.Embeddings(folder) for folder in (data, data.parent / OTHERS)]
+    opened = [Embeddings(folder) for folder in (data, data.parent / OTHERS)]
     return [(o, torch.tensor([k for k, row in enumerate(o.rows) if row["split"] == "test"])) for o in opened]
 
 
@@ -488,4 +490,4 @@ def embed(rows, out, weights_folder):
 
 
 if __name__ == "__main__":
-    vlm.run_script(main)
+    run_script(main)

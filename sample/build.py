@@ -372,11 +372,11 @@ def write_mpnet(path):
 def write_prompts(folder, weights):
     """Embed what evaluate.py asks about labels, so that it needs no text encoder for the sample."""
     sys.path.insert(0, str(HERE.parent))
-    import evaluate
+    from hyma.tasks import open_tasks, text_inputs
 
-    for task in evaluate.open_tasks("sample", folder, argparse.Namespace(templates="1", device="cpu")):
+    for task in open_tasks("sample", folder, argparse.Namespace(templates="1", device="cpu")):
         for name in TEXT_ENCODERS:
-            evaluate.text_inputs(task, name, weights)
+            text_inputs(task, name, weights)
 
 
 def count(text):

@@ -13,12 +13,14 @@ from conftest import ROOT, SAMPLE, sample_captions, write_csv
 from PIL import Image
 
 import vlm
+from hyma.embeddings import Embeddings
+from hyma.files import read_jsonl
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
 
 
 def rows_of(folder):
-    return vlm.read_jsonl(folder / "rows.jsonl")
+    return read_jsonl(folder / "rows.jsonl")
 
 
 def as_table(folder, rows):
@@ -94,7 +96,7 @@ def test_every_kind_of_corpus(run, pictures, write):
     assert result.code == 0, result.err
     found = rows_of(folder.parent / "e")
     assert sorted((r["image"], r["caption"]) for r in found) == sorted((r["image"], r["caption"]) for r in rows)
-    vectors = vlm.Embeddings(folder.parent / "e").load("tiny")
+    vectors = Embeddings(folder.parent / "e").load("tiny")
     expected = vlm.ImageEncoder("random:test_vit", "cpu")
     where = folder / "images" if (folder / "images").exists() else folder
     pixels = torch.stack([expected.transform(vlm.open_image(where / r["image"])) for r in found])
@@ -122,7 +124,7 @@ def test_labels_splits_and_several_captions(run, pictures):
     found = rows_of(folder.parent / "e")
     assert [r["key"] for r in found] == ["0.webp", "1.webp", "2.webp", "0.webp#2"]
     assert found[3]["caption"] == "another, with a comma" and found[0]["label"] == "a" and found[0]["split"] == "train"
-    vectors = vlm.Embeddings(folder.parent / "e").load("tiny")
+    vectors = Embeddings(folder.parent / "e").load("tiny")
     assert torch.equal(vectors[0], vectors[3])
 
 
@@ -146,9 +148,7 @@ def test_quarantine(run, pictures):
     result = run("embed.py", *TINY, "--data", path, "--out", "e")
     assert result.code == 0 and "40 rows; 12 more are in quarantine.jsonl" in result.out, result.out + result.err
     assert [r["image"] for r in rows_of(folder.parent / "e")] == [r["image"] for r in rows]
-    reasons = [
-        (q["key"].partition("#")[0], q["reason"]) for q in vlm.read_jsonl(folder.parent / "e" / "quarantine.jsonl")
-    ]
+    reasons = [(q["key"].partition("#")[0], q["reason"]) for q in read_jsonl(folder.parent / "e" / "quarantine.jsonl")]
     assert {name for name, _ in reasons} == {*bad, "1.webp", "3.webp", "4.webp", "", "5.webp"}
     expected = {
         "missing.jpg": "missing",
@@ -228,7 +228,7 @@ def test_encoders_are_added_to_a_sealed_folder(run, refused, corpus, tmp_path):
     result = run(
         "embed.py", "--encoder", "tiny=random:test_vit", "more=random:test_resnet", "--data", corpus, "--out", "e"
     )
-    assert result.code == 0 and vlm.Embeddings(tmp_path / "e").names("image") == ["tiny", "more"]
+    assert result.code == 0 and Embeddings(tmp_path / "e").names("image") == ["tiny", "more"]
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == before
     refused(
         "embed.py",
@@ -302,10 +302,10 @@ def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, t
         "cpu",
     )
     assert result.code == 0, result.err
-    shipped = vlm.Embeddings(SAMPLE / "embeddings")
+    shipped = Embeddings(SAMPLE / "embeddings")
     place = {row["caption"]: k for k, row in enumerate(shipped.rows)}
     theirs = shipped.load(encoder)[[place[row["caption"]] for row in rows]].float()
-    ours = vlm.Embeddings(tmp_path / "e").load(encoder).float()
+    ours = Embeddings(tmp_path / "e").load(encoder).float()
     assert ((ours * theirs).sum(1) > 0.9995).all() and ours.std(0).mean() > 0.001
     record = vlm.read_json(tmp_path / "e" / "manifest.json")["encoders"][encoder]
     assert record["weights_sha256"] == shipped.manifest["encoders"][encoder]["weights_sha256"]
@@ -324,7 +324,7 @@ def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path)
     assert run("embed.py", "--encoder", f"x=local-dir:{folder}", *flags).code == 0
     assert run("embed.py", "--encoder", "efflite0", "--weights", f"efflite0={folder}", *flags).code == 0
     assert run("embed.py", "--encoder", "y=efflite0", "--weights", f"y={weights['efflite0']}", *flags).code == 0
-    data = vlm.Embeddings(tmp_path / "e")
+    data = Embeddings(tmp_path / "e")
     assert len({record["weights_sha256"] for record in data.manifest["encoders"].values()}) == 1
     assert torch.equal(data.load("efflite0"), data.load("y")) and data.load("x").shape == (3, 1280)
 
@@ -347,7 +347,7 @@ def test_progress_shows_rate_and_eta(run, corpus):
 def test_the_sample_fits(run):
     size = sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert size <= 40e6
-    shipped = vlm.Embeddings(SAMPLE / "embeddings")
+    shipped = Embeddings(SAMPLE / "embeddings")
     assert shipped.names("image") == ["efflite0", "efflite1", "efflite2", "control"] and set(shipped.names("text")) == {
         "minilm_l6",
         "mpnet",

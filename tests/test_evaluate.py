@@ -22,6 +22,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import vlm
+from hyma.costs import PICTURE_GFLOP, TOKEN_GFLOP, embedding_flops, flop_counter, run_costs
+from hyma.embeddings import Embeddings
+from hyma.files import read_jsonl, sha256_file, write_json
+from hyma.metrics import Judged, Retrieval, draw_seeds, fidelity, resample
+from hyma.runs import read_run
+from hyma.selectors import (
+    Method,
+    canonical_correlations,
+    debiased_cka,
+    linear_cka,
+    mutual_neighbours,
+    relative_representations,
+    ridge_probe,
+    selector_rows,
+)
 
 QUICK = ("--connector", "mlp0", "--epochs", "3", "--batch-size", "128", "--warmup-steps", "3", "--device", "cpu")
 CPU = torch.device("cpu")
@@ -37,7 +52,7 @@ def test_fidelity_against_libraries(count, ties):
     if ties:
         truth, order = truth.round(1), np.array([0.0, 0.5, 1.0, 2.0])[random.integers(4, size=count)]
         order[0] = 3
-    found = evaluate.fidelity(truth, order)
+    found = fidelity(truth, order)
     for k, row in enumerate(truth):
         gain = (row - row.min())[None]
         for name, top in (("ndcg3", 3), ("ndcg5", 5), ("ndcg", None), ("ndcg1", 1)):
@@ -49,16 +64,16 @@ def test_fidelity_against_libraries(count, ties):
 
 def test_fidelity_by_hand():
     truth = np.array([[0.5, 0.4, 0.3, 0.1]])
-    found = evaluate.fidelity(truth, np.array([2.0, 3.0, 1.0, 0.0]))  # the second first, the best second
+    found = fidelity(truth, np.array([2.0, 3.0, 1.0, 0.0]))  # the second first, the best second
     assert found["regret"][0] == pytest.approx(10) and found["top1"][0] == 0 and found["recall3"][0] == 1
     assert found["ndcg1"][0] == pytest.approx(0.3 / 0.4) and found["tau"][0] == pytest.approx(4 / 6)
     assert found["ndcg3"][0] == pytest.approx((0.3 + 0.4 / np.log2(3) + 0.1) / (0.4 + 0.3 / np.log2(3) + 0.1))
-    tied = evaluate.fidelity(truth, np.array([1.0, 1.0, 0.0, 0.0]))  # either of two first, either of two last
+    tied = fidelity(truth, np.array([1.0, 1.0, 0.0, 0.0]))  # either of two first, either of two last
     assert tied["regret"][0] == pytest.approx(5) and tied["top1"][0] == 0.5
     assert tied["recall3"][0] == pytest.approx((1 + 1 + 0.5) / 3)
-    both = evaluate.fidelity(np.array([[0.5, 0.5, 0.1, 0.0]]), np.array([0.0, 1.0, 0.0, 0.0]))
+    both = fidelity(np.array([[0.5, 0.5, 0.1, 0.0]]), np.array([0.0, 1.0, 0.0, 0.0]))
     assert both["regret"][0] == 0 and both["top1"][0] == 1  # two are truly best, and one of them was chosen
-    flat = evaluate.fidelity(np.full((1, 4), 0.2), np.arange(4.0))
+    flat = fidelity(np.full((1, 4), 0.2), np.arange(4.0))
     assert (flat["regret"][0], flat["top1"][0], flat["ndcg"][0], flat["spearman"][0]) == (0, 1, 1, 0)
 
 
@@ -69,10 +84,10 @@ def test_a_tie_is_the_mean_of_its_orders():
     for tied in (np.zeros(5), np.array([1.0, 0, 2, 1, 1])):
         ways = [o for o in orders if all(o[i] < o[j] for i in range(5) for j in range(5) if tied[i] < tied[j])]
         assert len(ways) == (120 if not tied.any() else 6)
-        found = evaluate.fidelity(truth, tied)
+        found = fidelity(truth, tied)
         for name in ("regret", "top1", "recall3", "ndcg1", "ndcg3", "ndcg5", "ndcg"):
-            assert found[name][0] == pytest.approx(np.mean([evaluate.fidelity(truth, way)[name][0] for way in ways]))
-    random = evaluate.fidelity(truth, np.zeros(5))
+            assert found[name][0] == pytest.approx(np.mean([fidelity(truth, way)[name][0] for way in ways]))
+    random = fidelity(truth, np.zeros(5))
     assert random["top1"][0] == pytest.approx(1 / 5) and random["recall3"][0] == pytest.approx(3 / 5)
     assert random["regret"][0] == pytest.approx(100 * (0.51 - truth.mean())) and random["tau"][0] == 0
 
@@ -81,14 +96,14 @@ def test_bootstrap_draws_rows_alike_for_all_pairs():
     random = np.random.default_rng(0)
     units = (random.random((1, 1, 400)) < 0.3).astype(float)
     both = np.concatenate([units, units, 1 - units], axis=1)  # [1, 3, 400]
-    drawn = evaluate.resample({"a": both, "b": units}, 2000, "folder")
+    drawn = resample({"a": both, "b": units}, 2000, "folder")
     assert drawn["a"].shape == (1, 2000, 3)
     assert (drawn["a"][0, :, 0] == drawn["a"][0, :, 1]).all() and (drawn["a"][0, :, :1] == drawn["b"][0]).all()
     assert drawn["a"][0, :, 0] + drawn["a"][0, :, 2] == pytest.approx(1)
     p = units.mean()
     assert drawn["b"].mean() == pytest.approx(p, abs=0.003)
     assert drawn["b"].std() == pytest.approx((p * (1 - p) / 400) ** 0.5, rel=0.05)
-    other = evaluate.resample({"b": units}, 2000, "elsewhere")
+    other = resample({"b": units}, 2000, "elsewhere")
     assert abs(np.corrcoef(other["b"].ravel(), drawn["b"].ravel())[0, 1]) < 0.1
 
 
@@ -96,12 +111,10 @@ def test_intervals_are_over_seeds_too():
     """Two seeds whose truths disagree, without any noise of rows: every mixture of them is within the interval."""
     values = np.array([[[1.0] * 50, [0.0] * 50], [[0.0] * 50, [0.5] * 50]])  # [2 seeds, 2 pairs, 50 rows]
     orders = np.array([[1.0, 0.0], [0.0, 1.0]])
-    oracle = evaluate.Method("oracle", orders, [None, None], {})
-    judged = evaluate.Judged(
-        "t", "", "", "", 0.0, {"oracle": values.mean(-1)}, evaluate.resample({"oracle": values}, 400, "")
-    )
-    second = evaluate.Method("second", orders[1:], [], {})
-    row, other = evaluate.judge(judged, [oracle, second], oracle, evaluate.draw_seeds([oracle, second], 400))
+    oracle = Method("oracle", orders, [None, None], {})
+    judged = Judged("t", "", "", "", 0.0, {"oracle": values.mean(-1)}, resample({"oracle": values}, 400, ""))
+    second = Method("second", orders[1:], [], {})
+    row, other = evaluate.judge(judged, [oracle, second], oracle, draw_seeds([oracle, second], 400))
     assert row["regret"] == pytest.approx(12.5)  # truth 0.5 and 0.25; one seed chooses each
     # A seed drawn twice chooses rightly by its own truth, but not one who always takes the second pair.
     assert (row["regret_low"], row["regret_high"]) == (0, 12.5) and row["regret_random"] == pytest.approx(12.5)
@@ -128,13 +141,13 @@ PAIRS = [("clear", "t"), ("noisy", "t")]
 
 
 def held_out(planted, rows):
-    return vlm.Retrieval(vlm.Embeddings(planted), torch.arange(rows), CPU)
+    return Retrieval(Embeddings(planted), torch.arange(rows), CPU)
 
 
 def test_cka_by_its_definition():
     """From [n, n] kernels, centred, and by the unbiased estimate with its sums written out."""
     sides = features(120)
-    linear, debiased = evaluate.linear_cka(sides, PAIRS), evaluate.debiased_cka(sides, PAIRS)
+    linear, debiased = linear_cka(sides, PAIRS), debiased_cka(sides, PAIRS)
     n, kernels = 120, {name: (x @ x.T).double() for name, x in sides.items()}
     centring = torch.eye(n).double() - 1 / n
 
@@ -155,13 +168,13 @@ def test_cka_by_its_definition():
 def test_debiased_cka_does_not_grow_with_the_width():
     x, y = (torch.randn(200, 900, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     sides = {"a": x - x.mean(0), "t": y - y.mean(0)}
-    assert evaluate.linear_cka(sides, [("a", "t")])["a", "t"] > 0.7
-    assert abs(evaluate.debiased_cka(sides, [("a", "t")])["a", "t"]) < 0.03
+    assert linear_cka(sides, [("a", "t")])["a", "t"] > 0.7
+    assert abs(debiased_cka(sides, [("a", "t")])["a", "t"]) < 0.03
 
 
 def test_neighbours_against_sklearn():
     sides = features(150)
-    found = evaluate.mutual_neighbours(sides, PAIRS)
+    found = mutual_neighbours(sides, PAIRS)
     search = NearestNeighbors(n_neighbors=11, metric="cosine")
     nearest = {name: search.fit(x).kneighbors(x, return_distance=False)[:, 1:] for name, x in sides.items()}
     for image, text in PAIRS:
@@ -172,7 +185,7 @@ def test_neighbours_against_sklearn():
 def test_canonical_correlations_against_scipy():
     """They are the cosines of the angles between the two sides' leading principal subspaces."""
     sides, spectra = features(200), {}
-    found = evaluate.canonical_correlations(sides, PAIRS, spectra)
+    found = canonical_correlations(sides, PAIRS, spectra)
     axes = {name: torch.linalg.svd(x, full_matrices=False).U[:, :24].numpy() for name, x in sides.items()}
     for image, text in PAIRS:
         cosines = np.cos(scipy.linalg.subspace_angles(axes[image], axes[text]))
@@ -182,7 +195,7 @@ def test_canonical_correlations_against_scipy():
 
 def test_ridge_probe_against_sklearn(planted):
     sides, probed = features(300, noise=(0.3, 30)), held_out(planted, 60)
-    found = evaluate.ridge_probe(sides, PAIRS, probed)
+    found = ridge_probe(sides, PAIRS, probed)
     for image, text in PAIRS:
         x, y = sides[text], sides[image]
         strength = 0.1 * (x[:240].T @ x[:240]).trace().item() / x.shape[1]
@@ -198,19 +211,19 @@ def test_relative_representations_need_no_shared_space(planted):
     """Sides turned and scaled by themselves are described alike, and only their own anchors tell them apart."""
     sides, probed = features(300), held_out(planted, 60)
     turned = {name: 3 * x @ torch.linalg.qr(torch.randn(x.shape[1], x.shape[1])).Q for name, x in sides.items()}
-    before, after = (evaluate.relative_representations(each, PAIRS, probed) for each in (sides, turned))
+    before, after = (relative_representations(each, PAIRS, probed) for each in (sides, turned))
     assert before["clear", "t"] > 0.9 > before["noisy", "t"] > 0.2
     assert after == pytest.approx(before, abs=0.02)
 
 
 def selectors(probed):
     return {
-        "linear": evaluate.linear_cka,
-        "debiased": evaluate.debiased_cka,
-        "neighbours": evaluate.mutual_neighbours,
-        "canonical": evaluate.canonical_correlations,
-        "ridge": lambda sides, pairs: evaluate.ridge_probe(sides, pairs, probed),
-        "relative": lambda sides, pairs: evaluate.relative_representations(sides, pairs, probed),
+        "linear": linear_cka,
+        "debiased": debiased_cka,
+        "neighbours": mutual_neighbours,
+        "canonical": canonical_correlations,
+        "ridge": lambda sides, pairs: ridge_probe(sides, pairs, probed),
+        "relative": lambda sides, pairs: relative_representations(sides, pairs, probed),
     }
 
 
@@ -230,7 +243,7 @@ FLOPS = {
 @pytest.mark.parametrize("name", ["linear", "debiased", "neighbours", "canonical", "ridge", "relative"])
 def test_flops_of_selectors_by_hand(name, planted):
     sides, selector = features(300), selectors(held_out(planted, 60))[name]
-    with vlm.flop_counter() as counter:
+    with flop_counter() as counter:
         selector(sides, PAIRS)
     assert counter.get_total_flops() == FLOPS[name]
 
@@ -248,11 +261,11 @@ def test_shuffled_captions_leave_selectors_at_chance(name, planted):
 
 def test_selector_rows_have_each_picture_once(tmp_path):
     rows = [{"image": f"{k // 3}.png"} for k in range(300)]
-    data = vlm.Embeddings(folder_of(tmp_path / "e", rows))
-    drawn = evaluate.selector_rows(data, torch.arange(30, 300), 60)
+    data = Embeddings(folder_of(tmp_path / "e", rows))
+    drawn = selector_rows(data, torch.arange(30, 300), 60)
     assert len(drawn) == 60 == len({i // 3 for i in drawn.tolist()}) and drawn.min() >= 30
     with pytest.raises(vlm.BadInput, match="50 training pictures; it has 20"):
-        evaluate.selector_rows(data, torch.arange(60), 60)
+        selector_rows(data, torch.arange(60), 60)
 
 
 # ---------------------------------------------------------------------------------------------------------- ledger
@@ -263,17 +276,17 @@ def test_flops_at_another_batch_size_are_those_of_a_run_there(run, planted, tmp_
     script = "train_grid.py" if kind == "grid" else "train_hyma.py"
     extra = () if kind == "grid" else ("--generator", kind, "--pairs-per-step", "6")
     extra += ("--width", "8") if kind == "mlp" else ()
-    runs, data = {}, vlm.Embeddings(planted)
+    runs, data = {}, Embeddings(planted)
     for batch in (128, 64):
         flags = (*QUICK, "--epochs", "1", "--batch-size", str(batch), "--out", f"b{batch}", *extra)
         assert run(script, "--data", planted, *flags).code == 0
-        runs[batch] = evaluate.open_run(tmp_path / f"b{batch}")
+        runs[batch] = read_run(tmp_path / f"b{batch}")
     assert runs[128].ledger["pair_samples"] == runs[64].ledger["pair_samples"]
-    costs = evaluate.run_costs(runs[128], data, runs[64].ledger)
+    costs = run_costs(runs[128], data, runs[64].ledger)
     assert costs["flops_equal_batch"] == pytest.approx(runs[64].ledger["flops"], rel=1e-9)
     assert costs["flops"] > 1.05 * costs["flops_equal_batch"] or kind != "grid"
     half = runs[64].ledger | {"pair_samples": runs[64].ledger["pair_samples"] / 2}
-    assert evaluate.run_costs(runs[128], data, half)["flops_equal_updates"] == costs["flops_equal_batch"] / 2
+    assert run_costs(runs[128], data, half)["flops_equal_updates"] == costs["flops_equal_batch"] / 2
 
 
 def test_the_cost_of_embedding(tmp_path):
@@ -285,15 +298,15 @@ def test_the_cost_of_embedding(tmp_path):
             pixels = torch.empty(1, *timm.data.resolve_model_data_config(model)["input_size"])
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(pixels)
-        assert evaluate.PICTURE_GFLOP[name] * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-3), name
+        assert PICTURE_GFLOP[name] * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-3), name
     for name, (layers, width) in {"minilm": (12, 384), "mpnet": (12, 768), "roberta": (24, 1024)}.items():
-        assert evaluate.TOKEN_GFLOP[name] * 1e9 == pytest.approx(2 * layers * 12 * width**2, rel=2e-3)
+        assert TOKEN_GFLOP[name] * 1e9 == pytest.approx(2 * layers * 12 * width**2, rel=2e-3)
     sides = {"efflite0": torch.eye(1280)[:4], "minilm_l6": torch.eye(384)[:4], "mpnet": torch.eye(768)[:4]}
-    data = vlm.Embeddings(folder_of(tmp_path / "e", [{"caption": "one two three four five"}] * 4, **sides))
+    data = Embeddings(folder_of(tmp_path / "e", [{"caption": "one two three four five"}] * 4, **sides))
     one_row = 1e9 * (0.768 + (2 + 1.4 * 5) * 0.0212)
-    assert evaluate.embedding_flops(data, ["efflite0", "minilm_l6"], 10) == pytest.approx(10 * one_row)
+    assert embedding_flops(data, ["efflite0", "minilm_l6"], 10) == pytest.approx(10 * one_row)
     data.encoders["mpnet"] = data.encoders["mpnet"]._replace(spec="another")
-    assert evaluate.embedding_flops(data, ["efflite0", "mpnet"], 10) is None
+    assert embedding_flops(data, ["efflite0", "mpnet"], 10) is None
 
 
 # ------------------------------------------------------------------------------------------------------ whole report
@@ -409,7 +422,7 @@ def test_the_newest_run_alone(run, runs, planted, tmp_path):
 
 
 def test_seeds_are_one_method_and_labels_differ(runs, planted):
-    hyma, grid = evaluate.open_run(runs / "hyma"), evaluate.open_run(runs / "grid")
+    hyma, grid = read_run(runs / "hyma"), read_run(runs / "grid")
     pairs = list(grid.ranks)
 
     def like(run, folder, seed, **flags):
@@ -430,7 +443,7 @@ def test_shuffled_captions_are_at_chance(run, graded, tmp_path):
     order = torch.randperm(1300, generator=torch.Generator().manual_seed(5))
     sides = {path.stem: torch.load(path, weights_only=True) for path in graded.glob("*.pt")}
     sides |= {name: sides[name][order] for name in ("minilm_l6", "mpnet")}
-    folder = folder_of(tmp_path / "shuffled", vlm.read_jsonl(graded / "rows.jsonl"), **sides)
+    folder = folder_of(tmp_path / "shuffled", read_jsonl(graded / "rows.jsonl"), **sides)
     assert run("train_grid.py", "--data", folder, "--closed-form", "ridge", "--out", "x", "--device", "cpu").code == 0
     result = run("evaluate.py", "x")
     assert result.code == 0 and "do captions and pictures belong together?" in result.out, result.err
@@ -468,7 +481,7 @@ def test_gallery_and_hostile_captions(run, tmp_path):
     splits = ["test" if k % 3 == 0 else "val" if k % 3 == 1 else "train" for k in range(300)]
     rows = [{"caption": f"<script>alert({k})</script> & co", "split": split} for k, split in enumerate(splits)]
     folder = folder_of(tmp_path / "e", rows, **sides)
-    vlm.write_json(folder / "manifest.json", vlm.read_json(folder / "manifest.json") | {"root": "."})
+    write_json(folder / "manifest.json", vlm.read_json(folder / "manifest.json") | {"root": "."})
     picture = sorted((SAMPLE / "images").rglob("*.webp"))[0]
     flags = ("--data", folder, "--closed-form", "ridge", "--batch-size", "64", "--device", "cpu", "--out", "x")
     assert run("train_grid.py", *flags).code == 0
@@ -489,7 +502,7 @@ def test_the_demo_reuses_finished_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "DEMO", {"demo-ridge": ["train_grid.py", "--closed-form", "ridge"]})
     assert [str(path) for path in evaluate.run_demo(CPU)] == ["runs/demo-ridge"]
-    assert evaluate.open_run("runs/demo-ridge").flags["closed_form"] == "ridge"
+    assert read_run("runs/demo-ridge").flags["closed_form"] == "ridge"
     capfd.readouterr()
     evaluate.run_demo(CPU)
     assert not capfd.readouterr().out
@@ -538,9 +551,7 @@ def test_costs_beside_a_closed_form_are_at_a_trained_runs_batch(run, runs, tmp_p
 def test_retrieval_leads_and_the_others_stand_beside_it():
     """Labels make two tasks; neither weighs in the headline, and the sentence is about retrieval."""
     judged = [
-        evaluate.Judged(
-            f"{name} {kind}", kind, "", "9 pictures", 0.1, {"m": np.full((1, 2), value)}, {"m": np.ones((1, 3, 2))}
-        )
+        Judged(f"{name} {kind}", kind, "", "9 pictures", 0.1, {"m": np.full((1, 2), value)}, {"m": np.ones((1, 3, 2))})
         for name, kind, value in (
             ("a", "zeroshot", 0.1),
             ("a", "retrieval", 0.2),
@@ -571,7 +582,7 @@ def test_connectors_alone(run, refused, runs, graded, tmp_path):
     assert "own retrieval, 400 pictures" in result.out and "TFLOP in" not in result.out and "CKA" not in result.out
     beside = run("evaluate.py", runs / "hyma", "--oracle", bare, "--bootstrap", "10")
     assert beside.code == 0 and "choice of hyma" in beside.out and "truth: connectors in" in beside.out, beside.err
-    names = (evaluate.open_run(bare), evaluate.open_run(runs / "grid"))
+    names = (read_run(bare), read_run(runs / "grid"))
     assert [set(each.ranks) for each in names] == [set(names[1].ranks)] * 2
     shutil.copy(bare / "efflite1_mlp0_mpnet.pt", bare / "efflite1_mlp1_mpnet.pt")
     refused("evaluate.py", bare, "--task", f"own={graded}", says="efflite1_mlp1_mpnet.pt: expected the keys")
@@ -608,7 +619,7 @@ def changed(runs, folder, name, **files):
         if change is None:
             path.unlink()
         else:
-            vlm.write_json(path, vlm.read_json(path) | change)
+            write_json(path, vlm.read_json(path) | change)
     return folder
 
 
@@ -639,11 +650,11 @@ def test_embeddings_that_changed(refused, runs, graded, tmp_path):
         "evaluate.py", runs / "hyma", "--data", folder, says=["moved/mpnet.pt: differs from the file that was sealed"]
     )
     manifest = vlm.read_json(folder / "manifest.json")
-    manifest["encoders"]["mpnet"]["file_sha256"] = vlm.sha256_file(folder / "mpnet.pt")
-    vlm.write_json(folder / "manifest.json", manifest)
+    manifest["encoders"]["mpnet"]["file_sha256"] = sha256_file(folder / "mpnet.pt")
+    write_json(folder / "manifest.json", manifest)
     refused("evaluate.py", runs / "hyma", "--data", folder, says=["moved/mpnet.pt: is not what", "sha256"])
     manifest["encoders"].pop("mpnet")
-    vlm.write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     refused("evaluate.py", runs / "hyma", "--data", folder, says=["has no mpnet", "--data"])
     config = vlm.read_json(runs / "grid" / "config.json")
     other = changed(runs, tmp_path / "other", "grid", config={"embeddings": config["embeddings"] | {"mpnet": "0" * 64}})

@@ -17,8 +17,11 @@ from conftest import ROOT, SAMPLE, write_csv
 from scipy.stats import rankdata
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-import evaluate
 import vlm
+from hyma.datasets import draw_distractors
+from hyma.embeddings import Embeddings, hash_keys, split_rows
+from hyma.files import read_jsonl, save_tensors, sha256_file, write_json, write_jsonl
+from hyma.tasks import TEMPLATES, image_inputs, load_prompts, map_texts, open_tasks, score, text_inputs
 
 FLAGS = argparse.Namespace(templates="1", device="cpu")
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -30,21 +33,21 @@ def folder_of(folder, rows, protocol=None, **vectors):
     """A sealed embedding folder with these rows, and float16 unit vectors of registered encoders."""
     folder.mkdir()
     rows = [{"key": f"{k}", "image": f"{k}.png", "caption": f"caption {k}"} | row for k, row in enumerate(rows)]
-    manifest = {"format_version": 1, "dataset": folder.name, "rows": len(rows), "keys_sha256": vlm.hash_keys(rows)}
+    manifest = {"format_version": 1, "dataset": folder.name, "rows": len(rows), "keys_sha256": hash_keys(rows)}
     manifest |= {"encoders": {}} | ({"protocol": protocol} if protocol else {})
     for name, tensor in vectors.items():
-        vlm.save_tensors(F.normalize(tensor.float(), dim=1).half(), folder / f"{name}.pt")
+        save_tensors(F.normalize(tensor.float(), dim=1).half(), folder / f"{name}.pt")
         encoder = vlm.ENCODERS[name]
         manifest["encoders"][name] = {"kind": encoder.kind, "spec": encoder.spec, "dim": tensor.shape[1]}
         manifest["encoders"][name] |= {"rows": len(rows), "keys_sha256": manifest["keys_sha256"]}
-        manifest["encoders"][name] |= {"file_sha256": vlm.sha256_file(folder / f"{name}.pt")}
-    vlm.write_jsonl(folder / "rows.jsonl", rows)
-    vlm.write_json(folder / "manifest.json", manifest)
+        manifest["encoders"][name] |= {"file_sha256": sha256_file(folder / f"{name}.pt")}
+    write_jsonl(folder / "rows.jsonl", rows)
+    write_json(folder / "manifest.json", manifest)
     return folder
 
 
 def tasks_of(folder, flags=FLAGS, run_seed=None):
-    return {task.kind: task for task in evaluate.open_tasks(None, folder, flags, run_seed)}
+    return {task.kind: task for task in open_tasks(None, folder, flags, run_seed)}
 
 
 def random_connector(seed, *dims):
@@ -83,7 +86,7 @@ def test_zeroshot_against_sklearn(templates, tmp_path):
     mapped = F.normalize(connector(texts), dim=1).detach().double().view(12, templates, 16).mean(1).numpy()
     right = np.array([k % 12 for k in task.rows.tolist()])
     images = torch.tensor(mapped[right]) + 0.08 * torch.randn(367, 16, generator=torch.Generator().manual_seed(2))
-    found = evaluate.score(task, texts, images, connector)
+    found = score(task, texts, images, connector)
     scores = images.numpy() @ (mapped / np.linalg.norm(mapped, axis=1, keepdims=True)).T
     expected = {
         "acc1": top_k_accuracy_score(right, scores, k=1, labels=range(12)),
@@ -106,7 +109,7 @@ def test_templates_are_averaged_after_the_connector(tmp_path):
     def connector(batch):  # lengths that the mean of unit vectors must not feel
         return batch * torch.tensor([1.0, 100, 1])
 
-    found = evaluate.map_texts(texts, connector, task.templates)
+    found = map_texts(texts, connector, task.templates)
     assert torch.allclose(found, torch.tensor([[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]]))
 
 
@@ -134,7 +137,7 @@ def test_retrieval_against_scipy(tmp_path):
     images = unit(pictures, 16)[picture]
     texts = images + 2.5 * unit(120, 16, seed=1)
     texts[40] = texts[3]
-    found = evaluate.score(task, texts, images, torch.nn.Identity())
+    found = score(task, texts, images, torch.nn.Identity())
     scores = F.normalize(texts, dim=1).double().numpy() @ F.normalize(images, dim=1).double().numpy().T
     different = list(dict.fromkeys(captions))
     first_caption = [captions.index(caption) for caption in different]
@@ -162,7 +165,7 @@ def test_retrieval_by_hand(tmp_path):
     # Captions to pictures: the first finds a at once; the second prefers b and c; the third finds b; the fourth prefers b.
     # Pictures to captions: a finds its first; b, at cosines 0.55, 0.89, 0.80, 0.89, its own third; c, at 0, 0.45, 0.53,
     # 0.45, ties with the second caption behind the third.
-    metrics = evaluate.score(task, texts, images, torch.nn.Identity()).metrics
+    metrics = score(task, texts, images, torch.nn.Identity()).metrics
     assert metrics["image_retrieval_recall@1"] == 0.5 and metrics["text_retrieval_recall@1"] == pytest.approx(1 / 3)
     assert metrics["image_retrieval_median_rank"] == 1.5  # of 1, 3, 1, 2
     assert metrics["text_retrieval_median_rank"] == 3  # of 1, 3, 3
@@ -187,9 +190,9 @@ def test_vqa_by_hand(tmp_path):
     images = torch.tensor(
         [[0.1, 1], [0.1, 1], [1, 0], [1, 0]]
     )  # nearest to both first ones is c, which one may not say
-    assert evaluate.score(task, texts, images, torch.nn.Identity()).units.tolist() == [1, 0, 0, 0]
+    assert score(task, texts, images, torch.nn.Identity()).units.tolist() == [1, 0, 0, 0]
     images[1] = torch.tensor([1.0, 0])
-    result = evaluate.score(task, texts, images, torch.nn.Identity())
+    result = score(task, texts, images, torch.nn.Identity())
     assert result.units.tolist() == [1, 1, 0, 0] and result.metrics == {"acc": 0.5} and result.value == 0.5
 
 
@@ -197,12 +200,12 @@ def test_vqa_by_hand(tmp_path):
 def test_a_collapsed_connector_scores_nothing(kind, tmp_path):
     task = tasks_of(folder_of(tmp_path / "e", [{"label": f"{k % 10}"} for k in range(60)]))[kind]
     texts = unit(len(task.texts) or 60, 8)
-    found = evaluate.score(task, texts, unit(60, 12), lambda batch: torch.eye(12)[:1].expand(len(batch), -1))
+    found = score(task, texts, unit(60, 12), lambda batch: torch.eye(12)[:1].expand(len(batch), -1))
     assert found.metrics.get("image_retrieval_recall@1", 0) <= 1 / 60  # the nearest text of all equal ones: none
     assert found.metrics.get("text_retrieval_recall@10", 0) == found.metrics.get("acc", 0) == 0
     assert found.metrics.get("acc1", 0) == found.metrics.get("acc5", 0) == 0
     with pytest.raises(vlm.BadInput, match="not finite"):
-        evaluate.score(task, texts, unit(60, 12), lambda batch: torch.full((len(batch), 12), torch.nan))
+        score(task, texts, unit(60, 12), lambda batch: torch.full((len(batch), 12), torch.nan))
 
 
 def test_shuffled_captions_score_at_chance(tmp_path):
@@ -217,8 +220,8 @@ def test_shuffled_captions_score_at_chance(tmp_path):
         else:
             texts = unit(len(task.texts), 64)
             images = texts[task.right] + 0.3 * unit(2000, 64, seed=1)
-        whole = evaluate.score(task, texts, images, torch.nn.Identity())
-        found = evaluate.score(task, texts, images[shuffled], torch.nn.Identity())
+        whole = score(task, texts, images, torch.nn.Identity())
+        found = score(task, texts, images[shuffled], torch.nn.Identity())
         error = (task.chance * (1 - task.chance) / 2000) ** 0.5
         assert whole.value > 0.99 and abs(found.value - task.chance) < 4 * error, (kind, found.value, task.chance)
         for name, value in found.metrics.items():
@@ -239,10 +242,10 @@ make = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape), dim=1).
 connector, chosen = torch.nn.Linear(128, 128), torch.randint(1000, (50000,))
 pictures, texts, prompts = make(50000, 128), make(31000, 128), make(80000, 128)
 class Data: rows = [dict(image=k // 5, caption=k) for k in range(31000)]
-retrieval = evaluate.Task("b", "retrieval", "", 0, None, None, vlm.Retrieval(Data, torch.arange(31000), "cpu"))
+retrieval = Task("b", "retrieval", "", 0, None, None, Retrieval(Data, torch.arange(31000), "cpu"))
 start = peak()
-evaluate.score(evaluate.Task("a", "zeroshot", "", 0, None, None, None, (), 80, chosen), prompts, pictures, connector)
-found = evaluate.score(retrieval, texts, pictures[: 31000], connector)
+score(Task("a", "zeroshot", "", 0, None, None, None, (), 80, chosen), prompts, pictures, connector)
+found = score(retrieval, texts, pictures[: 31000], connector)
 assert len(found.units) == 6200
 print(peak() - start)
 """
@@ -271,8 +274,8 @@ def test_the_sample_without_any_weights(run, ridge):
             image, _, text, state = vlm.read_connector(path)
             connector = vlm.init_modality_connector(state["weight"].shape[1], [], state["weight"].shape[0])
             connector.load_state_dict(state)
-            texts = evaluate.text_inputs(task, text)
-            values[image, text] = evaluate.score(task, texts, evaluate.image_inputs(task, image), connector).value
+            texts = text_inputs(task, text)
+            values[image, text] = score(task, texts, image_inputs(task, image), connector).value
         control = max(value for (image, _), value in values.items() if image == "control")
         assert min(value for (image, _), value in values.items() if image in PRETRAINED) > 1.3 * control > task.chance
     shipped = [path for path in (SAMPLE / "embeddings" / "prompts").iterdir()]
@@ -289,7 +292,7 @@ def test_which_rows(tmp_path):
     assert foreign.rows.tolist() == list(range(40)) and "all rows" in foreign.protocol
     bare = folder_of(tmp_path / "bare", [{}] * 40)
     for seed in (0, 1):
-        expected = vlm.split_rows(vlm.Embeddings(bare), seed)[1]
+        expected = split_rows(Embeddings(bare), seed)[1]
         assert torch.equal(tasks_of(bare, run_seed=seed)["retrieval"].rows, expected)
     marked = folder_of(tmp_path / "set", [{"split": "test"}] * 40, protocol="COCO as it was read")
     assert tasks_of(marked, run_seed=0)["retrieval"].protocol.startswith("COCO as it was read; 40 pictures, 40 ")
@@ -312,19 +315,17 @@ def test_published_embeddings_have_retrieval_alone(planted):
 
 def test_distractors_depend_on_the_key_alone():
     pool = [f"{k}" for k in range(30)]
-    found = vlm.draw_distractors("row 1", pool, {"3"}, 3)
+    found = draw_distractors("row 1", pool, {"3"}, 3)
     assert found == ["16", "11", "13"]
-    drawn = collections.Counter(
-        name for k in range(3000) for name in vlm.draw_distractors(k, pool, {"3", f"{k % 30}"}, 3)
-    )
+    drawn = collections.Counter(name for k in range(3000) for name in draw_distractors(k, pool, {"3", f"{k % 30}"}, 3))
     assert "3" not in drawn and len(drawn) == 29 and max(drawn.values()) < 1.4 * min(drawn.values())
-    assert sorted(vlm.draw_distractors("x", ["a", "b"], {"b"}, 3)) == ["a"]
+    assert sorted(draw_distractors("x", ["a", "b"], {"b"}, 3)) == ["a"]
 
 
 def test_the_eighty_templates():
     """The sha256 of the published list in alphabetical order, one a line."""
-    lines = sorted(evaluate.TEMPLATES["80"])
-    assert len(set(lines)) == 80 and evaluate.TEMPLATES["1"] == ("a photo of a {}",)
+    lines = sorted(TEMPLATES["80"])
+    assert len(set(lines)) == 80 and TEMPLATES["1"] == ("a photo of a {}",)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == EIGHTY
 
 
@@ -334,35 +335,35 @@ def test_the_eighty_templates():
 def test_prompts_are_embedded_once(tmp_path, weights, monkeypatch):
     folder = folder_of(tmp_path / "e", [{"label": "red_fox"}, {"label": "teapot"}], minilm_l6=unit(2, 384))
     task = tasks_of(folder)["zeroshot"]
-    found = evaluate.text_inputs(task, "minilm_l6", weights)
+    found = text_inputs(task, "minilm_l6", weights)
     expected = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"]).encode_text(
         ["a photo of a red fox", "a photo of a teapot"]
     )
     torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=0)
-    evaluate.load_prompts.cache_clear()
+    load_prompts.cache_clear()
     monkeypatch.setattr(vlm, "TextEncoder", None)  # from here on only the file is left
-    again = evaluate.text_inputs(tasks_of(folder)["zeroshot"], "minilm_l6")
+    again = text_inputs(tasks_of(folder)["zeroshot"], "minilm_l6")
     assert torch.equal(again, found) and found.dtype == torch.float16
     (path,) = (folder / "prompts").iterdir()
     for wrong in (torch.ones(3, 384), torch.zeros(2, 384), {"x": torch.ones(1)}):
         torch.save(wrong, path)
-        evaluate.load_prompts.cache_clear()
+        load_prompts.cache_clear()
         with pytest.raises(vlm.BadInput, match=path.name):
-            evaluate.text_inputs(task, "minilm_l6")
+            text_inputs(task, "minilm_l6")
 
 
 def test_prompts_of_other_weights_are_refused(tmp_path, weights):
     folder = folder_of(tmp_path / "e", [{"label": "a"}, {"label": "b"}], minilm_l6=unit(2, 384))
     manifest = vlm.read_json(folder / "manifest.json")
     manifest["encoders"]["minilm_l6"]["weights_sha256"] = "0" * 64
-    vlm.write_json(folder / "manifest.json", manifest)
-    task, sample = tasks_of(folder)["zeroshot"], vlm.Embeddings(SAMPLE / "embeddings")
+    write_json(folder / "manifest.json", manifest)
+    task, sample = tasks_of(folder)["zeroshot"], Embeddings(SAMPLE / "embeddings")
     with pytest.raises(vlm.BadInput, match="--weights minilm_l6=.*not the weights"):
-        evaluate.text_inputs(task, "minilm_l6", weights)
+        text_inputs(task, "minilm_l6", weights)
     with pytest.raises(vlm.BadInput, match="minilm_l6 has other weights than .*sample"):
-        evaluate.text_inputs(task, "minilm_l6", weights, run_data=sample)
+        text_inputs(task, "minilm_l6", weights, run_data=sample)
     with pytest.raises(vlm.BadInput, match="has minilm_l6 but not efflite0"):
-        evaluate.image_inputs(task, "efflite0", sample)
+        image_inputs(task, "efflite0", sample)
 
 
 # -------------------------------------------------------------------------------------------------- the standard sets
@@ -396,7 +397,7 @@ def embed(run, tmp_path):
         assert result.code == 0, result.err
         assert f"evaluate.py RUN --task {name}=embeddings/{name}" in result.out
         folder = tmp_path / "embeddings" / name
-        rows = vlm.read_jsonl(folder / "rows.jsonl")
+        rows = read_jsonl(folder / "rows.jsonl")
         assert {row["split"] for row in rows} == {"test"}
         return rows, tasks_of(folder)
 
@@ -443,7 +444,7 @@ def test_flickr_quoted_commas(files, embed, tmp_path):
     files({"captions.txt": table}, *(f"Images/{k}.jpg" for k in range(3)))
     rows, tasks = embed("flickr8k")
     assert [row["caption"] for row in rows] == ['A dog , a "cat" , and a bird .', "A plain one .", "Two"]
-    (bad,) = vlm.read_jsonl(tmp_path / "embeddings/flickr8k/quarantine.jsonl")
+    (bad,) = read_jsonl(tmp_path / "embeddings/flickr8k/quarantine.jsonl")
     assert bad["key"] == "1.jpg"
     assert "full set and NOT Karpathy's" in tasks["retrieval"].protocol
 
@@ -465,7 +466,7 @@ def test_flickr30k_tables(files, embed, run, tmp_path):
     write_csv(tmp_path / "set" / "flickr_annotations_30k.csv", records)
     result = run("embed.py", *TINY, "--data", f"flickr30k:{tmp_path / 'set'}", "--out", "e")
     assert result.code == 0, result.err
-    assert [r["caption"] for r in vlm.read_jsonl(tmp_path / "e" / "rows.jsonl")] == ["a, 1", "b 1"]
+    assert [r["caption"] for r in read_jsonl(tmp_path / "e" / "rows.jsonl")] == ["a, 1", "b 1"]
 
 
 def vqa_questions(kinds=("what", "what", "how", "how"), count=6):
@@ -590,14 +591,14 @@ def test_questions_of_your_own(run, pictures):
     write_csv(folder / "captions.csv", table)
     assert run("embed.py", *TINY, "--data", folder, "--out", "e").code == 0
     out = folder.parent / "e"
-    found = vlm.read_jsonl(out / "rows.jsonl")
+    found = read_jsonl(out / "rows.jsonl")
     assert [row["choices"] for row in found] == [["a", "b, c"]] * 3 and found[0]["caption"] == "what, then? a"
-    assert [row["key"] for row in vlm.read_jsonl(out / "quarantine.jsonl")] == ["3.webp"]
+    assert [row["key"] for row in read_jsonl(out / "quarantine.jsonl")] == ["3.webp"]
     assert tasks_of(out)["vqa"].texts == ("what, then? a", "what, then? b, c")
     found[1]["answer"] = "b, c"
-    vlm.write_jsonl(out / "rows.jsonl", found)
+    write_jsonl(out / "rows.jsonl", found)
     with pytest.raises(vlm.BadInput, match="have changed since the folder was sealed"):
-        vlm.Embeddings(out)
+        Embeddings(out)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

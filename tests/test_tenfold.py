@@ -15,6 +15,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import vlm
+from hyma.metrics import Retrieval
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_recall_in_galleries(tenfold):
     data = type("data", (), {"rows": None})
     found = []
     for k in range(4):
-        six = vlm.Retrieval(data, torch.arange(100), torch.device("cpu")).recalls(texts[k::4], images[k::4])
+        six = Retrieval(data, torch.arange(100), torch.device("cpu")).recalls(texts[k::4], images[k::4])
         found.append((six[2] + six[5]) / 2)
     galleries = [torch.arange(400)[k::4] for k in range(4)]
     assert tenfold.hits_in_ten(texts, images, galleries).mean() == pytest.approx(sum(found) / 4)

@@ -12,6 +12,10 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
+from hyma.closed_form import PICTURE_RIDGE
+from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.files import read_jsonl, write_json, write_jsonl
+from hyma.metrics import Retrieval
 from kernels import clip_loss, connector_mlp
 
 QUICK = ("--connector", "mlp0", "--epochs", "3", "--batch-size", "128", "--warmup-steps", "3", "--device", "cpu")
@@ -76,16 +80,16 @@ def test_run_folder(run, planted, tmp_path):
     assert cost["updates_per_pair"] == dict.fromkeys(config["pairs"], steps) and cost["pair_samples"] == 128 * steps * 6
     free = [(t + 1) * 1024 + 1025 * i for i in (1280, 1280, 512) for t in (384, 768)]
     assert cost["trainable_parameters"] == sum(free) and cost["peak_bytes"] > 1e6
-    metrics = vlm.read_jsonl(out / "metrics.jsonl")
+    metrics = read_jsonl(out / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2] and metrics[1]["loss"] < metrics[0]["loss"]
-    data = vlm.Embeddings(planted)
-    _, validation = vlm.split_rows(data)
+    data = Embeddings(planted)
+    _, validation = split_rows(data)
     for row in rows:  # the exported files alone give the scores of the ranking: each pair's own best
         image, _, text, state = vlm.read_connector(out / "connectors" / f"{row['image']}_mlp1_{row['text']}.pt")
-        store = vlm.RowStore(data, [image, text], torch.device("cpu"))
+        store = RowStore(data, [image, text], torch.device("cpu"))
         hidden = F.relu(F.linear(store.take(text, validation), state["0.weight"], state["0.bias"]))
         mapped = F.linear(hidden, state["2.weight"], state["2.bias"])
-        six = vlm.Retrieval(data, validation, torch.device("cpu")).recalls(mapped, store.take(image, validation))
+        six = Retrieval(data, validation, torch.device("cpu")).recalls(mapped, store.take(image, validation))
         assert (six[2] + six[5]) / 2 == pytest.approx(float(row["val_recall10"]), abs=0.01)
         best = max(sum(line["recalls"][f"{image}:{text}"][2::3]) / 2 for line in metrics)
         assert best == pytest.approx(float(row["val_recall10"]), abs=1e-5)
@@ -102,7 +106,7 @@ def test_a_pair_trains_as_it_would_alone(run, planted, tmp_path):
     whole, passes = ledger(tmp_path / "all"), ledger(tmp_path / "two")
     for key in ("flops", "updates_per_pair", "steps", "pair_samples", "trainable_parameters"):
         assert whole[key] == passes[key]
-    lines = [vlm.read_jsonl(tmp_path / out / "metrics.jsonl") for out in ("all", "two")]
+    lines = [read_jsonl(tmp_path / out / "metrics.jsonl") for out in ("all", "two")]
     assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], rel=1e-4)
     assert [line["recalls"].keys() for line in lines[0]] == [line["recalls"].keys() for line in lines[1]]
 
@@ -136,7 +140,7 @@ def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypat
     """Stopped between a checkpoint and the next step: the first look ends a rung, the second does not."""
     flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6", "--halving")  # 18 steps: looks at 4, 6, 9, 12, 18
     assert run("train_grid.py", *flags, "--out", "whole").code == 0
-    write, calls = vlm.write_jsonl, []
+    write, calls = write_jsonl, []
 
     def stop(path, rows):
         calls.append(path)
@@ -145,7 +149,7 @@ def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypat
         write(path, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vlm, "write_jsonl", stop)
+        patch.setattr("hyma.files.write_jsonl", stop)
         assert run("train_grid.py", *flags, "--out", "stopped").code == 130
     result = run("train_grid.py", "--resume", "--out", "stopped")
     assert result.code == 0 and "resumed" in result.out, result.err
@@ -194,7 +198,7 @@ def test_halving_finds_the_planted_best_for_less(run, planted, tmp_path):
     assert rows[0]["image"] == "efflite1" and updates == sorted(updates, reverse=True)
     assert sorted(updates) == [9, 9, 9, 18, 36, 72] and [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert cost["pair_samples"] == 128 * sum(updates) and len(connectors(tmp_path / "x")) == 6
-    lines = vlm.read_jsonl(tmp_path / "x" / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "x" / "metrics.jsonl")
     assert len(lines[0]["recalls"]) == 6 and len(lines[-1]["recalls"]) == 1
 
 
@@ -218,18 +222,18 @@ def test_the_budget_of_another_run(run, refused, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--pairs", "efflite1:*")
     assert run("train_grid.py", *flags, "--out", "paid", "--budget", "full").code == 0
     paid, steps = ledger(tmp_path / "paid")["flops"], ledger(tmp_path / "paid")["steps"]
-    vlm.write_json(tmp_path / "paid" / "ledger.json", ledger(tmp_path / "paid") | {"flops": paid * 0.4})
+    write_json(tmp_path / "paid" / "ledger.json", ledger(tmp_path / "paid") | {"flops": paid * 0.4})
     assert run("train_grid.py", *flags, "--out", "x", "--budget-of", "paid").code == 0
     assert abs(ledger(tmp_path / "x")["flops"] - paid * 0.4) <= paid / steps
-    assert vlm.read_jsonl(tmp_path / "x" / "metrics.jsonl")[-1]["lr"] < 1e-3  # the cosine ends with the budget
+    assert read_jsonl(tmp_path / "x" / "metrics.jsonl")[-1]["lr"] < 1e-3  # the cosine ends with the budget
     refused("train_grid.py", *flags, "--out", "y", "--budget-of", "nowhere", says="nowhere/ledger.json")
     refused("train_grid.py", *flags, "--out", "y", "--budget-of", "paid", "--halving", says="not allowed with")
 
 
 def centred(planted, image, text):
-    data = vlm.Embeddings(planted)
-    train, _ = vlm.split_rows(data)
-    store = vlm.RowStore(data, [image, text], torch.device("cpu"))
+    data = Embeddings(planted)
+    train, _ = split_rows(data)
+    store = RowStore(data, [image, text], torch.device("cpu"))
     x, y = (store.take(name, train).double() for name in (text, image))
     return x - x.mean(0), y - y.mean(0), x.mean(0), F.normalize(y.mean(0), dim=0)
 
@@ -262,7 +266,7 @@ def test_whitened_against_its_formula(run, planted, tmp_path):
     path = tmp_path / "x" / "connectors" / f"{rows[0]['image']}_mlp0_{rows[0]['text']}.pt"
     image, _, text, state = vlm.read_connector(path)
     x, y, mean, direction = centred(planted, image, text)
-    strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], vlm.PICTURE_RIDGE
+    strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], PICTURE_RIDGE
     inverses = [
         (a.T @ a + s * a.square().mean() * len(a) * torch.eye(a.shape[1])).inverse() for a, s in zip((x, y), strengths)
     ]

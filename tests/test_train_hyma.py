@@ -18,6 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import vlm
+from hyma.closed_form import PICTURE_RIDGE, Covariance, fold_rows, leading_axes, whitened
+from hyma.costs import FACTORISATIONS
+from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.files import read_jsonl
+from hyma.metrics import Retrieval, expected
+from hyma.training import draw_rows, validate
 from kernels import clip_loss, connector_mlp
 
 QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
@@ -80,7 +86,7 @@ def test_run_folder(run, planted, tmp_path):
         and ledger["flops"] > 1e9
         and ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 256
     )
-    metrics = vlm.read_jsonl(out / "metrics.jsonl")
+    metrics = read_jsonl(out / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [2, 4, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
 
     best = out / "connectors" / f"{rows[0]['image']}_mlp1_{rows[0]['text']}.pt"
@@ -89,16 +95,16 @@ def test_run_folder(run, planted, tmp_path):
         and "get_vlm_from_checkpoint('runs/x/connectors/" in result.out
     )
     assert "chance at 1 / 5 / 10: 1.1 / 5.6 / 11.1" in result.out
-    data = vlm.Embeddings(planted)
-    _, validation = vlm.split_rows(data)
+    data = Embeddings(planted)
+    _, validation = split_rows(data)
     for row in rows:  # the exported files alone give the scores of the ranking
         path = out / "connectors" / f"{row['image']}_mlp1_{row['text']}.pt"
         image, hidden, text, state = vlm.read_connector(path)
         connector = vlm.init_modality_connector(data.encoders[text].dim, [1024], data.encoders[image].dim)
         connector.load_state_dict(state)
-        store = vlm.RowStore(data, [image, text], torch.device("cpu"))
+        store = RowStore(data, [image, text], torch.device("cpu"))
         with torch.no_grad():
-            six = vlm.Retrieval(data, validation, torch.device("cpu")).recalls(
+            six = Retrieval(data, validation, torch.device("cpu")).recalls(
                 connector(store.take(text, validation)), store.take(image, validation)
             )
         assert (six[2] + six[5]) / 2 == pytest.approx(float(row["val_recall10"]), abs=0.01)
@@ -192,7 +198,7 @@ def test_lower_precision_trains_alike(run, planted, tmp_path):
             ).code
             == 0
         )
-    fp32, bf16 = (vlm.read_jsonl(tmp_path / p / "metrics.jsonl")[-1]["loss"] for p in ("fp32", "bf16"))
+    fp32, bf16 = (read_jsonl(tmp_path / p / "metrics.jsonl")[-1]["loss"] for p in ("fp32", "bf16"))
     assert bf16 == pytest.approx(fp32, rel=0.02)
 
 
@@ -205,10 +211,10 @@ def test_the_whitened_map_against_float64(script):
     a, b = x.double(), y.double()
     gram_x, gram_y = a.T @ a, b.T @ b
     gram_x += script.SHARED_RIDGE * gram_x.trace() / 24 * torch.eye(24)
-    gram_y += vlm.PICTURE_RIDGE * gram_y.trace() / 40 * torch.eye(40)
+    gram_y += PICTURE_RIDGE * gram_y.trace() / 40 * torch.eye(40)
     expected = torch.linalg.inv(gram_y) @ b.T @ a @ torch.linalg.inv(gram_x)
-    texts, pictures = script.Covariance(x + 3, script.SHARED_RIDGE), script.Covariance(y, vlm.PICTURE_RIDGE)
-    found = script.whitened(pictures.rows.T @ texts.rows, texts, pictures)
+    texts, pictures = Covariance(x + 3, script.SHARED_RIDGE), Covariance(y, PICTURE_RIDGE)
+    found = whitened(pictures.rows.T @ texts.rows, texts, pictures)
     across = F.normalize(pictures.mean.double(), dim=0)
     expected -= torch.outer(across, across) @ expected
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
@@ -219,10 +225,10 @@ def test_the_whitened_map_against_float64(script):
     torch.testing.assert_close(left_out, torch.linalg.inv(rest), rtol=1e-4, atol=1e-9)
 
     y[:, 39] = 30 * torch.randn(500) + x[:, 0]
-    pictures = script.Covariance(y, vlm.PICTURE_RIDGE)
+    pictures = Covariance(y, PICTURE_RIDGE)
     products = pictures.rows.T @ texts.rows
     ridge = texts.solve(products.T).T
-    loud = [weight[39].norm() / weight.norm() for weight in (ridge, script.whitened(products, texts, pictures))]
+    loud = [weight[39].norm() / weight.norm() for weight in (ridge, whitened(products, texts, pictures))]
     assert loud[1] < loud[0] / 3
 
 
@@ -231,15 +237,15 @@ def started(script, planted):
     """Builds a generator of some depth and starts it, on some pictures: everything that main has by then."""
 
     def start(hidden_layers, shuffled=False):
-        data, cpu = vlm.Embeddings(planted), torch.device("cpu")
+        data, cpu = Embeddings(planted), torch.device("cpu")
         images, texts = data.names("image"), data.names("text")
-        store, (rows, val_rows) = vlm.RowStore(data, images + texts, cpu), vlm.split_rows(data)
+        store, (rows, val_rows) = RowStore(data, images + texts, cpu), split_rows(data)
         for image in images if shuffled else []:
             order = torch.randperm(data.row_count, generator=torch.Generator().manual_seed(1))
             store.tensors[image] = store.tensors[image][order]
         torch.manual_seed(0)
         widths = [{name: store.dims[name] for name in names} for names in (images, texts)]
-        generator, folds = script.Factored(*widths, hidden_layers, 64), script.fold_rows(data, rows, val_rows, 0)
+        generator, folds = script.Factored(*widths, hidden_layers, 64), fold_rows(data, rows, val_rows, 0)
         judged = script.start(generator, store, folds, data, [(i, t) for i in images for t in texts])
         return data, store, rows, val_rows, generator, folds, judged
 
@@ -251,7 +257,7 @@ def test_the_start_is_a_linear_map_that_already_ranks(script, started, hidden_la
     """relu(s) - relu(-s) = s at every depth, and the planted encoder leads before any step."""
     data, store, rows, val_rows, generator, _, judged = started(hidden_layers)
     cpu, images, texts = torch.device("cpu"), data.names("image"), data.names("text")
-    retrieval, scores = vlm.Retrieval(data, val_rows, cpu), {}
+    retrieval, scores = Retrieval(data, val_rows, cpu), {}
     for image in images:
         for text in texts:
             layers = generator.predict(image, text)
@@ -279,7 +285,7 @@ def test_cross_validation_is_blind_to_the_fold_it_judges(script, started):
     first, every = len(folds[0]), {name: store.take(name, torch.cat(folds)) for name in store.dims}
     means = {name: rows.mean(0) for name, rows in every.items()}
     every = {name: rows - means[name] for name, rows in every.items()}
-    s = script.leading_axes([every[text] for text in generator.texts], generator.shared)
+    s = leading_axes([every[text] for text in generator.texts], generator.shared)
     x, s, y = (rows.double() for rows in (every["mpnet"], s - s.mean(0), every["efflite1"]))
 
     def inverse(rows, strength, without):
@@ -287,17 +293,17 @@ def test_cross_validation_is_blind_to_the_fold_it_judges(script, started):
         return torch.linalg.inv(gram + strength * gram.trace() / len(gram) * torch.eye(len(gram)))
 
     to_s = inverse(x, script.TEXT_RIDGE, x[:first]) @ x[first:].T @ s[first:]
-    weight = inverse(y, vlm.PICTURE_RIDGE, y[:0]) @ y[first:].T @ s[first:]
+    weight = inverse(y, PICTURE_RIDGE, y[:0]) @ y[first:].T @ s[first:]
     across = F.normalize(means["efflite1"].double(), dim=0)
     weight = (weight - torch.outer(across, across) @ weight) @ inverse(s, script.SHARED_RIDGE, s[:first])
-    retrieval = vlm.Retrieval(data, folds[0], torch.device("cpu"))
+    retrieval = Retrieval(data, folds[0], torch.device("cpu"))
     six = retrieval.recalls(x[:first] @ to_s @ weight.T, y[:first])
     assert found["efflite1:mpnet"][0] == pytest.approx((six[2] + six[5]) / 2, abs=0.015)
 
     data, store, rows, _, generator, folds, found = started(0, shuffled=True)
     assert sum(map(sum, found.values())) / sum(map(len, found.values())) < 1.5 * retrieval.chance[2]
-    own, seen = script.InAxes(store, generator, ["efflite1"], rows), vlm.Retrieval(data, folds[0], torch.device("cpu"))
-    six = vlm.validate(generator, own, seen, [("efflite1", "mpnet")])["efflite1:mpnet"]
+    own, seen = script.InAxes(store, generator, ["efflite1"], rows), Retrieval(data, folds[0], torch.device("cpu"))
+    six = validate(generator, own, seen, [("efflite1", "mpnet")])["efflite1:mpnet"]
     assert (six[2] + six[5]) / 2 > 3 * retrieval.chance[2]
 
 
@@ -314,21 +320,21 @@ def test_every_matrix_product_of_the_start_is_counted(script, started):
         started(1)
     heavy = {op for op in seen if re.search("mm|linalg|cholesky|triangular|qr|svd|eig|einsum", str(op))}
     norms = {torch.ops.aten.linalg_vector_norm, torch.ops.aten._linalg_check_errors}
-    assert len(heavy) >= 5 and heavy <= {*vlm.FACTORISATIONS, *flop_registry, *norms}
+    assert len(heavy) >= 5 and heavy <= {*FACTORISATIONS, *flop_registry, *norms}
 
 
 def test_folds_keep_a_pictures_captions_together(script, planted):
-    data = vlm.Embeddings(planted)
-    rows, val_rows = vlm.split_rows(data)
+    data = Embeddings(planted)
+    rows, val_rows = split_rows(data)
     data.rows = [{"image": f"picture {k // 3}"} for k in range(data.row_count)]
-    folds = script.fold_rows(data, rows, val_rows, seed=0)
+    folds = fold_rows(data, rows, val_rows, seed=0)
     assert [len(fold) for fold in folds] == pytest.approx([90, 90, 90, 540], abs=5)
     assert torch.equal(torch.cat(folds).sort().values, rows)
     pictures = [{data.rows[i]["image"] for i in fold.tolist()} for fold in folds]
     assert sum(map(len, pictures)) == len(set().union(*pictures))
-    again, other = (script.fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
+    again, other = (fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
     assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
-    assert [len(fold) for fold in script.fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]
+    assert [len(fold) for fold in fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]
 
 
 def test_what_ranks_follows_validation_as_far_as_it_is_not_noise(script):
@@ -337,7 +343,7 @@ def test_what_ranks_follows_validation_as_far_as_it_is_not_noise(script):
 
     scores, folds = [0.5, 0.41, 0.3, 0.22, 0.1], [0.4, 0.5, 0.3, 0.2, 0.1]
     exact = {f"a{k}:t": [score] * 3 for k, score in enumerate(folds)}  # folds that agree: no noise, validation alone
-    found = script.expected(recalls(scores), exact, 1.0)
+    found = expected(recalls(scores), exact, 1.0)
     assert list(found.values()) == pytest.approx(scores)
     random = torch.Generator().manual_seed(0)
     noisy = {
@@ -347,11 +353,11 @@ def test_what_ranks_follows_validation_as_far_as_it_is_not_noise(script):
     design = torch.stack([torch.ones(5, dtype=torch.float64), mean], dim=1)
     direct = torch.tensor(scores, dtype=torch.float64)
     line = design @ torch.linalg.lstsq(design, direct[:, None]).solution[:, 0]
-    found = script.expected(recalls(scores), noisy, 2.0)  # noise above the residuals: one part in 1 + 2 * 3 is kept
+    found = expected(recalls(scores), noisy, 2.0)  # noise above the residuals: one part in 1 + 2 * 3 is kept
     assert list(found.values()) == pytest.approx((line + (direct - line) / 7).tolist(), abs=1e-6)
-    tied = script.expected(recalls([1.0] * 5), noisy, 2.0)  # R@10 of ten rows: a tie, to the digit
+    tied = expected(recalls([1.0] * 5), noisy, 2.0)  # R@10 of ten rows: a tie, to the digit
     assert set(tied.values()) == {1.0}
-    assert script.expected(recalls(scores[:3]), exact, 1.0) == {} == script.expected(recalls(scores), {}, 1.0)
+    assert expected(recalls(scores[:3]), exact, 1.0) == {} == expected(recalls(scores), {}, 1.0)
 
 
 def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
@@ -414,7 +420,7 @@ def test_collapse_to_chance_is_said(run, planted, tmp_path):
         "efflite1:*",
     )
     said = "collapsed to chance" in result.out + result.err
-    scores = [m["val_recall10"] for m in vlm.read_jsonl(tmp_path / "y" / "metrics.jsonl")]
+    scores = [m["val_recall10"] for m in read_jsonl(tmp_path / "y" / "metrics.jsonl")]
     assert said == any(score < 2 * 10 / 90 < max(scores[: k + 1]) for k, score in enumerate(scores))
     assert float(ranking(tmp_path / "y")[0]["val_recall10"]) >= max(scores)
 
@@ -464,8 +470,8 @@ def test_an_added_encoder_resumes_to_the_same_bits(run, planted, tmp_path):
 
 def test_few_rows(run, refused, planted, tmp_path):
     """A smaller draw is part of a larger one, no training row becomes a validation row, few rows shrink the batch."""
-    data = vlm.Embeddings(planted)
-    whole, some, few = (vlm.split_rows(data, 3, count) for count in (None, 400, 100))
+    data = Embeddings(planted)
+    whole, some, few = (split_rows(data, 3, count) for count in (None, 400, 100))
     for part in (0, 1):
         assert set(few[part].tolist()) < set(some[part].tolist()) < set(whole[part].tolist())
     assert (len(some[0]), len(some[1]), len(few[0]), len(few[1])) == (360, 40, 90, 10)
@@ -501,17 +507,17 @@ def test_every_pair_gets_its_share(script, images, texts, each):
 def test_seeds_draw_other_rows_and_other_pairs(script):
     """Whole runs of both: torch's CPU generator looks at 32 bits of a seed alone."""
     rows, pairs = torch.arange(100), [(f"i{i}", f"t{t}") for i in range(9) for t in range(3)]
-    dealt = {tuple(torch.cat([script.draw_rows(k, seed, rows, 10) for k in range(20)]).tolist()) for seed in range(20)}
+    dealt = {tuple(torch.cat([draw_rows(k, seed, rows, 10) for k in range(20)]).tolist()) for seed in range(20)}
     drawn = {tuple(map(tuple, (script.draw_pairs(k, seed, pairs, 3) for k in range(18)))) for seed in range(20)}
     assert len(dealt) == len(drawn) == 20
 
 
 def test_rows_are_dealt_once_an_epoch(script):
     rows = torch.arange(100, 203)
-    seen = torch.cat([script.draw_rows(step, 3, rows, 10) for step in range(10)])
+    seen = torch.cat([draw_rows(step, 3, rows, 10) for step in range(10)])
     assert len(seen.unique()) == 100 and not torch.equal(seen[:10], torch.arange(100, 110))
-    assert torch.equal(script.draw_rows(14, 3, rows, 10), script.draw_rows(14, 3, rows, 10))
-    assert not torch.equal(script.draw_rows(14, 3, rows, 10), script.draw_rows(4, 3, rows, 10))
+    assert torch.equal(draw_rows(14, 3, rows, 10), draw_rows(14, 3, rows, 10))
+    assert not torch.equal(draw_rows(14, 3, rows, 10), draw_rows(4, 3, rows, 10))
 
 
 def generators(script, hidden_layers):

@@ -15,6 +15,9 @@ from conftest import ROOT, sample_captions
 from PIL import Image
 
 import vlm
+from hyma.embeddings import Embeddings, split_rows
+from hyma.files import atomic_file, lock_folder, save_tensors, write_text
+from hyma.metrics import Retrieval, rank_pairs
 from vlm import BadInput
 
 IMAGES = {e.name: e.dim for e in vlm.PAPER_ENCODERS if e.kind == "image"}
@@ -276,7 +279,7 @@ def sealed(run, pictures):
 
 
 def test_sealed_folder_and_its_faults(sealed):
-    data = vlm.Embeddings(sealed)
+    data = Embeddings(sealed)
     assert data.row_count == 40 and data.names("image") == ["a", "b"] and data.names("text") == []
     good = data.load("a").clone()  # and not mapped to the file that is about to be spoilt
     assert good.shape == (40, data.encoders["a"].dim) and good.dtype == torch.float16
@@ -296,11 +299,11 @@ def test_sealed_folder_and_its_faults(sealed):
     for fault, (tensor, says) in faults.items():
         torch.save(tensor, sealed / "a.pt")
         with pytest.raises(BadInput) as caught:
-            vlm.Embeddings(sealed).load("a")
+            Embeddings(sealed).load("a")
         assert says in str(caught.value) and "a.pt" in str(caught.value), fault
     (sealed / "a.pt").unlink()
     with pytest.raises(BadInput, match=r"a\.pt: no such file"):
-        vlm.Embeddings(sealed).load("a")
+        Embeddings(sealed).load("a")
 
 
 def test_rows_and_manifest_faults(sealed):
@@ -322,26 +325,26 @@ def test_rows_and_manifest_faults(sealed):
     for name, text, says in cases:
         (sealed / name).write_text(text)
         with pytest.raises(BadInput, match=says):
-            vlm.Embeddings(sealed)
+            Embeddings(sealed)
         (sealed / "rows.jsonl").write_text(rows)
         (sealed / "manifest.json").write_text(manifest)
     (sealed / "manifest.json").unlink()
     with pytest.raises(BadInput, match="not sealed"):
-        vlm.Embeddings(sealed)
+        Embeddings(sealed)
 
 
 def test_published_folder_without_manifest(tmp_path, capsys):
     torch.save(F.normalize(torch.randn(50, 384), dim=1), tmp_path / "vit_s16.pt")
     torch.save(F.normalize(torch.randn(50, 768), dim=1), tmp_path / "mpnet.pt")
-    data = vlm.Embeddings(tmp_path)
+    data = Embeddings(tmp_path)
     assert (data.names("image"), data.names("text"), data.row_count) == (["vit_s16"], ["mpnet"], 50)
     assert "cannot be checked" in capsys.readouterr().err
     torch.save(F.normalize(torch.randn(49, 1024), dim=1), tmp_path / "roberta.pt")
     with pytest.raises(BadInput, match="mpnet.pt has 50 rows and roberta.pt has 49"):
-        vlm.Embeddings(tmp_path)
+        Embeddings(tmp_path)
     (tmp_path / "roberta.pt").rename(tmp_path / "nobody.pt")
     with pytest.raises(BadInput, match="nobody.pt"):
-        vlm.Embeddings(tmp_path)
+        Embeddings(tmp_path)
 
 
 class Rows:
@@ -355,23 +358,23 @@ class Rows:
 
 def test_splits_keep_the_captions_of_a_picture_together():
     data = Rows([{"image": f"{k // 5}.jpg", "caption": str(k)} for k in range(500)])
-    train, validation = vlm.split_rows(data)
+    train, validation = split_rows(data)
     assert len(train) + len(validation) == 500 and len(validation) == 50
     assert not {k // 5 for k in train.tolist()} & {k // 5 for k in validation.tolist()}
-    assert torch.equal(vlm.split_rows(data)[0], train) and not torch.equal(vlm.split_rows(data, seed=1)[0], train)
+    assert torch.equal(split_rows(data)[0], train) and not torch.equal(split_rows(data, seed=1)[0], train)
     named = Rows(
         [{"image": str(k), "caption": "", "split": s} for k, s in enumerate(["train", "val", "test", "train"])]
     )
-    assert [rows.tolist() for rows in vlm.split_rows(named)] == [[0, 3], [1]]
+    assert [rows.tolist() for rows in split_rows(named)] == [[0, 3], [1]]
     with pytest.raises(BadInput, match="no val rows"):
-        vlm.split_rows(Rows([{"image": "0", "caption": "", "split": "train"}]))
+        split_rows(Rows([{"image": "0", "caption": "", "split": "train"}]))
 
 
 def test_recalls_against_brute_force():
     random = torch.Generator().manual_seed(0)
     rows = [{"image": str(k // 2), "caption": "the same" if k in (3, 8) else str(k)} for k in range(40)]
     data = Rows(rows)
-    retrieval = vlm.Retrieval(data, torch.arange(40), torch.device("cpu"))
+    retrieval = Retrieval(data, torch.arange(40), torch.device("cpu"))
     image = F.normalize(torch.randn(20, 8, generator=random), dim=1).repeat_interleave(2, 0)
     text = image + 0.7 * torch.randn(40, 8, generator=random)
     text[8] = text[3]
@@ -393,7 +396,7 @@ def test_recalls_against_brute_force():
 
 def test_a_collapsed_connector_scores_nothing():
     data = Rows([{"image": str(k), "caption": str(k)} for k in range(30)])
-    retrieval = vlm.Retrieval(data, torch.arange(30), torch.device("cpu"))
+    retrieval = Retrieval(data, torch.arange(30), torch.device("cpu"))
     assert retrieval.recalls(torch.ones(30, 4), F.normalize(torch.randn(30, 4), dim=1))[3:] == [0, 0, 0]
     assert retrieval.chance == pytest.approx([1 / 30, 5 / 30, 10 / 30])
     text = F.normalize(torch.randn(30, 4), dim=1)
@@ -402,7 +405,7 @@ def test_a_collapsed_connector_scores_nothing():
 
 def test_ranking_shows_ties():
     recalls = {"a:t": [0.1, 0.2, 0.3] * 2, "b:t": [0.2, 0.3, 0.5] * 2, "c:t": [0.1, 0.2, 0.3] * 2, "d:t": [0.0] * 6}
-    ranked = vlm.rank_pairs(recalls)
+    ranked = rank_pairs(recalls)
     assert [(row["image"], row["rank"]) for row in ranked] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
 
 
@@ -412,30 +415,30 @@ def test_ranking_shows_ties():
 def test_atomic_file_keeps_the_old_one(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(RuntimeError), vlm.atomic_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    vlm.write_text(path, "new")
+    write_text(path, "new")
     assert path.read_text() == "new" and path.stat().st_mode & 0o044
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    vlm.save_tensors({"step": 1}, path)
+    save_tensors({"step": 1}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (4096, limits[1])
     )  # no file may grow beyond: a write fails as on a full disk
     try:
         with pytest.raises(OSError, match="could not be written"):
-            vlm.save_tensors({"step": 2, "weights": torch.randn(100_000)}, path)
+            save_tensors({"step": 2, "weights": torch.randn(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert vlm.load_tensors(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_lock_keeps_a_second_process_out(tmp_path):
-    with vlm.lock_folder(tmp_path), pytest.raises(BadInput, match="another process"):
-        vlm.lock_folder(tmp_path)
-    vlm.lock_folder(tmp_path).close()
+    with lock_folder(tmp_path), pytest.raises(BadInput, match="another process"):
+        lock_folder(tmp_path)
+    lock_folder(tmp_path).close()

@@ -1,0 +1,218 @@
+"""The embedding folder: opened, checked and split; rows taken from it on a device."""
+
+import fnmatch
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import vlm
+from hyma.files import read_jsonl, sha256_file
+from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, read_json
+
+FORMAT_VERSION = 1
+
+SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
+
+
+class Embeddings:
+    """An embedding folder, opened and checked: `<encoder>.pt` files, `manifest.json`, `rows.jsonl`.
+
+    A folder without a manifest (the published form) is accepted if its files have equal row counts.
+    `rows` is a list of {key, image, caption, label?, split?}, None where unknown. `encoders`: short name -> Encoder.
+    Raises BadInput for a folder that is unsealed, or whose rows are not those it was sealed with.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise BadInput(f"{folder}: no such embedding folder; make one with: python embed.py --out {folder}")
+        if (self.folder / "manifest.json").is_file():
+            self._open_sealed()
+        elif (self.folder / "rows.jsonl").exists() or (self.folder / "manifest.partial.json").exists():
+            raise BadInput(
+                f"{folder}: is not sealed (no manifest.json); run the same embed.py command again to finish it"
+            )
+        else:
+            self._open_bare()
+
+    def _open_sealed(self):
+        where = self.folder / "manifest.json"
+        self.manifest = read_json(where)
+        if self.manifest.get("format_version") != FORMAT_VERSION:
+            raise BadInput(
+                f"{where}: format version {self.manifest.get('format_version')}; this program reads {FORMAT_VERSION}"
+            )
+        try:
+            self.encoders = {
+                name: Encoder(name, record["kind"], record["spec"], record["dim"])
+                for name, record in self.manifest["encoders"].items()
+            }
+            self.row_count, keys_sha256 = self.manifest["rows"], self.manifest["keys_sha256"]
+            for name, record in self.manifest["encoders"].items():
+                if (record["rows"], record["keys_sha256"]) != (self.row_count, keys_sha256):
+                    raise BadInput(
+                        f"{where}: {name} was embedded from other rows than the folder's; run embed.py again into a new --out"
+                    )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                f"{where}: is damaged ({error} is missing or wrong); run embed.py again into a new --out"
+            ) from None
+        self.rows = read_jsonl(self.folder / "rows.jsonl")
+        if len(self.rows) != self.row_count:
+            raise BadInput(
+                f"{self.folder}/rows.jsonl: has {len(self.rows)} rows; the manifest was sealed with {self.row_count}"
+            )
+        if hash_keys(self.rows) != keys_sha256:
+            raise BadInput(
+                f"{self.folder}/rows.jsonl: the rows or their order have changed since the folder was sealed; run embed.py again into a new --out"
+            )
+
+    def _open_bare(self):
+        files = {path.stem: EmbeddingDataset(path) for path in sorted(self.folder.glob("*.pt"))}
+        if not files:
+            raise BadInput(f"{self.folder}: holds no embeddings; make some with: python embed.py --out {self.folder}")
+        unknown = [name for name in files if name not in ENCODERS]
+        if unknown:
+            raise BadInput(
+                f"{self.folder}/{unknown[0]}.pt: without a manifest.json only registered encoders are known ({', '.join(ENCODERS)})"
+            )
+        counts = {name: len(file) for name, file in files.items()}
+        first = next(iter(counts))
+        for name, count in counts.items():
+            if count != counts[first]:
+                raise BadInput(
+                    f"{self.folder}: {first}.pt has {counts[first]} rows and {name}.pt has {count}; they are not of the same corpus"
+                )
+        print(
+            f"{self.folder}: no manifest.json; the row counts agree ({counts[first]}), the order of the rows cannot be checked",
+            file=sys.stderr,
+        )
+        self.encoders = {
+            name: ENCODERS[name]._replace(dim=ENCODERS[name].dim or file.embed_dim) for name, file in files.items()
+        }
+        self.row_count, self.rows, self.manifest = counts[first], None, None
+
+    def names(self, kind):
+        """Short names of the folder's image or text encoders, in the manifest's order."""
+        return [name for name, encoder in self.encoders.items() if encoder.kind == kind]
+
+    def load(self, name):
+        """The embeddings of one encoder, [rows, dim], as stored (memory-mapped), after checking every byte."""
+        path = self.folder / f"{name}.pt"
+        embeddings, dim = EmbeddingDataset(path).embeddings, self.encoders[name].dim
+        if tuple(embeddings.shape) != (self.row_count, dim):
+            raise BadInput(f"{path}: has shape {tuple(embeddings.shape)}; expected {(self.row_count, dim)}")
+        for start in range(0, self.row_count, 65536):
+            norms = embeddings[start : start + 65536].float().norm(dim=1)  # [rows]; NaN and Inf survive the sum
+            bad = (~(norms.isfinite() & (norms > 0))).nonzero()
+            if len(bad):
+                raise BadInput(
+                    f"{path}: row {start + bad[0].item()} is zero, NaN or infinite; run embed.py again for {name} into a new --out"
+                )
+        if self.manifest and sha256_file(path) != self.manifest["encoders"][name]["file_sha256"]:
+            raise BadInput(
+                f"{path}: differs from the file that was sealed (sha256); run embed.py again for {name} into a new --out"
+            )
+        return embeddings
+
+    def fingerprint(self, names):
+        """What a run's embeddings are recognised by later: {encoder: sha256 of its file}."""
+        if self.manifest is None:
+            return {name: sha256_file(self.folder / f"{name}.pt") for name in names}
+        return {name: self.manifest["encoders"][name]["file_sha256"] for name in names}
+
+
+class RowStore:
+    """The embeddings of several encoders, on the device if half its memory holds them, to take batches of rows from."""
+
+    def __init__(self, data, names, device):
+        tensors = {name: data.load(name) for name in names}
+        self.dims = {name: tensor.shape[1] for name, tensor in tensors.items()}
+        self.device = device
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        moved = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
+        self.tensors = {name: tensor.to(device) if moved else tensor for name, tensor in tensors.items()}
+
+    def take(self, name, rows):
+        """Unit vectors [len(rows), dim], float32, on the device."""
+        tensor = self.tensors[name]
+        return F.normalize(tensor[rows.to(tensor.device)].to(self.device).float(), dim=1)
+
+
+def hash_keys(rows) -> str:
+    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split, a question)."""
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = [str(row.get(part, "")) for part in ("key", "caption", "label", "split")]
+        parts += [row[part] for part in ("question", "answer", "choices") if part in row]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
+    """Row numbers to train on and to choose by: (train [n], validation [m]).
+
+    count: only so many rows, both kinds in proportion, drawn by the seed; a smaller draw is part of every larger one.
+
+    A `split` column decides where there is one: train, or none, is trained on; val, valid, validation, dev choose;
+    any other name (test) is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a
+    picture together, so that no validation picture is trained on.
+    """
+    splits = [row.get("split") for row in data.rows] if data.rows else [None] * data.row_count
+    if any(splits):
+        validation = [i for i, split in enumerate(splits) if split in ("val", "valid", "validation", "dev")]
+        train = [i for i, split in enumerate(splits) if split in ("train", "training", None, "")]
+        if not validation:
+            raise BadInput(
+                f"{data.folder}/rows.jsonl: the split column has no val rows to choose by; it holds {sorted(set(map(str, splits)))}"
+            )
+    else:
+        pictures = [row["image"] for row in data.rows] if data.rows else list(range(data.row_count))
+        unique = list(dict.fromkeys(pictures))
+        order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = {unique[i] for i in order[: min(most, max(1, round(fraction * len(unique))))]}
+        validation = [i for i, picture in enumerate(pictures) if picture in held_out]
+        train = [i for i, picture in enumerate(pictures) if picture not in held_out]
+    parts, share = [torch.tensor(train), torch.tensor(validation)], (count or math.inf) / (len(train) + len(validation))
+    if share < 1:
+        random = random_of("part of the rows", seed)
+        parts = [part[torch.randperm(len(part), generator=random)[: max(1, int(share * len(part)))]] for part in parts]
+    return parts[0].sort().values, parts[1].sort().values
+
+
+def choose_pairs(data: Embeddings, patterns):
+    """The (image, text) pairs that `--pairs` asks for: `all`, `vit_l16:mpnet`, wildcards like `vit_*:*`, several."""
+    pairs = [(image, text) for image in data.names("image") for text in data.names("text")]
+    if not pairs:
+        raise BadInput(
+            f"{data.folder}: holds {len(data.names('image'))} image and {len(data.names('text'))} text encoders; one of each is needed at least"
+        )
+    chosen = set()
+    for pattern in patterns:
+        pattern = "*:*" if pattern == "all" else pattern
+        matched = {pair for pair in pairs if fnmatch.fnmatchcase(":".join(pair), pattern)}
+        if not matched:
+            known = f"images {', '.join(data.names('image'))}; texts {', '.join(data.names('text'))}"
+            raise BadInput(f"--pairs {pattern}: no such pair in {data.folder}, which has {known}")
+        chosen |= matched
+    return [pair for pair in pairs if pair in chosen]
+
+
+def unique(names):
+    return list(dict.fromkeys(names))
+
+
+def random_of(*parts):
+    """A generator for just these parts. torch seeds its CPU generator with 32 bits, so they are hashed, not packed."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]))
+
+
+def read_manifest(out):
+    """The manifest in the making, else the one that seals the folder, else None."""
+    found = [out / name for name in ("manifest.partial.json", "manifest.json") if (out / name).is_file()]
+    return vlm.read_json(found[0]) if found else None
