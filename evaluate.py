@@ -28,14 +28,23 @@ import numpy as np
 from tqdm import tqdm
 
 import vlm
-from hyma.costs import FREE, ledger, times
+from hyma.costs import FREE, Cost, cost_of_runs, cost_of_selector, times, trained_by_batches
 from hyma.embeddings import Embeddings, choose_pairs, split_rows, unique
 from hyma.files import provenance, run_script
-from hyma.metrics import METRICS, Judged, chosen_pairs, draw_seeds, fidelity, resample, truth_again, truth_of
+from hyma.metrics import (
+    METRICS,
+    TaskScores,
+    best_pairs,
+    bootstrap_scores,
+    draw_seed_weights,
+    fidelity,
+    resample,
+    true_scores,
+)
 from hyma.report import Findings, choice, compose, method_rows, number, ranking_rows, teraflop, write_report
-from hyma.runs import is_full_grid, method_label, newest_run, read_run, recipe
+from hyma.runs import newest_finished_run, read_run
 from hyma.selectors import Method, run_selectors, selector_rows
-from hyma.tasks import CLIP_BENCHMARK_TASKS, HEADLINES, image_inputs, load_connector, open_tasks, score, text_inputs
+from hyma.tasks import CLIP_BENCHMARK_TASKS, HEADLINES, image_inputs, open_tasks, score, text_inputs
 from vlm import BadInput
 
 
@@ -80,7 +89,7 @@ def parse_flags():
 
 def open_embeddings(runs, flags) -> Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
-    homes, digests = [run.flags["data"] for run in runs if run.ledger], {}
+    homes, digests = [run.data for run in runs if run.ledger], {}
     if not (flags.data or homes or flags.task):
         raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
     if homes and not flags.data and not Path(homes[0]).is_dir():
@@ -88,7 +97,7 @@ def open_embeddings(runs, flags) -> Embeddings:
     data = Embeddings(flags.data or [*homes, *flags.task.values()][0])
     for run in runs:
         for name in unique(name for pair in run.ranks for name in pair):
-            digest = run.config["embeddings"].get(name)  # None of connectors alone
+            digest = run.embeddings.get(name)  # None of connectors alone
             if digest and digests.setdefault(name, digest) != digest:
                 said = f"was trained on another {name}.pt than the runs before it; compare runs of one"
                 raise BadInput(f"{run.folder}: {said}")
@@ -105,7 +114,7 @@ def group_runs(runs, pairs, oracles=()):
     Those of one label are told apart by their folders."""
 
     def kind(run):
-        return recipe(run), str(run.folder) in oracles
+        return run.recipe, str(run.folder) in oracles
 
     groups = []
     for run in runs:
@@ -115,9 +124,9 @@ def group_runs(runs, pairs, oracles=()):
                 break
         else:
             groups.append([run])
-    methods, labels = [], Counter(method_label(group[0]) for group in groups)
+    methods, labels = [], Counter(group[0].method for group in groups)
     for group in groups:
-        name = method_label(group[0])
+        name = group[0].method
         name += f" ({group[0].folder})" if labels[name] > 1 else ""
         orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)
         methods.append(Method(name, orders, group, {}))
@@ -143,7 +152,7 @@ def group_runs(runs, pairs, oracles=()):
 
 
 def score_runs(tasks, methods, pairs, data, flags, results):
-    """[Judged] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
+    """[TaskScores] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
     judged, jobs = [], [(method, run, pair) for method in methods for run in method.runs for pair in pairs]
     with tqdm(total=len(tasks) * len(jobs), desc="score", unit="connector") as progress:
         for task in tasks:
@@ -162,13 +171,14 @@ def score_runs(tasks, methods, pairs, data, flags, results):
             counted = f"{count} {'questions' if task.kind == 'vqa' else 'pictures'}"
             drawn = resample(units, flags.bootstrap, task.name)
             about = f"{task.name} {task.kind}", task.kind, task.protocol, counted, task.chance
-            judged.append(Judged(*about, scores, drawn))
+            judged.append(TaskScores(*about, scores, drawn))
     return judged
 
 
 def score_connector(task, run, image, text, data, flags):
     texts, images = text_inputs(task, text, flags.weights, flags.device, data), image_inputs(task, image, data)
-    connector = load_connector(run, image, text, data).to(flags.device)
+    dims = data.encoders[image].dim, data.encoders[text].dim
+    connector = vlm.load_connector(run.connector(image, text), *dims).to(flags.device)
     try:
         return score(task, texts, images, connector)
     except BadInput as error:
@@ -189,12 +199,12 @@ def headline_first(judged):
         for each in ([one.scores for one in leading], [one.resampled for one in leading])
     ]
     chance = sum(each.chance for each in leading) / len(leading)
-    return [Judged(f"the mean of {names}", kind, "each task's own, below", counted, chance, *means), *judged]
+    return [TaskScores(f"the mean of {names}", kind, "each task's own, below", counted, chance, *means), *judged]
 
 
 def at_chance(judged, oracle, drawn):
     """A line if the pairs together score no better than guessing."""
-    low, high = np.percentile(truth_again(judged, oracle, drawn).mean(1), [2.5, 97.5])
+    low, high = np.percentile(bootstrap_scores(judged, oracle, drawn).mean(1), [2.5, 97.5])
     if low > judged.chance:
         return []
     said = (
@@ -206,7 +216,7 @@ def at_chance(judged, oracle, drawn):
 def judge(judged, methods, oracle, drawn):
     """A row a method: every metric with its 95 % bootstrap interval over rows and seeds and its expectation under a
     random order, and, of a run, how its own connectors compare with the oracle's."""
-    truth, truths = truth_of(judged, oracle), truth_again(judged, oracle, drawn)
+    truth, truths = true_scores(judged, oracle), bootstrap_scores(judged, oracle, drawn)
     chance = fidelity(truth[None], np.zeros(len(truth)))
     top = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
     rows = []
@@ -214,7 +224,7 @@ def judge(judged, methods, oracle, drawn):
         point = [fidelity(truth[None], order) for order in method.orders]
         again = [fidelity(truths, order) for order in method.orders]
         row = {"task": judged.name, "method": method.name, "kind": "run" if method.runs else "selector"}
-        row |= {"seeds": len(method.runs), "chosen": unique(k for order in method.orders for k in chosen_pairs(order))}
+        row |= {"seeds": len(method.runs), "chosen": unique(k for order in method.orders for k in best_pairs(order))}
         for name in METRICS:
             values = (drawn[method.name] * np.stack([each[name] for each in again], axis=1)).sum(1)  # [R]
             low, high = np.percentile(values, [2.5, 97.5])
@@ -246,13 +256,13 @@ def judge(judged, methods, oracle, drawn):
 def advise(found):
     """One sentence: the pair to stitch, how sure that is, what it cost."""
     judged, oracle, primary, pairs, chosen = found.judged[0], found.oracle, found.primary, found.pairs, found.chosen
-    truth, truths = truth_of(judged, oracle), truth_again(judged, oracle, found.drawn)  # [P], [R, P]
+    truth, truths = true_scores(judged, oracle), bootstrap_scores(judged, oracle, found.drawn)  # [P], [R, P]
     best, top = truths == truths.max(1, keepdims=True), int(truth.argmax())
     low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others to the chosen
     image, text = pairs[chosen]
     by = "the choice of" if primary.trained else "the best of"
     said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), {by} {primary.name}"
-    ties = len(chosen_pairs(primary.orders.mean(0))) - 1
+    ties = len(best_pairs(primary.orders.mean(0))) - 1
     said += f" (tied with {ties} more)" if ties and primary.trained else ""
     own, seeds = judged.scores[primary.name][0, chosen], f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
     said += f": its connector scores {100 * own:.1f} % on {judged.name} ({HEADLINES[judged.kind]}); by "
@@ -268,7 +278,7 @@ def advise(found):
         said += f"; {words}: {', '.join(':'.join(pairs[k]) for k in some[:3])}{more}" if some else ""
     cost = found.costs[primary.name]
     if primary.trained:
-        said += f"; {teraflop(cost['flops'])} TFLOP in {cost['seconds']:.0f} s"
+        said += f"; {teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
     ratio = times(cost, found.costs[oracle.name], "flops_equal_batch")
     return said + (f", {ratio:.2g}x of {oracle.name} at equal batch size." if ratio and oracle is not primary else ".")
 
@@ -285,7 +295,7 @@ def print_table(found):
         cost = found.costs[row["method"]]
         regret = f"{row['regret']:6.2f} ({row['regret_low']:.2f} to {row['regret_high']:.2f})"
         five = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
-        spent = f"{teraflop(cost['flops']):>9}{number(cost['seconds'], 1):>9}"
+        spent = f"{teraflop(cost.flops):>9}{number(cost.seconds, 1):>9}"
         ratio = number(times(cost, base, "flops_equal_batch"), 3)
         print(f"{row['method']:{wide}}  {regret:21}{five}{spent}{ratio:>10}  {choice(row, found.pairs)}")
 
@@ -323,7 +333,7 @@ def choose_oracle(methods, named):
     named: the folders of --oracle. Without, the truth is a full grid, one with connectors as deep as the first run's if
     there is one, or else the first run's own.
     """
-    full = [m for m in methods if all(str(r.folder) in named if named else is_full_grid(r) for r in m.runs)]
+    full = [m for m in methods if all(str(r.folder) in named if named else r.full_grid for r in m.runs)]
     if len(full) > 1 and named:
         raise BadInput(f"--oracle {' '.join(sorted(named))}: must be seeds of one method, the same flags otherwise")
     primary = next((method for method in methods if method not in full), methods[0])
@@ -359,7 +369,7 @@ def open_all_tasks(flags, runs, data):
 
 def main():
     flags = parse_flags()
-    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_run()]
+    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_finished_run()]
     runs = [read_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
     oracles = {os.path.normpath(folder) for folder in flags.oracle}
     data = open_embeddings(runs, flags)
@@ -373,7 +383,7 @@ def main():
     oracle, primary, warnings = choose_oracle(methods, oracles)
     tasks, said = open_all_tasks(flags, runs, data)
     warnings += said
-    for name in (method.name for method in methods if method.runs[0].flags.get("from")):
+    for name in (method.name for method in methods if method.runs[0].starts_from):
         warnings.append(f"{name}: starts from another run's connectors, whose cost is not in its own")
 
     results, spectra = [], {}
@@ -384,13 +394,21 @@ def main():
         selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
         methods, warnings = methods + selectors, warnings + alike
     methods.append(Method("random order", np.zeros((1, len(pairs))), [], FREE))
-    drawn = draw_seeds(methods, flags.bootstrap)
+    drawn = draw_seed_weights(methods, flags.bootstrap)
     warnings += [line for each in judged for line in at_chance(each, oracle, drawn)]
     fidelities = [judge(each, methods, oracle, drawn) for each in judged]
     # A closed form's one step says nothing of a batch size; connectors alone have no ledger.
-    reference = next((run.ledger for run in trained if not run.flags.get("closed_form")), trained and trained[0].ledger)
-    costs = {method.name: ledger(method, data, pairs, reference) for method in methods}
-    chosen = chosen_pairs(primary.orders.mean(0) if primary.trained else truth_of(judged[0], oracle))[0]
+    reference = next((r.ledger for r in trained if trained_by_batches(r.ledger)), trained and trained[0].ledger)
+    names = unique(name for pair in pairs for name in pair)
+    costs = {}
+    for method in methods:
+        if not method.runs:
+            costs[method.name] = cost_of_selector(method.cost, data, names, len(pairs))
+        elif method.trained:
+            costs[method.name] = cost_of_runs(method.runs, data, names, reference)
+        else:
+            costs[method.name] = Cost()
+    chosen = best_pairs(primary.orders.mean(0) if primary.trained else true_scores(judged[0], oracle))[0]
     found = Findings(pairs, methods, oracle, primary, chosen, judged, drawn, fidelities, costs, spectra, warnings)
 
     sentence = advise(found)

@@ -1,4 +1,4 @@
-"""What the scripts share: encoders, the embedding folder, the connector, the stitched model, training, the run folder.
+"""The stitched model: two frozen encoders, the connector between them, and the files that hold it.
 
     from vlm import get_vlm_from_checkpoint
     vlm = get_vlm_from_checkpoint("runs/hyma/connectors/vit_l16_mlp1_mpnet.pt")
@@ -8,8 +8,10 @@
 
 A connector maps the text encoder's space to the image encoder's: C hidden layers of 1024 with ReLU, C = 0, 1 or 2
 (arXiv 2507.10015, section 3). File names, state-dict keys and the embedding files are the published ones, so
-published connectors and published embeddings work as they are. timm and sentence-transformers are imported only when
-an encoder is built: `import vlm` costs what `import torch` costs.
+published connectors and published embeddings work as they are.
+
+This file works alone: copy it beside a connector. It needs torch, and timm or sentence-transformers when an encoder
+is built; until then `import vlm` costs what `import torch` costs.
 """
 
 import hashlib
@@ -28,7 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-HIDDEN_DIM = 1024
+HIDDEN_DIM = 1024  # of every hidden layer of a connector
+MAPPED_AT_ONCE = 8192  # texts that go through a connector at a time, to bound the memory
 
 
 class BadInput(ValueError):
@@ -285,7 +288,15 @@ def init_modality_connector(input_dim, hidden_dims, output_dim, activation="relu
 
 
 def connector_name(image: str, hidden_layers: int, text: str) -> str:
+    """The file name of a pair's connector, as published."""
     return f"{image}_mlp{hidden_layers}_{text}.pt"
+
+
+def connector_keys(hidden_layers):
+    """The state-dict key of every layer, up to its last part: `` for one layer, `0.`, `2.`, `4.` for several."""
+    if hidden_layers == 0:
+        return [""]
+    return [f"{2 * layer}." for layer in range(hidden_layers + 1)]
 
 
 def read_connector(path, image_dim=None, text_dim=None):
@@ -300,23 +311,53 @@ def read_connector(path, image_dim=None, text_dim=None):
         raise BadInput(f"{path}: expected a name like vit_l16_mlp1_mpnet.pt: <image>_mlp<0|1|2>_<text>.pt")
     image, hidden_layers, text = parsed[1], int(parsed[2]), parsed[3]
     state = load_tensors(path)
-    layers = [""] if hidden_layers == 0 else [f"{2 * k}." for k in range(hidden_layers + 1)]
+
+    layers = connector_keys(hidden_layers)
     keys = [layer + part for layer in layers for part in ("weight", "bias")]
     if not isinstance(state, dict) or sorted(state) != sorted(keys):
         found = " ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise BadInput(f"{path}: expected the keys {' '.join(keys)}; found {found or 'none'}")
     if not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path}: expected tensors under the keys {' '.join(keys)}")
-    known = {name: encoder.dim for name, encoder in ENCODERS.items()}
+
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
-    text_dim = text_dim or known.get(text) or (first.shape[1] if first.dim() == 2 else 0)
-    image_dim = image_dim or known.get(image) or last.shape[0]
+    text_dim = text_dim or registered_dim(text) or (first.shape[1] if first.dim() == 2 else 0)
+    image_dim = image_dim or registered_dim(image) or last.shape[0]
     dims = [text_dim] + [HIDDEN_DIM] * hidden_layers + [image_dim]
     for layer, wide, narrow in zip(layers, dims, dims[1:]):
         for key, shape in ((layer + "weight", (narrow, wide)), (layer + "bias", (narrow,))):
             if tuple(state[key].shape) != shape:
                 raise BadInput(f"{path}: {key} has shape {tuple(state[key].shape)}; expected {shape}")
     return image, hidden_layers, text, state
+
+
+def registered_dim(name):
+    """The width of a registered encoder, or None."""
+    return ENCODERS[name].dim if name in ENCODERS else None
+
+
+def load_connector(path, image_dim=None, text_dim=None):
+    """The connector of a file, [B, D_t] -> [B, D_i], frozen, float32, on the CPU. Errors as for `read_connector`."""
+    _, hidden_layers, _, state = read_connector(path, image_dim, text_dim)
+    keys = connector_keys(hidden_layers)
+    text_dim, image_dim = state[keys[0] + "weight"].shape[1], state[keys[-1] + "weight"].shape[0]
+    connector = init_modality_connector(text_dim, [HIDDEN_DIM] * hidden_layers, image_dim)
+    connector.load_state_dict(state)
+    return connector.float().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def map_text(connector, features):
+    """Unit vectors [N, D_t] of texts through a connector: unit vectors [N, D_i] in the image encoder's space.
+
+    Raises BadInput if the connector's outputs are not finite: no comparison holds for a NaN, so nothing would seem
+    nearer to a picture than the right text.
+    """
+    mapped = [F.normalize(connector(part), dim=1) for part in features.split(MAPPED_AT_ONCE)]  # each [n, D_i]
+    mapped = torch.cat(mapped)
+    if not mapped.isfinite().all():
+        raise BadInput("the connector gives vectors that are not finite; its file is of no use")
+    return mapped
 
 
 class CustomVLM:
@@ -340,16 +381,15 @@ class CustomVLM:
 
     def load_connector_checkpoint(self, path):
         """Loads a connector file strictly, building the connector if there is none yet."""
-        dims = self.image_encoder.embed_dim, self.text_encoder.embed_dim
-        _, hidden_layers, _, state = read_connector(path, *dims)
-        connector = self.connector or init_modality_connector(dims[1], [HIDDEN_DIM] * hidden_layers, dims[0])
+        found = load_connector(path, self.image_encoder.embed_dim, self.text_encoder.embed_dim)
+        if self.connector is None:
+            self.connector = found.to(self.device)
+            return
         try:
-            connector.load_state_dict(state)
+            self.connector.load_state_dict(found.state_dict())
         except RuntimeError as error:
-            raise BadInput(
-                f"{path}: does not fit this model's connector: {str(error).splitlines()[-1].strip()}"
-            ) from None
-        self.connector = connector.to(self.device).float().eval().requires_grad_(False)
+            reason = str(error).splitlines()[-1].strip()
+            raise BadInput(f"{path}: does not fit this model's connector: {reason}") from None
 
     def encode_image(self, pixels):
         """Pixels [B, 3, H, W] to unit vectors [B, D]."""
@@ -359,9 +399,9 @@ class CustomVLM:
     def encode_text(self, sentences):
         """B sentences to unit vectors [B, D] in the image encoder's space (one sentence: [D])."""
         features = self.text_encoder.encode_text(sentences)
-        if self.connector is not None:
-            features = self.connector(features)
-        return F.normalize(features, dim=-1)
+        if self.connector is None:
+            return features
+        return map_text(self.connector, features.view(-1, features.shape[-1])).view(*features.shape[:-1], -1)
 
 
 def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None):
@@ -370,21 +410,26 @@ def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=
     The encoders are those of the file's name; encoders outside the registry are looked up in the `.json` card beside
     the file. `image_encoder` and `text_encoder` replace them, with a local folder for example.
     """
-    image, hidden_layers, text, state = read_connector(path)
-    card = Path(path).with_suffix(".json")
-    card = read_json(card) if card.is_file() else {}
-    names = {"image": image_encoder or image, "text": text_encoder or text}
-    for kind, short, given in (("image", image, image_encoder), ("text", text, text_encoder)):
-        if given is None and short not in ENCODERS:
-            if f"{kind}_encoder" not in card:
-                known = ", ".join(name for name, encoder in ENCODERS.items() if encoder.kind == kind)
-                raise BadInput(
-                    f"{path}: unknown {kind} encoder {short!r}: no card beside the file names it, and the known ones are {known}"
-                )
-            names[kind] = f"{short}={card[f'{kind}_encoder']}"
-    vlm = CustomVLM(names["image"], names["text"], device=device)
+    image, _, text, _ = read_connector(path)
+    image_encoder = image_encoder or encoder_of_connector(path, "image", image)
+    text_encoder = text_encoder or encoder_of_connector(path, "text", text)
+    vlm = CustomVLM(image_encoder, text_encoder, device=device)
     vlm.load_connector_checkpoint(path)
     return vlm
+
+
+def encoder_of_connector(path, kind, name):
+    """What `find_encoder` takes for an encoder of a connector file's name: registered, or named by the file's card."""
+    if name in ENCODERS:
+        return name
+    card = Path(path).with_suffix(".json")
+    spec = read_json(card).get(f"{kind}_encoder") if card.is_file() else None
+    if spec is None:
+        known = ", ".join(encoder.name for encoder in ENCODERS.values() if encoder.kind == kind)
+        raise BadInput(
+            f"{path}: unknown {kind} encoder {name!r}: no card beside the file names it, and the known ones are {known}"
+        )
+    return f"{name}={spec}"
 
 
 # ----------------------------------------------------------------------------------------- the embedding folder
@@ -410,10 +455,7 @@ class EmbeddingDataset(torch.utils.data.Dataset):
         return self.embeddings[index].float()
 
 
-# --------------------------------------------------------------------------------------- what both trainers need
-
-
-# ------------------------------------------------------------------------------------------ files and run folders
+# -------------------------------------------------------------------------------------------------- safe readers
 
 
 def read_json(path):

@@ -163,53 +163,75 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
     any other name (test) is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a
     picture together, so that no validation picture is trained on.
     """
-    splits = [row.get("split") for row in data.rows] if data.rows else [None] * data.row_count
+    splits = [row.get("split") for row in data.rows] if data.rows else []
     if any(splits):
-        validation = [i for i, split in enumerate(splits) if split in ("val", "valid", "validation", "dev")]
-        train = [i for i, split in enumerate(splits) if split in ("train", "training", None, "")]
-        if not validation:
-            raise BadInput(
-                f"{data.folder}/rows.jsonl: the split column has no val rows to choose by; it holds {sorted(set(map(str, splits)))}"
-            )
+        train, validation = split_by_column(data, splits)
     else:
-        pictures = [row["image"] for row in data.rows] if data.rows else list(range(data.row_count))
-        unique = list(dict.fromkeys(pictures))
-        order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = {unique[i] for i in order[: min(most, max(1, round(fraction * len(unique))))]}
-        validation = [i for i, picture in enumerate(pictures) if picture in held_out]
-        train = [i for i, picture in enumerate(pictures) if picture not in held_out]
-    parts, share = [torch.tensor(train), torch.tensor(validation)], (count or math.inf) / (len(train) + len(validation))
+        train, validation = split_by_picture(data, seed, fraction, most)
+    share = (count or math.inf) / (len(train) + len(validation))
     if share < 1:
-        random = random_of("part of the rows", seed)
-        parts = [part[torch.randperm(len(part), generator=random)[: max(1, int(share * len(part)))]] for part in parts]
-    return parts[0].sort().values, parts[1].sort().values
+        random = seeded_generator("part of the rows", seed)
+        train = draw_share(train, share, random)
+        validation = draw_share(validation, share, random)
+    return train.sort().values, validation.sort().values
+
+
+def split_by_column(data, splits):
+    """(train, validation) by the values of the split column."""
+    train = [i for i, split in enumerate(splits) if split in ("train", "training", None, "")]
+    validation = [i for i, split in enumerate(splits) if split in ("val", "valid", "validation", "dev")]
+    if not validation:
+        found = sorted(set(map(str, splits)))
+        raise BadInput(f"{data.folder}/rows.jsonl: the split column has no val rows to choose by; it holds {found}")
+    return torch.tensor(train), torch.tensor(validation)
+
+
+def split_by_picture(data, seed, fraction, most):
+    """(train, validation): `fraction` of the pictures, or `most`, with all their captions, are for validation."""
+    pictures = [row["image"] for row in data.rows] if data.rows else list(range(data.row_count))
+    different = unique(pictures)
+    count = min(most, max(1, round(fraction * len(different))))
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {different[i] for i in order[:count]}
+    train = [i for i, picture in enumerate(pictures) if picture not in held_out]
+    validation = [i for i, picture in enumerate(pictures) if picture in held_out]
+    return torch.tensor(train), torch.tensor(validation)
+
+
+def draw_share(rows, share, random):
+    """That share of the rows, one at least, drawn by the generator."""
+    order = torch.randperm(len(rows), generator=random)
+    return rows[order[: max(1, int(share * len(rows)))]]
 
 
 def choose_pairs(data: Embeddings, patterns):
     """The (image, text) pairs that `--pairs` asks for: `all`, `vit_l16:mpnet`, wildcards like `vit_*:*`, several."""
-    pairs = [(image, text) for image in data.names("image") for text in data.names("text")]
+    images, texts = data.names("image"), data.names("text")
+    pairs = [(image, text) for image in images for text in texts]
     if not pairs:
         raise BadInput(
-            f"{data.folder}: holds {len(data.names('image'))} image and {len(data.names('text'))} text encoders; one of each is needed at least"
+            f"{data.folder}: holds {len(images)} image and {len(texts)} text encoders; one of each is needed at least"
         )
     chosen = set()
     for pattern in patterns:
-        pattern = "*:*" if pattern == "all" else pattern
-        matched = {pair for pair in pairs if fnmatch.fnmatchcase(":".join(pair), pattern)}
+        wildcard = "*:*" if pattern == "all" else pattern
+        matched = {pair for pair in pairs if fnmatch.fnmatchcase(":".join(pair), wildcard)}
         if not matched:
-            known = f"images {', '.join(data.names('image'))}; texts {', '.join(data.names('text'))}"
+            known = f"images {', '.join(images)}; texts {', '.join(texts)}"
             raise BadInput(f"--pairs {pattern}: no such pair in {data.folder}, which has {known}")
         chosen |= matched
     return [pair for pair in pairs if pair in chosen]
 
 
 def unique(names):
+    """The different names, in the order in which they first stand."""
     return list(dict.fromkeys(names))
 
 
-def random_of(*parts):
+def seeded_generator(*parts):
     """A generator for just these parts. torch seeds its CPU generator with 32 bits, so they are hashed, not packed."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]))
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
 
 def read_manifest(out):

@@ -1,4 +1,4 @@
-"""Numbers that judge: retrieval ranks, ranking fidelity, bootstrap intervals, and shrinkage."""
+"""Numbers that judge connectors and choices: retrieval ranks, ranking fidelity, bootstrap intervals, shrinkage."""
 
 import math
 from typing import NamedTuple
@@ -10,33 +10,43 @@ from scipy.stats import rankdata
 
 from kernels import true_rank
 
+# --------------------------------------------------------------------------------------------------------- retrieval
+
 
 class Retrieval:
     """Recall@k of caption to picture and picture to caption, on fixed rows.
 
     A picture with several captions stands once among the pictures, a caption of several pictures once among the
     captions; any of its own counts as found. A tie counts against the match, so that constant vectors score zero.
-    `chance`: what a random order scores, for k = 1, 5, 10.
+    `chance`: what a random order scores, for k = 1, 5, 10, the mean of both directions.
     """
 
     ks = (1, 5, 10)
 
     def __init__(self, data, rows, device):
-        self.rows = rows  # [n]
-        self.first, self.place, chances = {}, {}, []
-        for part, other in (("image", "caption"), ("caption", "image")):
+        """data: the embedding folder. rows [n]: numbers of its rows. device: of the embeddings to score."""
+        self.rows = rows
+        self.place = {}  # {"image", "caption"}: [n], which picture (caption) of the candidates a row has
+        self.first = {}  # {"image", "caption"}: [candidates], the first row that has it
+        for part in ("image", "caption"):
             names = [data.rows[i][part] for i in rows.tolist()] if data.rows else rows.tolist()
-            position = {name: k for k, name in enumerate(dict.fromkeys(names))}
-            place = torch.tensor([position[name] for name in names])  # [n], which picture (caption) a row has
-            first = torch.full((len(position),), len(rows)).scatter_reduce(0, place, torch.arange(len(rows)), "amin")
-            self.first[part], self.place[part] = first.to(device), place.to(device)
-            owned = place.bincount().double()  # [queries], how many candidates are right
-            count = len(rows) if not data.rows else len({data.rows[i][other] for i in rows.tolist()})
-            missed = [torch.ones_like(owned)]
-            for k in range(max(self.ks)):  # none right among the first k + 1 of a random order of all candidates
-                missed.append(missed[-1] * ((count - owned - k) / max(1, count - k)).clamp(0, 1))
-            chances.append([1 - missed[k].mean().item() for k in self.ks])
+            place, first = number_names(names)
+            self.place[part], self.first[part] = place.to(device), first.to(device)
+        chances = [self.random_recalls(query, target) for query, target in (("image", "caption"), ("caption", "image"))]
         self.chance = [sum(pair) / 2 for pair in zip(*chances)]
+
+    def random_recalls(self, query, target):
+        """What a random order of the candidates scores, for each k.
+
+        A query with m right candidates of c misses them all in the first k with the chance of drawing k of the others,
+        prod_{j < k} (c - m - j) / (c - j).
+        """
+        right = self.place[query].cpu().bincount().double()  # [queries]
+        count = len(self.first[target])
+        missed = [torch.ones_like(right)]
+        for j in range(max(self.ks)):
+            missed.append(missed[-1] * ((count - right - j) / max(1, count - j)).clamp(0, 1))
+        return [1 - missed[k].mean().item() for k in self.ks]
 
     def ranks(self, text, image):
         """How many candidates come before a query's first right one: of each caption among the pictures [captions], of
@@ -48,16 +58,39 @@ class Retrieval:
         own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
-            place, worst = self.place[query], torch.full_like(self.first[query], len(own))
-            best = own.new_full(worst.shape, -torch.inf).scatter_reduce(0, place, own, "amax")  # [queries]
-            rows = torch.arange(len(own), device=own.device).where(own == best[place], len(own))
-            rows = worst.scatter_reduce(0, place, rows, "amin")  # [queries], where a query's nearest right one is
-            found.append(true_rank(vectors[query][rows], vectors[target][self.first[target]], self.place[target][rows]))
+            rows = self.nearest_right_rows(own, query)  # [queries]
+            candidates = vectors[target][self.first[target]]  # [candidates, D]
+            found.append(true_rank(vectors[query][rows], candidates, self.place[target][rows]))
         return found
+
+    def nearest_right_rows(self, own, query):
+        """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest."""
+        place, count = self.place[query], len(own)
+        queries = self.first[query].shape
+        best = own.new_full(queries, -torch.inf).scatter_reduce(0, place, own, "amax")  # [queries]
+        rows = torch.arange(count, device=own.device).where(own == best[place], count)  # [n]
+        return torch.full_like(self.first[query], count).scatter_reduce(0, place, rows, "amin")
 
     def recalls(self, text, image):
         """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""
-        return [(ranks < k).double().mean().item() for ranks in self.ranks(text, image) for k in self.ks]
+        recalls = []
+        for ranks in self.ranks(text, image):
+            recalls += [(ranks < k).double().mean().item() for k in self.ks]
+        return recalls
+
+
+def number_names(names):
+    """The different names, numbered as they come: (each name's number [n], the first place of each number [different])."""
+    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    place = torch.tensor([number[name] for name in names])
+    count = len(names)
+    first = torch.full((len(number),), count).scatter_reduce(0, place, torch.arange(count), "amin")
+    return place, first
+
+
+def mean_recalls(six):
+    """Six recalls, R@1, 5, 10 of text to image and of image to text, to the means of both directions (R@1, R@5, R@10)."""
+    return tuple((six[k] + six[k + 3]) / 2 for k in range(3))
 
 
 def rank_pairs(recalls, before=None):
@@ -65,53 +98,66 @@ def rank_pairs(recalls, before=None):
 
     before: {"image:text": number}, what comes before the recalls: the more the better.
     """
-    table = []
+    before = before or {}
+    table, values = [], {}
     for pair, six in recalls.items():
         image, _, text = pair.partition(":")
-        means = [round((six[k] + six[k + 3]) / 2, 6) for k in range(3)]  # of both directions
-        table.append({"image": image, "text": text} | {f"val_recall{k}": mean for k, mean in zip(Retrieval.ks, means)})
-
-    def value(row):
-        recall = row["val_recall10"], row["val_recall5"], row["val_recall1"]
-        return (before or {}).get(f"{row['image']}:{row['text']}", 0), *recall
-
-    table.sort(key=value, reverse=True)
+        recall1, recall5, recall10 = (round(mean, 6) for mean in mean_recalls(six))
+        values[image, text] = (before.get(pair, 0), recall10, recall5, recall1)
+        row = {"image": image, "text": text, "val_recall1": recall1, "val_recall5": recall5, "val_recall10": recall10}
+        table.append(row)
+    table.sort(key=lambda row: values[row["image"], row["text"]], reverse=True)
     for row in table:
-        row["rank"] = 1 + sum(value(other) > value(row) for other in table)
+        own = values[row["image"], row["text"]]
+        row["rank"] = 1 + sum(other > own for other in values.values())
     return table
 
 
-def expected(recalls, judged, scale):
-    """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a start scores on training rows that it has
-    not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika 2008).
+def expected_recall10(recalls, fold_recall10, rows_ratio):
+    """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a closed form scores on training rows that
+    it has not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika
+    2008).
 
     A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
-    adds. So validation is regressed on them over the pairs, and of a pair's residual as much is kept as is not noise.
-    recalls: {pair: six}. judged: {pair: R@10 a fold}; that folds disagree on a pair is the noise. scale: rows of a fold a
-    validation row. Empty with fewer than four pairs, or one that was not judged.
+    adds. With v_p a pair's validation R@10, x_p its mean over the K folds less the mean of all pairs, and
+    fit_p = mean(v) + x_p <x, v> / <x, x>, the regression of v on x over the P pairs:
+
+        expected_p = fit_p + kept * (v_p - fit_p)
+        kept       = 1 - rho s^2 / max(t^2, s^2 (rho + 1 / K))
+        s^2        the variance of one fold, from how much the folds disagree on a pair
+        t^2        the variance of the residuals v - fit
+        rho        rows of a fold a validation row: s^2 rho is the variance of a validation score
+
+    recalls: {pair: six}. fold_recall10: {pair: R@10 a fold}. rows_ratio: rho. Empty with fewer than four pairs, or one
+    that no fold has judged.
     """
-    if len(recalls) < 4 or not recalls.keys() <= judged.keys():
+    if len(recalls) < 4 or not recalls.keys() <= fold_recall10.keys():
         return {}
-    direct = torch.tensor([(six[2] + six[5]) / 2 for six in recalls.values()], dtype=torch.float64)  # [P]
-    folds = torch.tensor([judged[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
-    pairs, k = folds.shape
-    score = folds.mean(1) - folds.mean()
-    noise = (folds - folds.mean(0) - score[:, None]).square().sum() / ((pairs - 1) * (k - 1))  # variance of one fold's
-    fit = direct.mean() + score * (score @ direct) / score.square().sum().clamp(min=1e-12)
-    spread = (direct - fit).square().sum() / (pairs - 2)
-    kept = 1 - noise * scale / torch.maximum(spread, noise * (scale + 1 / k)).clamp(min=1e-12)
-    found = (fit + kept * (direct - fit)).tolist()
-    return {pair: round(value, 6) for pair, value in zip(recalls, found)}  # rounding errors rank nobody
+    validation = torch.tensor([mean_recalls(six)[2] for six in recalls.values()], dtype=torch.float64)  # [P]
+    folds = torch.tensor([fold_recall10[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
+    pair_count, fold_count = folds.shape
+    score = folds.mean(1) - folds.mean()  # [P]
+    disagreement = folds - folds.mean(0) - score[:, None]  # [P, K]
+    noise = disagreement.square().sum() / ((pair_count - 1) * (fold_count - 1))
+    fit = validation.mean() + score * (score @ validation) / score.square().sum().clamp(min=1e-12)  # [P]
+    spread = (validation - fit).square().sum() / (pair_count - 2)
+    least_spread = noise * (rows_ratio + 1 / fold_count)
+    kept = 1 - noise * rows_ratio / torch.maximum(spread, least_spread).clamp(min=1e-12)
+    expected = (fit + kept * (validation - fit)).tolist()
+    return {pair: round(value, 6) for pair, value in zip(recalls, expected)}  # rounding errors rank nobody
 
 
-class Judged(NamedTuple):
-    """The scores of every run's connectors on a task, or on the mean of several."""
+# --------------------------------------------------------------------------------------- true scores and their bootstrap
+
+
+class TaskScores(NamedTuple):
+    """The scores of every run's connectors on a task, or on the mean of several. S seeds, R resamples, P pairs."""
 
     name: str
-    kind: str
+    kind: str  # "retrieval", "zeroshot" or "vqa"
     protocol: str
     counted: str  # how many pictures or questions
-    chance: float
+    chance: float  # what guessing scores
     scores: dict  # method -> [S, P], 0 to 1
     resampled: dict  # method -> [S, R, P], the same resample of the task's pictures for every pair
 
@@ -119,21 +165,37 @@ class Judged(NamedTuple):
 def resample(units, times, name):
     """Means of [S, P, U] over `times` draws of U units with replacement, the same ones for all: {method: [S, R, P]}.
     They follow from the task's name, so that every report on it has the same ones."""
-    count, random = next(iter(units.values())).shape[-1], np.random.default_rng(list(name.encode()))
-    found = {name: [] for name in units}
-    for start in range(0, times, 100):
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
-        for name, values in units.items():
-            found[name].append(np.einsum("ru,spu->srp", drawn, values, optimize=True) / count)
-    return {name: np.concatenate(parts, axis=1).round(9) for name, parts in found.items()}
+    count = next(iter(units.values())).shape[-1]
+    random = np.random.default_rng(list(name.encode()))
+    parts = {method: [] for method in units}
+    for start in range(0, times, 100):  # a hundred at a time bounds the memory
+        draws = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
+        for method, values in units.items():
+            parts[method].append(np.einsum("ru,spu->srp", draws, values, optimize=True) / count)
+    return {method: np.concatenate(means, axis=1).round(9) for method, means in parts.items()}
 
 
-def draw_seeds(methods, times):
+def draw_seed_weights(methods, times):
     """{method: [R, S]}: the weights of a method's seeds in each resample, drawn with replacement."""
     random = np.random.default_rng(1)
-    counts = {method.name: max(1, len(method.runs)) for method in methods}
-    return {name: random.multinomial(s, np.full(s, 1 / s), size=times) / s for name, s in counts.items()}
+    weights = {}
+    for method in methods:
+        seeds = max(1, len(method.runs))
+        weights[method.name] = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=times) / seeds
+    return weights
 
+
+def true_scores(task, oracle):
+    """The true score of every pair [P], 0 to 1: the mean over the oracle's seeds."""
+    return task.scores[oracle.name].mean(0).round(9)
+
+
+def bootstrap_scores(task, oracle, seed_weights):
+    """Its resamples, over rows and seeds: [R, P]."""
+    return np.einsum("rs,srp->rp", seed_weights[oracle.name], task.resampled[oracle.name]).round(9)
+
+
+# -------------------------------------------------------------------------------------------------- ranking fidelity
 
 METRICS = {
     "regret": "regret, points", "top1": "top-1 hit", "recall3": "recall@3", "ndcg1": "NDCG@1", "ndcg3": "NDCG@3",
@@ -153,43 +215,52 @@ def fidelity(truth, order):
     count = truth.shape[1]
     before = (order > order[:, None]).sum(1)  # [P] how many come before a pair
     ties = (order == order[:, None]).sum(1)  # [P] how many share its place, itself included
-    first, three = (((k - before) / ties).clip(0, 1) for k in (1, 3))  # [P] chance to be among the first k
-    ranked = np.sort(truth, axis=1)[:, ::-1]
-    best, third, worst = ranked[:, :1], ranked[:, [min(3, count) - 1]], ranked[:, -1:]
+    is_first = ((1 - before) / ties).clip(0, 1)  # [P] chance to be the first
+    is_in_three = ((3 - before) / ties).clip(0, 1)  # [P] chance to be among the first three
+    ranked = np.sort(truth, axis=1)[:, ::-1]  # [R, P] best first
+    best = ranked[:, :1]
+    third = ranked[:, [min(3, count) - 1]]
     found = {
-        "regret": 100 * (best[:, 0] - truth @ first),
-        "top1": (truth == best) @ first,
-        "recall3": (truth >= third) @ three / min(3, count),
+        "regret": 100 * (best[:, 0] - truth @ is_first),
+        "top1": (truth == best) @ is_first,
+        "recall3": (truth >= third) @ is_in_three / min(3, count),
     }
     for name, k in (("ndcg1", 1), ("ndcg3", 3), ("ndcg5", 5), ("ndcg", count)):
-        discounts = np.where(np.arange(count) < k, 1 / np.log2(np.arange(count) + 2), 0)
-        expected = np.array([discounts[b : b + t].mean() for b, t in zip(before, ties)])  # [P]
-        gained, ideal = (truth - worst) @ expected, (ranked - worst) @ discounts
-        found[name] = np.where(ideal > 0, gained / np.where(ideal > 0, ideal, 1), 1.0)
-    ranks, own = rankdata(truth, axis=1) - (count + 1) / 2, rankdata(order) - (count + 1) / 2
-    found["spearman"] = ratio(ranks @ own, (ranks**2).sum(1) * (own**2).sum())
+        found[name] = ndcg(truth, ranked, before, ties, k)
+
+    ranks = rankdata(truth, axis=1) - (count + 1) / 2  # [R, P] centred
+    own = rankdata(order) - (count + 1) / 2  # [P]
+    found["spearman"] = correlation(ranks @ own, (ranks**2).sum(1) * (own**2).sum())
+    found["tau"] = kendall_tau(truth, order)
+    return found
+
+
+def ndcg(truth, ranked, before, ties, k):
+    """NDCG@k [R] of an order in which `before` [P] pairs come before a pair and `ties` [P] share its place."""
+    count = truth.shape[1]
+    discounts = np.where(np.arange(count) < k, 1 / np.log2(np.arange(count) + 2), 0)  # [P] by place
+    expected = [discounts[first : first + shared].mean() for first, shared in zip(before, ties)]
+    worst = ranked[:, -1:]
+    gained = (truth - worst) @ np.array(expected)
+    ideal = (ranked - worst) @ discounts
+    return np.where(ideal > 0, gained / np.where(ideal > 0, ideal, 1), 1.0)
+
+
+def kendall_tau(truth, order):
+    """Kendall's tau-b [R] of an order [P] with true scores [R, P]."""
     own = np.sign(order - order[:, None])  # [P, P]
     taus = []
-    for part in np.array_split(truth, math.ceil(truth.size * count / 1e7)):  # [R, P, P] a few at a time
-        signs = np.sign(part[:, None] - part[:, :, None])
-        taus.append(ratio((signs * own).sum((1, 2)), (signs**2).sum((1, 2)) * (own**2).sum()))
-    return found | {"tau": np.concatenate(taus)}
+    for part in np.array_split(truth, math.ceil(truth.size * truth.shape[1] / 1e7)):  # a few resamples at a time
+        signs = np.sign(part[:, None] - part[:, :, None])  # [R, P, P]
+        taus.append(correlation((signs * own).sum((1, 2)), (signs**2).sum((1, 2)) * (own**2).sum()))
+    return np.concatenate(taus)
 
 
-def ratio(product, squares):
+def correlation(product, squares):
+    """product / sqrt(squares), and 0 where one of the two sides does not vary."""
     return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
 
 
-def truth_of(judged, oracle):
-    """The true score of every pair [P], 0 to 1: the mean over the oracle's seeds."""
-    return judged.scores[oracle.name].mean(0).round(9)
-
-
-def truth_again(judged, oracle, drawn):
-    """Its resamples, over rows and seeds: [R, P]."""
-    return np.einsum("rs,srp->rp", drawn[oracle.name], judged.resampled[oracle.name]).round(9)
-
-
-def chosen_pairs(order):
+def best_pairs(order):
     """Numbers of the pairs tied for the first place."""
     return np.flatnonzero(order == order.max()).tolist()

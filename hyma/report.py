@@ -18,12 +18,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from scipy.stats import rankdata
 
 import vlm
-from hyma.costs import TOKENS_A_WORD, times
+from hyma.costs import times
 from hyma.embeddings import unique
 from hyma.files import atomic_file, read_jsonl, write_csv, write_json, write_text
-from hyma.metrics import METRICS, chosen_pairs, fidelity, truth_again, truth_of
+from hyma.metrics import METRICS, best_pairs, bootstrap_scores, fidelity, true_scores
 from hyma.selectors import Method
-from hyma.tasks import HEADLINES, image_inputs, load_connector, map_texts, text_inputs
+from hyma.tasks import HEADLINES, image_inputs, text_inputs
 
 # Okabe and Ito's colours, told apart by the colour-blind, with markers that survive a grey print.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -81,7 +81,7 @@ def short(name):
 
 def pair_lines(found):
     """{pair: how its line is drawn}, first drawn first: grey, and over it in colour the worst and the three truly best."""
-    order = np.argsort(-truth_of(found.judged[0], found.oracle), kind="stable").tolist()
+    order = np.argsort(-true_scores(found.judged[0], found.oracle), kind="stable").tolist()
     marked = unique([*order[:3], order[-1]])
     lines = {k: {"color": "#c4c4c4", "lw": 0.9} for k in order if k not in marked}
     for k in reversed(marked):
@@ -109,8 +109,8 @@ def heatmaps(found, judged, method, name):
     tall = 0.75 + 0.36 * len(images) + (0.075 * max(map(len, across)) if upright else 0.2)
     figure = Figure(figsize=(wide, tall), layout="constrained")
     shown = (
-        (f"oracle: {found.oracle.name}", truth, chosen_pairs(truth.round(7)), scores, "{:.1f}"),
-        (method.name, own, chosen_pairs(method.orders.mean(0)), scores, "{:.1f}"),
+        (f"oracle: {found.oracle.name}", truth, best_pairs(truth.round(7)), scores, "{:.1f}"),
+        (method.name, own, best_pairs(method.orders.mean(0)), scores, "{:.1f}"),
         ("difference", own - truth, [], change, "{:+.1f}"),
     )
     for axis, (title, values, boxed, colours, form) in zip(figure.subplots(1, 3, sharey=True), shown):
@@ -138,7 +138,7 @@ def heatmaps(found, judged, method, name):
 
 def cost_against_regret(found, judged, rows, name):
     """Regret with its interval over FLOPs, without and with those of embedding. Of connectors alone they are not known."""
-    rows = [row | found.costs[row["method"]] for row in rows if found.costs[row["method"]]["flops"] is not None]
+    rows = [row | found.costs[row["method"]]._asdict() for row in rows if found.costs[row["method"]].flops is not None]
     keys = {"search alone": "flops", "with embedding": "flops_with_embedding"}
     keys = {title: key for title, key in keys.items() if all(row[key] is not None for row in rows)}
     if not any(row["flops"] for row in rows):
@@ -173,7 +173,7 @@ def cost_against_regret(found, judged, rows, name):
 
 def rank_scatter(found, judged, name):
     """A panel a method: the rank it gives a pair over the pair's true rank."""
-    truth, count = rankdata(-truth_of(judged, found.oracle)), len(found.pairs)
+    truth, count = rankdata(-true_scores(judged, found.oracle)), len(found.pairs)
     shown, table = [method for method in found.methods if np.ptp(method.orders)], []
     if not shown:
         return None
@@ -205,7 +205,7 @@ def draw_lines(axis, rows, x, y, series, styles):
 
 def ranking_over_epochs(found, name):
     """A panel a run: the rank of every pair at each look at the validation rows. Last: regret of the leading pair."""
-    truth, names = truth_of(found.judged[0], found.oracle), [":".join(pair) for pair in found.pairs]
+    truth, names = true_scores(found.judged[0], found.oracle), [":".join(pair) for pair in found.pairs]
     looks = {m.name: read_jsonl(m.runs[0].folder / "metrics.jsonl") for m in found.methods if m.trained}
     looks = {method: each for method, each in looks.items() if len(each) > 1}  # a closed form has one
     if not looks:
@@ -288,7 +288,8 @@ def gallery(tasks, run, pairs_shown, count=6):
     for image, text in pairs_shown:
         vectors = F.normalize(image_inputs(task, image)[list(first.values())].float(), dim=1)  # [pictures, D_i]
         with torch.no_grad():
-            mapped = map_texts(text_inputs(task, text)[drawn], load_connector(run, image, text, task.data), 1)
+            connector = vlm.load_connector(run.connector(image, text))
+            mapped = vlm.map_text(connector, F.normalize(text_inputs(task, text)[drawn].float(), dim=1))
         nearest[image, text] = (mapped @ vectors.T).topk(min(5, len(pictures)), dim=1).indices.tolist()
 
     thumbnail = functools.cache(lambda picture: small_jpeg(root / picture))
@@ -421,12 +422,12 @@ def cost_table(found):
     heads += ["x oracle, with embedding", "seconds", "pair-samples", "updates a pair", "batch", "rows embedded"]
     base, lines = found.costs[found.oracle.name], []
     for name, cost in found.costs.items():
-        updates = unique(f"{cost[key]}" for key in ("updates_low", "updates_high") if cost[key] is not None)
-        line = [name, *(teraflop(cost[key]) for key in ("flops", "flops_equal_batch", "flops_equal_updates"))]
-        line += [teraflop(cost["flops_with_embedding"])]
+        updates = unique(f"{value}" for value in (cost.updates_low, cost.updates_high) if value is not None)
+        line = [name, *(teraflop(value) for value in (cost.flops, cost.flops_equal_batch, cost.flops_equal_updates))]
+        line += [teraflop(cost.flops_with_embedding)]
         line += [number(times(cost, base, key), 3) for key in ("flops_equal_batch", "flops_with_embedding")]
-        line += [number(cost["seconds"], 1), number(cost["pair_samples"], 0), " to ".join(updates) or "–"]
-        lines.append([*line, cost["batch_size"] or "–", number(cost["rows_embedded"], 0)])
+        line += [number(cost.seconds, 1), number(cost.pair_samples, 0), " to ".join(updates) or "–"]
+        lines.append([*line, cost.batch_size or "–", number(cost.rows_embedded, 0)])
     return html_table(heads, lines)
 
 
@@ -436,7 +437,7 @@ def ranking_rows(found):
     table, pairs = [], found.pairs
     ranks = {f"rank by {method.name}": rankdata(-method.orders.mean(0)) for method in found.methods}
     for each in found.judged:
-        truth, truths = 100 * truth_of(each, found.oracle), 100 * truth_again(each, found.oracle, found.drawn)
+        truth, truths = 100 * true_scores(each, found.oracle), 100 * bootstrap_scores(each, found.oracle, found.drawn)
         columns = {"true_rank": rankdata(-truth), "true_score": truth}
         columns |= dict(zip(("low", "high"), np.percentile(truths, [2.5, 97.5], axis=0))) | ranks
         columns |= {f"score of {name}": 100 * values.mean(0) for name, values in each.scores.items()}
@@ -460,7 +461,7 @@ def ranking_table(found):
 def compose(found, tasks, sentence, resamples):
     """(the report from top to bottom: HTML and plots; rows of the gallery's CSV)."""
     oracle, primary, pairs = found.oracle, found.primary, found.pairs
-    chosen, worst = pairs[found.chosen], pairs[int(truth_of(found.judged[0], oracle).argmin())]
+    chosen, worst = pairs[found.chosen], pairs[int(true_scores(found.judged[0], oracle).argmin())]
     body = ["<h1>Which pair to stitch</h1>", f"<p class=answer>{html.escape(sentence)}</p>"]
     body += [f"<p>Its connector: <code>{html.escape(str(primary.runs[0].connector(*chosen)))}</code></p>"]
     body += [f"<p class=warning>{html.escape(line)}</p>" for line in found.warnings]
@@ -498,8 +499,7 @@ READING = (
 READING_COSTS = (
     "As run; at the oracle's batch size (the share of the logits grows with the batch); and at its updates of each "
     "trained pair too. A run's cost is one seed's. Selectors train nothing, so theirs does not change. Rows embedded: rows "
-    f"times encoders. Embedding is the forward pass of those rows, captions at {TOKENS_A_WORD} tokens a word; its seconds "
-    "are not recorded. – where a cost is not known."
+    "times encoders. Embedding is the forward pass of those rows, as embed.py counted it; its seconds are not recorded. – where a cost is not known."
 )
 
 
@@ -507,7 +507,7 @@ def method_rows(found):
     """selectors.csv: a row a task and method, runs and selectors alike, with every metric and cost."""
     lines = []
     for row in (row for rows in found.fidelities for row in rows):
-        row = row | {"chosen": " ".join(":".join(found.pairs[k]) for k in row["chosen"])} | found.costs[row["method"]]
+        row = row | {"chosen": " ".join(":".join(found.pairs[k]) for k in row["chosen"])} | found.costs[row["method"]]._asdict()
         lines.append({key: round(float(v), 6) if isinstance(v, float) else v for key, v in row.items()})
     return lines
 

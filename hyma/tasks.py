@@ -294,7 +294,7 @@ def score(task, texts, images, connector) -> Score:
     block of the scores is ever held.
     """
     images = images.to(texts.device).float()  # [n, D_i]
-    mapped = map_texts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
+    mapped = map_prompts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
     right = task.right.to(texts.device) if task.right is not None else None
     if task.kind == "retrieval":
         return score_retrieval(task.retrieval, *task.retrieval.ranks(mapped, images))
@@ -313,16 +313,16 @@ def score(task, texts, images, connector) -> Score:
     return Score({"acc": hits.mean().item()}, hits.mean().item(), hits.cpu())
 
 
-def map_texts(texts, connector, templates):
-    """Unit vectors [texts / templates, D_i]: mapped, normalised, and those of a class averaged and normalised again."""
-    parts = []
+def map_prompts(texts, connector, templates):
+    """Unit vectors [texts / templates, D_i]: mapped, and those of a class averaged and normalised again.
+
+    texts [texts, D_t]: of any length, the templates of a class one after the other.
+    """
+    mapped = []
     for part in texts.split(templates * max(1, BLOCK // templates)):
-        z = F.normalize(connector(F.normalize(part.float(), dim=1)), dim=1)  # [part, D_i]
-        parts.append(F.normalize(z.unflatten(0, (-1, templates)).mean(1), dim=1))
-    mapped = torch.cat(parts)
-    if not mapped.isfinite().all():  # no comparison holds for a NaN, so that nothing would seem nearer than the match
-        raise BadInput("the connector gives vectors that are not finite; its file is of no use")
-    return mapped
+        z = vlm.map_text(connector, F.normalize(part.float(), dim=1))  # [part, D_i]
+        mapped.append(F.normalize(z.unflatten(0, (-1, templates)).mean(1), dim=1))
+    return torch.cat(mapped)
 
 
 def answered(images, choices, right, mapped):
@@ -351,12 +351,3 @@ def score_retrieval(retrieval, caption_ranks, picture_ranks):
 CLIP_BENCHMARK_TASKS = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification", "vqa": "vqa"}
 
 HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 accuracy", "vqa": "accuracy"}
-
-
-def load_connector(run, image, text, data):
-    """A pair's connector, [B, D_t] -> [B, D_i], on the CPU, from its file."""
-    dims = data.encoders[image].dim, data.encoders[text].dim
-    _, hidden_layers, _, state = vlm.read_connector(run.connector(image, text), *dims)
-    connector = vlm.init_modality_connector(dims[1], [vlm.HIDDEN_DIM] * hidden_layers, dims[0])
-    connector.load_state_dict(state)
-    return connector

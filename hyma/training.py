@@ -1,62 +1,67 @@
-"""What both trainers share: flags, schedule, batches, the loss of a step, validation."""
+"""What both trainers share: flags, the schedule, batches, the loss of a step, validation, what is printed at the end.
 
+A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free weights of
+train_grid.py. Its protocol is `Generator`, here below.
+"""
+
+import argparse
 import math
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, random_of, split_rows, unique
+from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows, unique
+from hyma.metrics import mean_recalls
+from hyma.runs import create_run, reopen_run
 from kernels import Layer, clip_loss, connector_mlp
-from vlm import BadInput
+from vlm import BadInput, read_json
 
 
-def print_ranking(table, recalls, retrieval):
-    """The rows of `rank_pairs` as a table: recalls in per cent, both directions, against chance."""
-    chance = " / ".join(f"{100 * c:.1f}" for c in retrieval.chance)
-    wide, narrow = (max(len(row[part]) for row in table) for part in ("image", "text"))
-    print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
-    more = "expected_recall10" in table[0]
-    print(f"{'':{wide + narrow + 8}}text -> image        image -> text        mean" + "  expected" * more)
-    print(f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10" + "      R@10" * more)
-    for row in table:
-        six = "".join(f"{100 * value:6.1f}" for value in recalls[f"{row['image']}:{row['text']}"])
-        six += f"{100 * row['val_recall10']:7.1f}" + (f"{100 * row['expected_recall10']:10.1f}" if more else "")
-        print(f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}{six}")
+class Generator(Protocol):
+    """What training, validation and export ask of whatever gives the connectors of pairs."""
+
+    def forward(self, features: dict[str, Tensor], pairs) -> tuple[list[Tensor], list[Layer]]:
+        """What `connector_mlp` takes for these pairs. features: {text encoder: [B, D_t]}."""
+
+    def predict(self, image: str, text: str) -> list[tuple[Tensor, Tensor]]:
+        """The pair's connector as it is exported: (weight [out, in], bias [out]) of each layer."""
+
+    def flops(self, batch_size: int, pairs) -> tuple[int, int]:
+        """Of one step of these pairs without its logits, forward and backward, 2 a multiply-add: what goes with the samples
+        (connectors), and what goes with the steps whatever the batch size (predicting the weights)."""
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
 
 
 def add_training_flags(parser, name):
     """The flags that mean the same to every trainer. Runs go to runs/<name>-... by default."""
     add = parser.add_argument
-    add(
-        "--pairs",
-        nargs="+",
-        default=["all"],
-        metavar="IMAGE:TEXT",
-        help="all, vit_l16:mpnet, wildcards, several (default: all)",
-    )
+    about = "all, vit_l16:mpnet, wildcards, several (default: all)"
+    add("--pairs", nargs="+", default=["all"], metavar="IMAGE:TEXT", help=about)
     add("--data", type=Path, help="embedding folder (default: the sample's)")
     add("--out", type=Path, help=f"run folder (default: runs/{name}-<date>-<time>)")
-    add("--resume", action="store_true", help="go on with the run in --out, or with the newest; its flags are kept")
     add(
-        "--connector",
-        choices=["mlp0", "mlp1", "mlp2"],
-        default="mlp1",
-        help="hidden layers of 1024 (default: %(default)s)",
+        "--resume",
+        action="store_true",
+        help="resume the run in --out, or the newest, with the flags it was started with",
     )
+    about = "hidden layers of 1024 (default: %(default)s)"
+    add("--connector", choices=["mlp0", "mlp1", "mlp2"], default="mlp1", help=about)
     add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
-    add("--rows", type=int, help="choose from so many rows of the folder, drawn by the seed (default: all)")
+    add("--rows", type=int, help="use only N rows of the folder, drawn by the seed (default: all)", metavar="N")
     add("--batch-size", type=int, help="rows a step (default: 512, or all there are)")
     add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
-    add(
-        "--precision",
-        choices=["fp32", "tf32", "bf16"],
-        help="of the matrix products (default: tf32 on CUDA, else fp32)",
-    )
+    about = "of the matrix products (default: tf32 on CUDA, else fp32)"
+    add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
 
 
@@ -74,8 +79,9 @@ def check_training_flags(flags, *positive):
         raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
 
 
-def settle_training_flags(flags, name, device, row_count):
-    """Puts values in the place of those flags whose default depends on data and device, so that config.json has them."""
+def resolve_training_flags(flags, name, device, row_count):
+    """A copy of the flags with values for those whose default depends on data and device, so that config.json has them."""
+    flags = argparse.Namespace(**vars(flags))
     flags.data = flags.data or SAMPLE
     flags.batch_size = flags.batch_size or max(2, min(512, row_count))
     if row_count < flags.batch_size:
@@ -83,6 +89,67 @@ def settle_training_flags(flags, name, device, row_count):
     flags.out = flags.out or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
+    return flags
+
+
+# `from` is no Python name: the namespace holds it under another than the command line and config.json.
+RECORDED_NAMES = {"from_run": "from"}
+
+
+def recorded_flags(flags):
+    """{name: value} of the flags, as config.json holds them."""
+    recorded = {}
+    for name, value in vars(flags).items():
+        if name != "resume":
+            recorded[RECORDED_NAMES.get(name, name)] = str(value) if isinstance(value, Path) else value
+    return recorded
+
+
+def parse_with_defaults(parser, recorded):
+    """The flags, with the recorded ones of another run for defaults: what is typed now shows against them."""
+    names = {recorded_name: name for name, recorded_name in RECORDED_NAMES.items()}
+    parser.set_defaults(**{names.get(name, name): value for name, value in recorded.items()})
+    flags = parser.parse_args()
+    flags.data = Path(flags.data)
+    return flags
+
+
+def parse_resumed_flags(parser, out):
+    """The flags and the configuration of the run in `out`; flags typed now may not contradict them."""
+    if not (out / "config.json").is_file():
+        raise BadInput(f"--resume: {out} holds no run (no config.json)")
+    config = read_json(out / "config.json")
+    script = Path(sys.argv[0]).name
+    if config.get("script") != script:
+        raise BadInput(f"--resume: {out} was not made by {script}")
+    if "method" not in config:
+        raise BadInput(f"--resume: {out} was started by an earlier version of {script}; start it again")
+    flags = parse_with_defaults(parser, config["flags"])
+    flags.out = out
+    now = recorded_flags(flags)
+    for name, value in config["flags"].items():
+        if name != "out" and now[name] != value:
+            raise BadInput(f"--{name.replace('_', '-')} {now[name]}: contradicts {out}, which was started with {value}")
+    return flags, config
+
+
+# Flags that do not make a run another method's: where it is, what it ran on, its seed.
+INCIDENTAL = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass"}
+
+
+def recipe_of(flags):
+    """The flags that make the method; runs that share them differ in their seed alone."""
+    recipe = {"script": Path(sys.argv[0]).name}
+    for name, value in recorded_flags(flags).items():
+        if value and name not in INCIDENTAL:
+            recipe[name] = value
+    for name in ("budget_of", "from"):
+        if recipe.get(name, "full") != "full":
+            recipe[name] = "a run"  # of several seeds' runs, each has another's
+    return recipe
+
+
+# ------------------------------------------------------------------------------------------------- data and run folder
 
 
 def open_data(flags):
@@ -101,61 +168,134 @@ def split_for_training(data, seed, count):
     return train_rows, val_rows
 
 
-def draw_rows(step, seed, rows, batch_size):
-    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
-    epoch, place = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=random_of("rows", seed, epoch))
-    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
+def open_run_folder(flags, config, identity, about, device, wait=False):
+    """Makes the run folder, or, with the configuration of an interrupted run, sees that it is still the same. Returns the
+    lock of the folder. Other arguments: see `create_run`."""
+    if config is not None:
+        return reopen_run(flags.out, config, identity, wait)
+    return create_run(flags.out, recorded_flags(flags), identity, about, device, wait)
+
+
+# ---------------------------------------------------------------------------------------------- schedule and batches
 
 
 def learning_rate(step, steps, peak, warmup_steps):
-    """Linear warm-up, then half a cosine to zero."""
+    """Linear warm-up, then half a cosine to zero: peak / 2 * (1 + cos(pi * share of the steps after the warm-up))."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def own_layers(features, pairs, weights):
-    """What `connector_mlp` takes, for pairs with weights of their own: [[(weight, bias)] per layer] per pair."""
-    texts, layers = list(features), []
-    for depth in range(len(weights[0])):
-        wiring = [(texts.index(text) if depth == 0 else p, p) for p, (_, text) in enumerate(pairs)]
-        layers.append(Layer([w[depth][0] for w in weights], [w[depth][1] for w in weights], wiring))
-    return list(features.values()), layers
+def draw_rows(step, seed, rows, batch_size):
+    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
+    epoch, place = divmod(step, len(rows) // batch_size)
+    order = torch.randperm(len(rows), generator=seeded_generator("rows", seed, epoch))
+    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
+
+
+def training_dtype(precision):
+    """The dtype of a step's matrix products."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the loss of a step
 
 
 def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
-    """Symmetric InfoNCE of each pair on a batch of rows: [P], float32."""
-    texts, images = unique(text for _, text in pairs), unique(image for image, _ in pairs)
-    inputs, layers = generator({text: store.take(text, rows).to(dtype) for text in texts}, pairs)
-    layers = [Layer([w.to(dtype) for w in ws], [b.to(dtype) for b in bs], wiring) for ws, bs, wiring in layers]
+    """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
+
+    The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
+    negatives. store: where `take(encoder, rows)` gives the rows' unit vectors.
+    """
+    texts = unique(text for _, text in pairs)
+    images = unique(image for image, _ in pairs)
+    features = {text: store.take(text, rows).to(dtype) for text in texts}  # each [B, D_t]
+    inputs, layers = generator(features, pairs)
+    layers = [cast_layer(layer, dtype) for layer in layers]
     z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p], [P, B]
     targets = [store.take(image, rows).to(dtype) for image in images]  # each [B, D_i]
-    losses, _ = clip_loss(z, targets, [images.index(image) for image, _ in pairs], logit_scale, sumsq=sumsq)
+    image_of_pair = [images.index(image) for image, _ in pairs]
+    losses, _ = clip_loss(z, targets, image_of_pair, logit_scale, sumsq=sumsq)
     return losses
+
+
+def cast_layer(layer, dtype):
+    """A layer whose weights and biases have this dtype."""
+    weights = [weight.to(dtype) for weight in layer.weights]
+    biases = [bias.to(dtype) for bias in layer.biases]
+    return Layer(weights, biases, layer.wiring)
+
+
+def separate_layers(features, pairs, connectors):
+    """What `connector_mlp` takes for pairs with weights of their own, which share nothing.
+
+    features: {text encoder: [B, D_t]}. connectors: [(weight, bias)] per layer, for each pair.
+    """
+    texts = list(features)
+    layers = []
+    for depth in range(len(connectors[0])):
+        weights = [connector[depth][0] for connector in connectors]
+        biases = [connector[depth][1] for connector in connectors]
+        if depth == 0:
+            wiring = [(texts.index(text), p) for p, (_, text) in enumerate(pairs)]
+        else:
+            wiring = [(p, p) for p in range(len(pairs))]
+        layers.append(Layer(weights, biases, wiring))
+    return list(features.values()), layers
+
+
+# --------------------------------------------------------------------------------------- validation and what is printed
 
 
 @torch.no_grad()
 def validate(generator, store, retrieval, pairs):
-    """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows."""
-    recalls = {}
+    """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows, in the pairs' order."""
+    recalls = {":".join(pair): None for pair in pairs}
     for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
         group = [pair for pair in pairs if pair[1] == text]
-        z, _ = connector_mlp(*generator({text: store.take(text, retrieval.rows)}, group))
-        for (image, _), mapped in zip(group, z.split([store.dims[image] for image, _ in group], dim=1)):
-            recalls[f"{image}:{text}"] = retrieval.recalls(mapped, store.take(image, retrieval.rows))
-    return {":".join(pair): recalls[":".join(pair)] for pair in pairs}
+        features = {text: store.take(text, retrieval.rows)}  # [n, D_t]
+        z, _ = connector_mlp(*generator(features, group))  # [n, sum D_p]
+        mapped = z.split([store.dims[image] for image, _ in group], dim=1)
+        for (image, _), texts in zip(group, mapped):
+            recalls[f"{image}:{text}"] = retrieval.recalls(texts, store.take(image, retrieval.rows))
+    return recalls
 
 
-def print_results(ranked, recalls, retrieval, made, state, best):
+def mean_recall10(recalls):
+    """{"image:text": six recalls} to the number that a run is watched by: R@10 of both directions, over the pairs."""
+    return sum(mean_recalls(six)[2] for six in recalls.values()) / len(recalls)
+
+
+def print_ranking(ranking, recalls, retrieval):
+    """The rows of `rank_pairs` as a table: recalls in per cent, both directions, against chance."""
+    chance = " / ".join(f"{100 * value:.1f}" for value in retrieval.chance)
+    wide = max(len(row["image"]) for row in ranking)
+    narrow = max(len(row["text"]) for row in ranking)
+    has_expected = "expected_recall10" in ranking[0]
+    print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
+    heading = f"{'':{wide + narrow + 8}}text -> image        image -> text        mean"
+    columns = f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10"
+    print(heading + "  expected" * has_expected)
+    print(columns + "      R@10" * has_expected)
+    for row in ranking:
+        line = f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}"
+        for value in recalls[f"{row['image']}:{row['text']}"]:
+            line += f"{100 * value:6.1f}"
+        line += f"{100 * row['val_recall10']:7.1f}"
+        if has_expected:
+            line += f"{100 * row['expected_recall10']:10.1f}"
+        print(line)
+
+
+def print_results(ranking, recalls, retrieval, made, state, best):
     """The ranking, what it cost, and the best connector, ready to load. made: a few words on how it was trained."""
-    print_ranking(ranked, recalls, retrieval)
-    if sum(row["val_recall10"] for row in ranked) < 2 * len(ranked) * retrieval.chance[2]:
+    print_ranking(ranking, recalls, retrieval)
+    if sum(row["val_recall10"] for row in ranking) < 2 * len(ranking) * retrieval.chance[2]:
         print(
             "All pairs are at chance. A lower --lr or more --epochs may help; do captions and images belong together?"
         )
-    least, most = min(state["updates"].values()), max(state["updates"].values())
-    cost = f"{state['flops'] / 1e12:.2f} TFLOP in {state['seconds']:.0f} s, {least} to {most} updates a pair"
-    print(f"{made}: {cost}")
+    updates = state["updates"].values()
+    teraflop = state["flops"] / 1e12
+    print(f"{made}: {teraflop:.2f} TFLOP in {state['seconds']:.0f} s, {min(updates)} to {max(updates)} updates a pair")
     print(f"\nbest connector: {best}")
     print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(best)!r})")

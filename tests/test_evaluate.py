@@ -25,7 +25,7 @@ import vlm
 from hyma.costs import PICTURE_GFLOP, TOKEN_GFLOP, embedding_flops, flop_counter, run_costs
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, sha256_file, write_json
-from hyma.metrics import Judged, Retrieval, draw_seeds, fidelity, resample
+from hyma.metrics import Retrieval, TaskScores, draw_seed_weights, fidelity, resample
 from hyma.runs import read_run
 from hyma.selectors import (
     Method,
@@ -112,9 +112,9 @@ def test_intervals_are_over_seeds_too():
     values = np.array([[[1.0] * 50, [0.0] * 50], [[0.0] * 50, [0.5] * 50]])  # [2 seeds, 2 pairs, 50 rows]
     orders = np.array([[1.0, 0.0], [0.0, 1.0]])
     oracle = Method("oracle", orders, [None, None], {})
-    judged = Judged("t", "", "", "", 0.0, {"oracle": values.mean(-1)}, resample({"oracle": values}, 400, ""))
+    judged = TaskScores("t", "", "", "", 0.0, {"oracle": values.mean(-1)}, resample({"oracle": values}, 400, ""))
     second = Method("second", orders[1:], [], {})
-    row, other = evaluate.judge(judged, [oracle, second], oracle, draw_seeds([oracle, second], 400))
+    row, other = evaluate.judge(judged, [oracle, second], oracle, draw_seed_weights([oracle, second], 400))
     assert row["regret"] == pytest.approx(12.5)  # truth 0.5 and 0.25; one seed chooses each
     # A seed drawn twice chooses rightly by its own truth, but not one who always takes the second pair.
     assert (row["regret_low"], row["regret_high"]) == (0, 12.5) and row["regret_random"] == pytest.approx(12.5)
@@ -551,7 +551,7 @@ def test_costs_beside_a_closed_form_are_at_a_trained_runs_batch(run, runs, tmp_p
 def test_retrieval_leads_and_the_others_stand_beside_it():
     """Labels make two tasks; neither weighs in the headline, and the sentence is about retrieval."""
     judged = [
-        Judged(f"{name} {kind}", kind, "", "9 pictures", 0.1, {"m": np.full((1, 2), value)}, {"m": np.ones((1, 3, 2))})
+        TaskScores(f"{name} {kind}", kind, "", "9 pictures", 0.1, {"m": np.full((1, 2), value)}, {"m": np.ones((1, 3, 2))})
         for name, kind, value in (
             ("a", "zeroshot", 0.1),
             ("a", "retrieval", 0.2),
