@@ -1,4 +1,10 @@
-"""The embedding folder: opened, checked and split; rows taken from it on a device."""
+"""The embedding folder: opened, checked and split; rows taken from it on a device.
+
+embeddings/<dataset>/<encoder>.pt        one tensor [rows, dim] of unit vectors, in row order: the published format
+                     rows.jsonl          what each row is: key, image, caption, and label, split, question if any
+                     quarantine.jsonl    rows that could not be used, with the reason
+                     manifest.json       seals the folder: row count, hash of the rows, sha256 of each file
+"""
 
 import fnmatch
 import hashlib
@@ -15,8 +21,8 @@ from hyma.files import read_jsonl, sha256_file
 from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, read_json
 
 FORMAT_VERSION = 1
-
 SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
+MAKE_AGAIN = "run embed.py again into a new --out"
 
 
 class Embeddings:
@@ -41,61 +47,53 @@ class Embeddings:
             self._open_bare()
 
     def _open_sealed(self):
-        where = self.folder / "manifest.json"
-        self.manifest = read_json(where)
-        if self.manifest.get("format_version") != FORMAT_VERSION:
-            raise BadInput(
-                f"{where}: format version {self.manifest.get('format_version')}; this program reads {FORMAT_VERSION}"
-            )
+        path = self.folder / "manifest.json"
+        self.manifest = read_json(path)
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BadInput(f"{path}: format version {version}; this program reads {FORMAT_VERSION}")
         try:
-            self.encoders = {
-                name: Encoder(name, record["kind"], record["spec"], record["dim"])
-                for name, record in self.manifest["encoders"].items()
-            }
             self.row_count, keys_sha256 = self.manifest["rows"], self.manifest["keys_sha256"]
+            self.encoders = {}
             for name, record in self.manifest["encoders"].items():
+                self.encoders[name] = Encoder(name, record["kind"], record["spec"], record["dim"])
                 if (record["rows"], record["keys_sha256"]) != (self.row_count, keys_sha256):
-                    raise BadInput(
-                        f"{where}: {name} was embedded from other rows than the folder's; run embed.py again into a new --out"
-                    )
+                    raise BadInput(f"{path}: {name} was embedded from other rows than the folder's; {MAKE_AGAIN}")
         except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(
-                f"{where}: is damaged ({error} is missing or wrong); run embed.py again into a new --out"
-            ) from None
-        self.rows = read_jsonl(self.folder / "rows.jsonl")
+            raise BadInput(f"{path}: is damaged ({error} is missing or wrong); {MAKE_AGAIN}") from None
+        path = self.folder / "rows.jsonl"
+        self.rows = read_jsonl(path)
         if len(self.rows) != self.row_count:
-            raise BadInput(
-                f"{self.folder}/rows.jsonl: has {len(self.rows)} rows; the manifest was sealed with {self.row_count}"
-            )
+            raise BadInput(f"{path}: has {len(self.rows)} rows; the manifest was sealed with {self.row_count}")
         if hash_keys(self.rows) != keys_sha256:
-            raise BadInput(
-                f"{self.folder}/rows.jsonl: the rows or their order have changed since the folder was sealed; run embed.py again into a new --out"
-            )
+            raise BadInput(f"{path}: the rows or their order have changed since the folder was sealed; {MAKE_AGAIN}")
 
     def _open_bare(self):
         files = {path.stem: EmbeddingDataset(path) for path in sorted(self.folder.glob("*.pt"))}
         if not files:
             raise BadInput(f"{self.folder}: holds no embeddings; make some with: python embed.py --out {self.folder}")
-        unknown = [name for name in files if name not in ENCODERS]
-        if unknown:
-            raise BadInput(
-                f"{self.folder}/{unknown[0]}.pt: without a manifest.json only registered encoders are known ({', '.join(ENCODERS)})"
-            )
-        counts = {name: len(file) for name, file in files.items()}
-        first = next(iter(counts))
-        for name, count in counts.items():
-            if count != counts[first]:
+        self.encoders = {}
+        first = next(iter(files))
+        self.row_count = len(files[first])
+        for name, file in files.items():
+            if name not in ENCODERS:
+                known = ", ".join(ENCODERS)
                 raise BadInput(
-                    f"{self.folder}: {first}.pt has {counts[first]} rows and {name}.pt has {count}; they are not of the same corpus"
+                    f"{self.folder}/{name}.pt: without a manifest.json only registered encoders are known ({known})"
+                )
+            self.encoders[name] = ENCODERS[name]._replace(dim=ENCODERS[name].dim or file.embed_dim)
+        for name, file in files.items():
+            if len(file) != self.row_count:
+                raise BadInput(
+                    f"{self.folder}: {first}.pt has {self.row_count} rows and {name}.pt has {len(file)}; they are not of "
+                    "the same corpus"
                 )
         print(
-            f"{self.folder}: no manifest.json; the row counts agree ({counts[first]}), the order of the rows cannot be checked",
+            f"{self.folder}: no manifest.json; the row counts agree ({self.row_count}), the order of the rows cannot be "
+            "checked",
             file=sys.stderr,
         )
-        self.encoders = {
-            name: ENCODERS[name]._replace(dim=ENCODERS[name].dim or file.embed_dim) for name, file in files.items()
-        }
-        self.row_count, self.rows, self.manifest = counts[first], None, None
+        self.rows, self.manifest = None, None
 
     def names(self, kind):
         """Short names of the folder's image or text encoders, in the manifest's order."""
@@ -104,20 +102,18 @@ class Embeddings:
     def load(self, name):
         """The embeddings of one encoder, [rows, dim], as stored (memory-mapped), after checking every byte."""
         path = self.folder / f"{name}.pt"
-        embeddings, dim = EmbeddingDataset(path).embeddings, self.encoders[name].dim
-        if tuple(embeddings.shape) != (self.row_count, dim):
-            raise BadInput(f"{path}: has shape {tuple(embeddings.shape)}; expected {(self.row_count, dim)}")
+        embeddings = EmbeddingDataset(path).embeddings
+        expected = (self.row_count, self.encoders[name].dim)
+        if tuple(embeddings.shape) != expected:
+            raise BadInput(f"{path}: has shape {tuple(embeddings.shape)}; expected {expected}")
         for start in range(0, self.row_count, 65536):
             norms = embeddings[start : start + 65536].float().norm(dim=1)  # [rows]; NaN and Inf survive the sum
             bad = (~(norms.isfinite() & (norms > 0))).nonzero()
             if len(bad):
-                raise BadInput(
-                    f"{path}: row {start + bad[0].item()} is zero, NaN or infinite; run embed.py again for {name} into a new --out"
-                )
+                row = start + bad[0].item()
+                raise BadInput(f"{path}: row {row} is zero, NaN or infinite; {MAKE_AGAIN}")
         if self.manifest and sha256_file(path) != self.manifest["encoders"][name]["file_sha256"]:
-            raise BadInput(
-                f"{path}: differs from the file that was sealed (sha256); run embed.py again for {name} into a new --out"
-            )
+            raise BadInput(f"{path}: differs from the file that was sealed (sha256); {MAKE_AGAIN}")
         return embeddings
 
     def fingerprint(self, names):

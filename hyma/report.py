@@ -507,7 +507,11 @@ def method_rows(found):
     """selectors.csv: a row a task and method, runs and selectors alike, with every metric and cost."""
     lines = []
     for row in (row for rows in found.fidelities for row in rows):
-        row = row | {"chosen": " ".join(":".join(found.pairs[k]) for k in row["chosen"])} | found.costs[row["method"]]._asdict()
+        row = (
+            row
+            | {"chosen": " ".join(":".join(found.pairs[k]) for k in row["chosen"])}
+            | found.costs[row["method"]]._asdict()
+        )
         lines.append({key: round(float(v), 6) if isinstance(v, float) else v for key, v in row.items()})
     return lines
 
