@@ -1,16 +1,16 @@
-"""Which encoder pair to stitch, how sure that is, what it cost: runs and selectors judged by their own connectors.
+"""Which encoder pair to stitch, how certain that is, what the search cost: runs and selectors, scored by connectors.
 
     python evaluate.py                                             # the newest run, on its data's test rows
     python evaluate.py runs/hyma runs/halving runs/grid-s0 runs/grid-s1        # the full grid's runs are the oracle
     python evaluate.py runs/hyma --oracle runs/grid-s* --task coco=embeddings/coco --task in1k=embeddings/in1k
     python evaluate.py --demo                                      # makes runs of every kind on the sample first
 
-It knows connectors and embeddings only: RUN may be a folder of connectors alone, as published, with --task. The true
-score of a pair on a task is what the oracle's connector scores there, the mean over the oracle's seeds. Every way of
-choosing a pair (a run's ranking.csv, which no test row has seen, or a selector that trains nothing) is judged by what its
-choice loses against the best: regret, in points. Retrieval leads the report, as connectors are trained for it; other
-tasks follow. Writes report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv, and each
-figure as PNG and CSV.
+It needs connectors and embeddings only: RUN may be a folder of connectors alone, as published, with --task. The true
+score of a pair on a task is the score of the oracle's connector, the mean over the oracle's seeds. Every way of choosing
+a pair (a run's ranking.csv, which no test row has seen, or a selector that trains nothing) is measured by its regret: the
+true score of the best pair minus that of the pair chosen, in points. Retrieval leads the report, as connectors are trained
+for it; other tasks follow. Writes report/: report.html with every figure inside, results.json, ranking.csv, selectors.csv,
+and each figure as PNG and CSV.
 
 Pictures and captions of a task come from an embedding folder: `embed.py` makes one of your own data or of a standard
 set. Prompts come from its prompts/, or the text encoder adds them there once.
@@ -41,18 +41,30 @@ from hyma.metrics import (
     resample,
     true_scores,
 )
-from hyma.report import Findings, choice, compose, method_rows, number, ranking_rows, teraflop, write_report
+from hyma.records import (
+    Estimate,
+    EvaluationResult,
+    MethodResult,
+    OwnConnectors,
+    make_gallery,
+    method_rows,
+    pair_name,
+    write_records,
+)
+from hyma.report import describe_choice, draw_report, number, teraflop
 from hyma.runs import newest_finished_run, read_run
-from hyma.selectors import Method, run_selectors, selector_rows
-from hyma.tasks import CLIP_BENCHMARK_TASKS, HEADLINES, image_inputs, open_tasks, score, text_inputs
+from hyma.selectors import SelectionMethod, run_selectors, selector_rows
+from hyma.tasks import KINDS, image_inputs, open_tasks, score, text_inputs
 from vlm import BadInput
+
+# ------------------------------------------------------------------------------------------------------------ flags
 
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    about = "runs whose connectors are the truth, a seed each (default: full grids among RUN)"
+    about = "runs whose connectors have the true scores, a seed each (default: full grids among RUN)"
     add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help=about)
     about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
     add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
@@ -61,7 +73,7 @@ def parse_flags():
     add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
     add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
     add("--bootstrap", type=int, default=1000, help="resamples behind every interval (default: %(default)s)")
-    about = "training rows that selectors see; 0: no selectors (default: %(default)s)"
+    about = "training rows that selectors use; 0: no selectors (default: %(default)s)"
     add("--selector-rows", type=int, default=2000, help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add("--demo", action="store_true", help="make runs/demo-* on the sample, those not there yet, and report on them")
@@ -70,237 +82,28 @@ def parse_flags():
         raise BadInput(f"--bootstrap {flags.bootstrap}: one resample is the least; 1000 gives steady intervals")
     if flags.selector_rows and flags.selector_rows < 50:
         raise BadInput(f"--selector-rows {flags.selector_rows}: 50 rows are the least; 0 leaves the selectors out")
-    for name in ("task", "weights"):
-        items = [item.partition("=") for item in getattr(flags, name)]
-        for key, equals, value in items:
-            if not (key and equals and value):
-                raise BadInput(f"--{name} {key}: expected NAME={'FOLDER' if name == 'task' else 'PATH'}")
-        if len({key for key, _, _ in items}) < len(items):
-            raise BadInput(f"--{name}: a name is given twice")
-        setattr(flags, name, {key: value for key, _, value in items})
+    flags.task = named_paths("--task", flags.task, "FOLDER")
+    flags.weights = named_paths("--weights", flags.weights, "PATH")
     if flags.demo and (flags.runs or flags.oracle or flags.task or flags.data):
         raise BadInput("--demo: makes its own runs on the sample; RUN, --oracle, --task and --data do not go with it")
     flags.device = vlm.pick_device(flags.device)
     return flags
 
 
-# ----------------------------------------------------------------------------------------------------------- runs
+def named_paths(flag, items, value):
+    """{name: path} of a flag's NAME=PATH items. value: what the path is called in the flag's help."""
+    paths = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise BadInput(f"{flag} {name}: expected NAME={value}")
+        if name in paths:
+            raise BadInput(f"{flag}: a name is given twice")
+        paths[name] = path
+    return paths
 
 
-def open_embeddings(runs, flags) -> Embeddings:
-    """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
-    homes, digests = [run.data for run in runs if run.ledger], {}
-    if not (flags.data or homes or flags.task):
-        raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
-    if homes and not flags.data and not Path(homes[0]).is_dir():
-        raise BadInput(f"{homes[0]}: no such folder from here; say where the runs' embeddings are: --data FOLDER")
-    data = Embeddings(flags.data or [*homes, *flags.task.values()][0])
-    for run in runs:
-        for name in unique(name for pair in run.ranks for name in pair):
-            digest = run.embeddings.get(name)  # None of connectors alone
-            if digest and digests.setdefault(name, digest) != digest:
-                said = f"was trained on another {name}.pt than the runs before it; compare runs of one"
-                raise BadInput(f"{run.folder}: {said}")
-            if name not in data.encoders:
-                raise BadInput(f"{data.folder}: has no {name}, which {run.folder} is for; name the folder: --data")
-            if digest and data.fingerprint([name])[name] != digest:
-                said = f"is not what {run.folder} was trained on (sha256); train again"
-                raise BadInput(f"{data.folder}/{name}.pt: {said}")
-    return data
-
-
-def group_runs(runs, pairs, oracles=()):
-    """Methods of the runs: those that differ only in their seed are one, but for a seed of --oracle and one beside it.
-    Those of one label are told apart by their folders."""
-
-    def kind(run):
-        return run.recipe, str(run.folder) in oracles
-
-    groups = []
-    for run in runs:
-        for group in groups:
-            if kind(group[0]) == kind(run) and run.seed not in {other.seed for other in group}:
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    methods, labels = [], Counter(group[0].method for group in groups)
-    for group in groups:
-        name = group[0].method
-        name += f" ({group[0].folder})" if labels[name] > 1 else ""
-        orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)
-        methods.append(Method(name, orders, group, {}))
-    return methods
-
-
-# ---------------------------------------------------------------------------------------------------------- tasks
-
-
-# ------------------------------------------------------------------------------------------- a task's embeddings
-
-
-# --------------------------------------------------------------------------------------------------------- scores
-
-
-# ------------------------------------------------------------------------------------- selectors that train nothing
-
-
-# Each takes features, {encoder: [n, D], centred}, and pairs, and gives {pair: score}.
-
-
-# ------------------------------------------------------------------------------------------- truth and its bootstrap
-
-
-def score_runs(tasks, methods, pairs, data, flags, results):
-    """[TaskScores] of every task. Appends a record with CLIP_benchmark's keys to `results` for each connector."""
-    judged, jobs = [], [(method, run, pair) for method in methods for run in method.runs for pair in pairs]
-    with tqdm(total=len(tasks) * len(jobs), desc="score", unit="connector") as progress:
-        for task in tasks:
-            units = {method.name: [] for method in methods}
-            for method, run, (image, text) in jobs:
-                scored = score_connector(task, run, image, text, data, flags)
-                units[method.name].append(scored.units.double().numpy())
-                record = {"dataset": task.name, "model": run.connector(image, text).stem}
-                record |= {"pretrained": str(run.folder), "task": CLIP_BENCHMARK_TASKS[task.kind]}
-                record |= {"metrics": scored.metrics, "image": image, "text": text, "method": method.name}
-                results.append(record | {"seed": run.seed, "protocol": task.protocol})
-                progress.update()
-            count = len(scored.units)
-            units = {name: np.stack(each).reshape(-1, len(pairs), count) for name, each in units.items()}  # [S, P, U]
-            scores = {name: values.mean(-1).round(9) for name, values in units.items()}
-            counted = f"{count} {'questions' if task.kind == 'vqa' else 'pictures'}"
-            drawn = resample(units, flags.bootstrap, task.name)
-            about = f"{task.name} {task.kind}", task.kind, task.protocol, counted, task.chance
-            judged.append(TaskScores(*about, scores, drawn))
-    return judged
-
-
-def score_connector(task, run, image, text, data, flags):
-    texts, images = text_inputs(task, text, flags.weights, flags.device, data), image_inputs(task, image, data)
-    dims = data.encoders[image].dim, data.encoders[text].dim
-    connector = vlm.load_connector(run.connector(image, text), *dims).to(flags.device)
-    try:
-        return score(task, texts, images, connector)
-    except BadInput as error:
-        raise BadInput(f"{run.connector(image, text)}: {error}") from None
-
-
-def headline_first(judged):
-    """The tasks, those of the headline before the others: retrieval, which connectors are trained for, or else zeroshot,
-    or vqa. Several of that kind are led by their mean; labels that also make questions never weigh twice."""
-    kind = next(kind for kind in HEADLINES if any(each.kind == kind for each in judged))
-    judged = sorted(judged, key=lambda each: each.kind != kind)
-    leading = [each for each in judged if each.kind == kind]
-    if len(leading) == 1:
-        return judged
-    names, counted = (" and ".join(unique(words)) for words in zip(*((one.name, one.counted) for one in leading)))
-    means = [
-        {name: np.mean([values[name] for values in each], axis=0).round(9) for name in each[0]}
-        for each in ([one.scores for one in leading], [one.resampled for one in leading])
-    ]
-    chance = sum(each.chance for each in leading) / len(leading)
-    return [TaskScores(f"the mean of {names}", kind, "each task's own, below", counted, chance, *means), *judged]
-
-
-def at_chance(judged, oracle, drawn):
-    """A line if the pairs together score no better than guessing."""
-    low, high = np.percentile(bootstrap_scores(judged, oracle, drawn).mean(1), [2.5, 97.5])
-    if low > judged.chance:
-        return []
-    said = (
-        f"{judged.name}: the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {judged.chance:.1%}"
-    )
-    return [f"{said}; do captions and pictures belong together?"]
-
-
-def judge(judged, methods, oracle, drawn):
-    """A row a method: every metric with its 95 % bootstrap interval over rows and seeds and its expectation under a
-    random order, and, of a run, how its own connectors compare with the oracle's."""
-    truth, truths = true_scores(judged, oracle), bootstrap_scores(judged, oracle, drawn)
-    chance = fidelity(truth[None], np.zeros(len(truth)))
-    top = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
-    rows = []
-    for method in methods:
-        point = [fidelity(truth[None], order) for order in method.orders]
-        again = [fidelity(truths, order) for order in method.orders]
-        row = {"task": judged.name, "method": method.name, "kind": "run" if method.runs else "selector"}
-        row |= {"seeds": len(method.runs), "chosen": unique(k for order in method.orders for k in best_pairs(order))}
-        for name in METRICS:
-            values = (drawn[method.name] * np.stack([each[name] for each in again], axis=1)).sum(1)  # [R]
-            low, high = np.percentile(values, [2.5, 97.5])
-            row |= {name: np.mean([each[name][0] for each in point]), f"{name}_low": low, f"{name}_high": high}
-            row[f"{name}_random"] = chance[name][0]
-        row |= dict.fromkeys(("own_score", "gap_all", "gap_top_third"))
-        if method.runs:
-            own = judged.scores[method.name]  # [S, P]
-            gap = 100 * (own.mean(0) - truth)
-            first = method.orders == method.orders.max(1, keepdims=True)  # ties for the first place share it
-            row["own_score"] = 100 * (own * first / first.sum(1, keepdims=True)).sum(1).mean()
-            row |= {"gap_all": gap.mean(), "gap_top_third": gap[top].mean()}
-        rows.append(row)
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------------- the ledger
-
-
-# ------------------------------------------------------------------------------------------------------- the figures
-
-
-# ------------------------------------------------------------------------------------------------------- the gallery
-
-
-# -------------------------------------------------------------------------------------------------------- the report
-
-
-def advise(found):
-    """One sentence: the pair to stitch, how sure that is, what it cost."""
-    judged, oracle, primary, pairs, chosen = found.judged[0], found.oracle, found.primary, found.pairs, found.chosen
-    truth, truths = true_scores(judged, oracle), bootstrap_scores(judged, oracle, found.drawn)  # [P], [R, P]
-    best, top = truths == truths.max(1, keepdims=True), int(truth.argmax())
-    low, high = np.percentile(truths - truths[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others to the chosen
-    image, text = pairs[chosen]
-    by = "the choice of" if primary.trained else "the best of"
-    said = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers}), {by} {primary.name}"
-    ties = len(best_pairs(primary.orders.mean(0))) - 1
-    said += f" (tied with {ties} more)" if ties and primary.trained else ""
-    own, seeds = judged.scores[primary.name][0, chosen], f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
-    said += f": its connector scores {100 * own:.1f} % on {judged.name} ({HEADLINES[judged.kind]}); by "
-    said += f"the connectors of {oracle.name}{seeds}, " if oracle is not primary else "its own connectors, "
-    sure = 100 * (best[:, chosen] / best.sum(1)).mean()
-    said += f"the pair is the best of {len(pairs)} in {sure:.0f} % of resamples of {judged.counted}"
-    if truth[chosen] < truth[top]:
-        said += f", {100 * (truth[top] - truth[chosen]):.1f} points below {':'.join(pairs[top])}"
-    order = [k for k in np.argsort(-truth, kind="stable") if k != chosen]
-    better, alike = [k for k in order if low[k] > 0], [k for k in order if low[k] <= 0 <= high[k]]
-    for words, some in (("clearly better", better), ("within noise", alike)):
-        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-        said += f"; {words}: {', '.join(':'.join(pairs[k]) for k in some[:3])}{more}" if some else ""
-    cost = found.costs[primary.name]
-    if primary.trained:
-        said += f"; {teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
-    ratio = times(cost, found.costs[oracle.name], "flops_equal_batch")
-    return said + (f", {ratio:.2g}x of {oracle.name} at equal batch size." if ratio and oracle is not primary else ".")
-
-
-def print_table(found):
-    """A line a method, as the trainers print their rankings."""
-    wide, base = max(len(method.name) for method in found.methods), found.costs[found.oracle.name]
-    heads = "regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
-    print(
-        f"\n{found.judged[0].name}, {found.judged[0].counted}; truth: {found.oracle.name}, seeds: {len(found.oracle.runs)}"
-    )
-    print(f"{'':{wide}}  {heads}")
-    for row in found.fidelities[0]:
-        cost = found.costs[row["method"]]
-        regret = f"{row['regret']:6.2f} ({row['regret_low']:.2f} to {row['regret_high']:.2f})"
-        five = f"{row['top1']:7.2f}{row['recall3']:6.2f}{row['ndcg3']:8.2f}{row['spearman']:10.2f}{row['tau']:7.2f}"
-        spent = f"{teraflop(cost.flops):>9}{number(cost.seconds, 1):>9}"
-        ratio = number(times(cost, base, "flops_equal_batch"), 3)
-        print(f"{row['method']:{wide}}  {regret:21}{five}{spent}{ratio:>10}  {choice(row, found.pairs)}")
-
-
-# -------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------------- runs
 
 DEMO = {
     "demo-hyma": ["train_hyma.py", "--pairs", "all"],
@@ -311,94 +114,287 @@ DEMO = {
 
 
 def run_demo(device):
-    """The demo's run folders on the sample; those that are finished already are taken as they are."""
+    """The demo's run folders on the sample; finished ones are used as they are, others are made or resumed."""
     folders = []
     for name, (script, *arguments) in DEMO.items():
         out = Path("runs") / name
-        made = [out.with_name(f"{name}-s{seed}") for seed in (0, 1)] if name == "demo-grid" else [out]
-        if not all((folder / "ledger.json").is_file() for folder in made):
-            started = any((folder / "config.json").is_file() for folder in made)
-            command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
-            command += ["--resume"] if started else [*arguments, "--device", str(device)]
-            print(f"demo: {script} {' '.join(command[2:])}", flush=True)
-            if code := subprocess.run(command).returncode:
-                raise BadInput(f"--demo: {script} ended with status {code}; what it said is above")
+        made = [out.with_name(f"{name}-s{seed}") for seed in (0, 1)] if "--seeds" in arguments else [out]
         folders += made
+        if all((folder / "ledger.json").is_file() for folder in made):
+            continue
+        is_begun = any((folder / "config.json").is_file() for folder in made)
+        command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
+        command += ["--resume"] if is_begun else [*arguments, "--device", str(device)]
+        print(f"demo: {script} {' '.join(command[2:])}", flush=True)
+        code = subprocess.run(command).returncode
+        if code:
+            raise BadInput(f"--demo: {script} ended with status {code}; its message is above")
     return folders
 
 
-def choose_oracle(methods, named):
-    """(the method whose connectors are the truth, the method that is advised by, lines of warning).
+def open_embeddings(runs, flags) -> Embeddings:
+    """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
+    trained_on = [run.data for run in runs if run.ledger]
+    if not (flags.data or trained_on or flags.task):
+        raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
+    if trained_on and not flags.data and not Path(trained_on[0]).is_dir():
+        raise BadInput(f"{trained_on[0]}: no such folder from here; say where the runs' embeddings are: --data FOLDER")
+    candidates = [*trained_on, *flags.task.values()]
+    data = Embeddings(flags.data or candidates[0])
+    digests = {}  # encoder -> sha256 of its file, by the first run that has it
+    for run in runs:
+        for name in unique(name for pair in run.ranks for name in pair):
+            digest = run.embeddings.get(name)  # None of connectors alone
+            if digest and digests.setdefault(name, digest) != digest:
+                message = f"was trained on another {name}.pt than the runs before it; compare runs of one"
+                raise BadInput(f"{run.folder}: {message}")
+            if name not in data.encoders:
+                raise BadInput(f"{data.folder}: has no {name}, which {run.folder} is for; name the folder: --data")
+            if digest and data.fingerprint([name])[name] != digest:
+                message = f"is not what {run.folder} was trained on (sha256); train again"
+                raise BadInput(f"{data.folder}/{name}.pt: {message}")
+    return data
 
-    named: the folders of --oracle. Without, the truth is a full grid, one with connectors as deep as the first run's if
-    there is one, or else the first run's own.
+
+def compared_pairs(data, runs, oracle_folders):
+    """The pairs of the first run that is no oracle. Raises BadInput if another run lacks one."""
+    first = next((run for run in runs if str(run.folder) not in oracle_folders), runs[0])
+    pairs = [pair for pair in choose_pairs(data, ["all"]) if pair in first.ranks]
+    for run in runs:
+        missing = [pair_name(pair) for pair in pairs if pair not in run.ranks]
+        if missing:
+            message = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
+            raise BadInput(f"{message}; compare runs of the same pairs")
+    return pairs
+
+
+def group_runs(runs, pairs, oracle_folders=()):
+    """The runs as [SelectionMethod]: runs that differ only in their seed are one method.
+
+    A seed that is named as the oracle and one beside it are two methods. Methods of the same label have their folders in
+    their names.
     """
-    full = [m for m in methods if all(str(r.folder) in named if named else r.full_grid for r in m.runs)]
-    if len(full) > 1 and named:
-        raise BadInput(f"--oracle {' '.join(sorted(named))}: must be seeds of one method, the same flags otherwise")
-    primary = next((method for method in methods if method not in full), methods[0])
-    if full:
-        alike = [method for method in full if method.runs[0].hidden_layers == primary.runs[0].hidden_layers]
-        return (alike or full)[0], primary, []
-    if not primary.trained:
-        return (
-            primary,
-            primary,
-            [f"{primary.name}: nothing ranks them but the rows that judge them: their best leans upwards"],
+    groups = []
+    for run in runs:
+        group = next((group for group in groups if is_other_seed(run, group, oracle_folders)), None)
+        if group:
+            group.append(run)
+        else:
+            groups.append([run])
+    labels = Counter(group[0].method for group in groups)
+    methods = []
+    for group in groups:
+        first = group[0]
+        name = f"{first.method} ({first.folder})" if labels[first.method] > 1 else first.method
+        orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)  # [S, P]
+        methods.append(SelectionMethod(name, orders, group, {}))
+    return methods
+
+
+def is_other_seed(run, group, oracle_folders):
+    """Whether a run is another seed of the method of these runs."""
+    same_recipe = run.recipe == group[0].recipe
+    same_role = (str(run.folder) in oracle_folders) == (str(group[0].folder) in oracle_folders)
+    return same_recipe and same_role and run.seed not in [other.seed for other in group]
+
+
+def choose_oracle(methods, oracle_folders):
+    """(the method whose connectors have the true scores, the method whose choice is the answer, lines of warning).
+
+    oracle_folders: those of --oracle. Without them the oracle is a full grid, one with connectors as deep as the first
+    run's if there is one; without a full grid it is the first run itself.
+    """
+    if oracle_folders:
+        oracles = [method for method in methods if all(str(run.folder) in oracle_folders for run in method.runs)]
+    else:
+        oracles = [method for method in methods if all(run.full_grid for run in method.runs)]
+    if len(oracles) > 1 and oracle_folders:
+        folders = " ".join(sorted(oracle_folders))
+        raise BadInput(f"--oracle {folders}: must be seeds of one method, the same flags otherwise")
+    primary = next((method for method in methods if method not in oracles), methods[0])
+    if oracles:
+        depth = primary.runs[0].hidden_layers
+        as_deep = [method for method in oracles if method.runs[0].hidden_layers == depth]
+        return (as_deep or oracles)[0], primary, []
+    if primary.trained:
+        warning = (
+            f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
+            "runs of train_grid.py with its whole budget, or name others with --oracle"
         )
-    said = f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
-    return primary, primary, [said + "runs of train_grid.py with its whole budget, or name others with --oracle"]
+    else:
+        warning = f"{primary.name}: only the evaluated rows rank these connectors, so the best one's score is too high"
+    return primary, primary, [warning]
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 
 def open_all_tasks(flags, runs, data):
-    """(the tasks, lines of warning). Of the folder that the runs were trained on, only rows that none was trained on."""
-    tasks, warnings, seeds = [], [], sorted({run.seed for run in runs if run.ledger})
+    """([Task], lines of warning). Of the folder that the runs were trained on, only rows that none was trained on."""
+    seeds = sorted({run.seed for run in runs if run.ledger})
+    splits = [row.get("split") for row in data.rows or []]
+    tasks, warnings = [], []
     for name, folder in (flags.task or {None: data.folder}).items():
-        own = seeds and os.path.realpath(folder) == os.path.realpath(data.folder)
-        if own and not any(row.get("split") == "test" for row in data.rows or []):
-            if len(seeds) > 1 and not any(row.get("split") for row in data.rows or []):
-                said = f"has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
-                raise BadInput(f"{data.folder}: {said}; name another --task, or give runs of one seed")
-            said = (
-                "has no test split: the validation rows that chose the connectors also judge them; name another --task"
+        is_own = seeds and os.path.realpath(folder) == os.path.realpath(data.folder)
+        if is_own and "test" not in splits:
+            if len(seeds) > 1 and not any(splits):
+                message = f"has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
+                raise BadInput(f"{data.folder}: {message}; name another --task, or give runs of one seed")
+            warnings.append(
+                f"{data.folder} has no test split: the validation rows that chose the connectors also judge them; "
+                "name another --task"
             )
-            warnings.append(f"{data.folder} {said}")
-        tasks += open_tasks(name, folder, flags, seeds[0] if own else None)
+        tasks += open_tasks(name, folder, flags, seeds[0] if is_own else None)
     return tasks, warnings
 
 
-def main():
-    flags = parse_flags()
-    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_finished_run()]
-    runs = [read_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
-    oracles = {os.path.normpath(folder) for folder in flags.oracle}
-    data = open_embeddings(runs, flags)
-    first = next((run for run in runs if str(run.folder) not in oracles), runs[0])
-    pairs = [pair for pair in choose_pairs(data, ["all"]) if pair in first.ranks]
-    for run in runs:
-        if missing := [":".join(pair) for pair in pairs if pair not in run.ranks]:
-            said = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
-            raise BadInput(f"{said}; compare runs of the same pairs")
-    methods = group_runs(runs, pairs, oracles)
-    oracle, primary, warnings = choose_oracle(methods, oracles)
-    tasks, said = open_all_tasks(flags, runs, data)
-    warnings += said
-    for name in (method.name for method in methods if method.runs[0].starts_from):
-        warnings.append(f"{name}: starts from another run's connectors, whose cost is not in its own")
+# ----------------------------------------------------------------------------------------------------------- scores
 
-    results, spectra = [], {}
-    judged = headline_first(score_runs(tasks, methods, pairs, data, flags, results))
-    trained = [run for method in (oracle, *methods) for run in method.runs if run.ledger]
-    if flags.selector_rows and trained:
-        rows = selector_rows(data, split_rows(data, trained[0].seed)[0], flags.selector_rows)
-        selectors, spectra, alike = run_selectors(data, pairs, rows, flags.device)
-        methods, warnings = methods + selectors, warnings + alike
-    methods.append(Method("random order", np.zeros((1, len(pairs))), [], FREE))
-    drawn = draw_seed_weights(methods, flags.bootstrap)
-    warnings += [line for each in judged for line in at_chance(each, oracle, drawn)]
-    fidelities = [judge(each, methods, oracle, drawn) for each in judged]
-    # A closed form's one step says nothing of a batch size; connectors alone have no ledger.
-    reference = next((r.ledger for r in trained if trained_by_batches(r.ledger)), trained and trained[0].ledger)
+
+def score_runs(tasks, methods, pairs, data, flags):
+    """([TaskScores] of the tasks, a record with CLIP_benchmark's keys for each connector on each task)."""
+    runs = [(method, run) for method in methods for run in method.runs]
+    task_scores, records = [], []
+    with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
+        for task in tasks:
+            kind = KINDS[task.kind]
+            units = {method.name: [] for method in methods}  # method -> [[P, U] a seed]
+            for method, run in runs:
+                units_of_run = []
+                for image, text in pairs:
+                    result = score_connector(task, run, image, text, data, flags)
+                    units_of_run.append(result.units.double().numpy())
+                    record = {
+                        "dataset": task.name,
+                        "model": run.connector(image, text).stem,
+                        "pretrained": str(run.folder),
+                        "task": kind.benchmark_name,
+                        "metrics": result.metrics,
+                        "image": image,
+                        "text": text,
+                        "method": method.name,
+                        "seed": run.seed,
+                        "protocol": task.protocol,
+                    }
+                    records.append(record)
+                    progress.update()
+                units[method.name].append(units_of_run)
+            task_scores.append(summarise(task, kind, units, flags.bootstrap))
+    return task_scores, records
+
+
+def score_connector(task, run, image, text, data, flags):
+    """The Score of a run's connector of a pair. Raises BadInput that names the connector if its outputs are unusable."""
+    texts = text_inputs(task, text, flags.weights, flags.device, data)
+    images = image_inputs(task, image, data)
+    path = run.connector(image, text)
+    connector = vlm.load_connector(path, data.encoders[image].dim, data.encoders[text].dim).to(flags.device)
+    try:
+        return score(task, texts, images, connector)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def summarise(task, kind, units, resamples):
+    """The TaskScores of a task. units: {method: [S, P, U]}, whose mean over U is a score."""
+    units = {method: np.array(values) for method, values in units.items()}
+    scores = {method: values.mean(-1).round(9) for method, values in units.items()}
+    count = next(iter(units.values())).shape[-1]
+    return TaskScores(
+        name=f"{task.name} {task.kind}",
+        kind=task.kind,
+        protocol=task.protocol,
+        counted=f"{count} {kind.units}",
+        chance=task.chance,
+        scores=scores,
+        resampled=resample(units, resamples, task.name),
+    )
+
+
+def headline_first(task_scores):
+    """The TaskScores, those of the headline's kind first: retrieval, which connectors are trained for, or else zeroshot,
+    or vqa. Several of that kind are led by their mean; other kinds have no weight in it, so that labels, which make two
+    tasks, never count twice."""
+    kind = next(kind for kind in KINDS if any(task.kind == kind for task in task_scores))
+    leading = [task for task in task_scores if task.kind == kind]
+    others = [task for task in task_scores if task.kind != kind]
+    if len(leading) == 1:
+        return leading + others
+    mean = TaskScores(
+        name=f"the mean of {' and '.join(unique(task.name for task in leading))}",
+        kind=kind,
+        protocol="each task's own, below",
+        counted=" and ".join(unique(task.counted for task in leading)),
+        chance=sum(task.chance for task in leading) / len(leading),
+        scores=mean_by_method([task.scores for task in leading]),
+        resampled=mean_by_method([task.resampled for task in leading]),
+    )
+    return [mean, *leading, *others]
+
+
+def mean_by_method(arrays):
+    """{method: mean of its arrays}. arrays: [{method: array}], a task each."""
+    return {method: np.mean([each[method] for each in arrays], axis=0).round(9) for method in arrays[0]}
+
+
+def warn_at_chance(task, oracle, seed_weights):
+    """A line of warning if the mean score of all pairs is no better than guessing, else none."""
+    means = bootstrap_scores(task, oracle, seed_weights).mean(1)  # [R]
+    low, high = np.percentile(means, [2.5, 97.5])
+    if low > task.chance:
+        return []
+    message = f"the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {task.chance:.1%}"
+    return [f"{task.name}: {message}; do captions and pictures belong together?"]
+
+
+def evaluate_methods(task, methods, oracle, seed_weights):
+    """[MethodResult]: how well each method's order finds the truly best pairs of a task, and, of a run, how its own
+    connectors compare with the oracle's.
+
+    task: TaskScores. seed_weights: {method: [R, S]}. A metric is the mean over the method's seeds; its 95 % interval is
+    over resamples of the task's rows and of the seeds of oracle and method.
+    """
+    truth = true_scores(task, oracle)  # [P]
+    resampled = bootstrap_scores(task, oracle, seed_weights)  # [R, P]
+    of_random_order = fidelity(truth[None], np.zeros(len(truth)))
+    results = []
+    for method in methods:
+        of_truth = [fidelity(truth[None], order) for order in method.orders]
+        of_resamples = [fidelity(resampled, order) for order in method.orders]
+        estimates = {}
+        for metric in METRICS:
+            by_seed = np.stack([each[metric] for each in of_resamples], axis=1)  # [R, S]
+            low, high = np.percentile((seed_weights[method.name] * by_seed).sum(1), [2.5, 97.5])
+            value = np.mean([each[metric][0] for each in of_truth])
+            estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
+        result = MethodResult(
+            task=task.name,
+            method=method.name,
+            kind="run" if method.runs else "selector",
+            seeds=len(method.runs),
+            chosen=unique(k for order in method.orders for k in best_pairs(order)),
+            fidelity=estimates,
+            own=compare_connectors(task.scores[method.name], method.orders, truth) if method.runs else OwnConnectors(),
+        )
+        results.append(result)
+    return results
+
+
+def compare_connectors(scores, orders, truth):
+    """The OwnConnectors of a run. scores, orders: [S, P]. truth: [P]."""
+    gap = scores.mean(0) - truth  # [P]
+    best_third = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
+    first = orders == orders.max(1, keepdims=True)  # [S, P]; ties for the first place share it
+    of_choice = (scores * first / first.sum(1, keepdims=True)).sum(1)  # [S]
+    return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
+
+
+def costs_of(methods, oracle, pairs, data):
+    """{method: Cost}, compared at the batch size and updates of the oracle, or else of the first run that has them."""
+    ledgers = [run.ledger for method in (oracle, *methods) for run in method.runs if run.ledger]
+    # A closed form's one step is no batch size.
+    by_batches = [ledger for ledger in ledgers if trained_by_batches(ledger)]
+    reference = next(iter(by_batches or ledgers), None)
     names = unique(name for pair in pairs for name in pair)
     costs = {}
     for method in methods:
@@ -408,22 +404,176 @@ def main():
             costs[method.name] = cost_of_runs(method.runs, data, names, reference)
         else:
             costs[method.name] = Cost()
-    chosen = best_pairs(primary.orders.mean(0) if primary.trained else true_scores(judged[0], oracle))[0]
-    found = Findings(pairs, methods, oracle, primary, chosen, judged, drawn, fidelities, costs, spectra, warnings)
+    return costs
 
-    sentence = advise(found)
-    body, shown = compose(found, tasks, sentence, flags.bootstrap)
-    lines = method_rows(found)
-    about = {"answer": sentence, "warnings": warnings, "oracle": oracle.name, "results": results, "methods": lines}
-    about |= {"runs": {str(run.folder): run.config for run in runs}, "made": provenance(flags.device)}
-    tables = {"ranking.csv": ranking_rows(found), "selectors.csv": lines, "gallery.csv": shown}
-    write_report(flags.out, f"Stitch {':'.join(pairs[chosen])}", body, tables, about)
 
-    print_table(found)
+# ---------------------------------------------------------------------------------------------------------- printed
+
+
+def print_table(result):
+    """A line a method, as the trainers print their rankings."""
+    task, oracle = result.tasks[0], result.oracle
+    base = result.costs[oracle.name]
+    wide = max(len(method.name) for method in result.methods)
+    heads = "regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
+    print(f"\n{task.name}, {task.counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
+    print(f"{'':{wide}}  {heads}")
+    for each in result.method_results[0]:
+        cost, regret = result.costs[each.method], each.fidelity["regret"]
+        interval = f"{regret.value:6.2f} ({regret.low:.2f} to {regret.high:.2f})"
+        top1, recall3, ndcg3, spearman, tau = (
+            each.fidelity[metric].value for metric in ("top1", "recall3", "ndcg3", "spearman", "tau")
+        )
+        metrics = f"{top1:7.2f}{recall3:6.2f}{ndcg3:8.2f}{spearman:10.2f}{tau:7.2f}"
+        ratio = number(times(cost, base, "flops_equal_batch"), 3)
+        spent = f"{teraflop(cost.flops):>9}{number(cost.seconds, 1):>9}{ratio:>10}"
+        choice = describe_choice([pair_name(result.pairs[k]) for k in each.chosen], each.seeds)
+        print(f"{each.method:{wide}}  {interval:21}{metrics}{spent}  {choice}")
+
+
+def answer(result):
+    """One sentence: the pair to stitch, how certain that is, what the search cost."""
+    clauses = [describe_pair(result), describe_certainty(result), *describe_others(result)]
+    if result.primary.trained:
+        clauses.append(describe_cost(result))
+    return "; ".join(clauses) + "."
+
+
+def describe_pair(result):
+    """The pair, which method chose it, and what its connector scores."""
+    task, primary = result.tasks[0], result.primary
+    image, text = result.pairs[result.chosen]
+    pair = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers})"
+    own = task.scores[primary.name][0, result.chosen]
+    scores = f"its connector scores {100 * own:.1f} % on {task.name} ({KINDS[task.kind].headline})"
+    if not primary.trained:
+        return f"{pair}, the best of {primary.name}: {scores}"
+    ties = len(best_pairs(primary.orders.mean(0))) - 1
+    tied = f" (tied with {ties} more)" if ties else ""
+    return f"{pair}, the choice of {primary.name}{tied}: {scores}"
+
+
+def describe_certainty(result):
+    """In how many resamples the pair is truly the best, and how far behind the best it is otherwise."""
+    task, oracle, chosen = result.tasks[0], result.oracle, result.chosen
+    truth = true_scores(task, oracle)  # [P]
+    resampled = bootstrap_scores(task, oracle, result.seed_weights)  # [R, P]
+    is_best = resampled == resampled.max(1, keepdims=True)
+    percent = 100 * (is_best[:, chosen] / is_best.sum(1)).mean()  # pairs that tie share a resample
+    by = "its own connectors"
+    if oracle is not result.primary:
+        seeds = f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
+        by = f"the connectors of {oracle.name}{seeds}"
+    clause = f"by {by}, the pair is the best of {len(truth)} in {percent:.0f} % of resamples of {task.counted}"
+    best = int(truth.argmax())
+    if truth[chosen] == truth[best]:
+        return clause
+    return f"{clause}, {100 * (truth[best] - truth[chosen]):.1f} points below {pair_name(result.pairs[best])}"
+
+
+def describe_others(result):
+    """The pairs that are clearly better, and those that cannot be told from the chosen one: a clause each."""
+    task, oracle, chosen = result.tasks[0], result.oracle, result.chosen
+    resampled = bootstrap_scores(task, oracle, result.seed_weights)  # [R, P]
+    low, high = np.percentile(resampled - resampled[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others less the chosen
+    better, alike = [], []
+    for k in np.argsort(-true_scores(task, oracle), kind="stable"):
+        if k == chosen or high[k] < 0:
+            continue
+        (better if low[k] > 0 else alike).append(pair_name(result.pairs[k]))
+    clauses = []
+    for words, pairs in (("clearly better", better), ("within noise", alike)):
+        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        if pairs:
+            clauses.append(f"{words}: {', '.join(pairs[:3])}{more}")
+    return clauses
+
+
+def describe_cost(result):
+    """What the search cost, beside the oracle's cost."""
+    primary, oracle = result.primary, result.oracle
+    cost = result.costs[primary.name]
+    ratio = times(cost, result.costs[oracle.name], "flops_equal_batch")
+    clause = f"{teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
+    if not ratio or oracle is primary:
+        return clause
+    return f"{clause}, {ratio:.2g}x of {oracle.name} at equal batch size"
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    flags = parse_flags()
+
+    # Runs in.
+    folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_finished_run()]
+    runs = [read_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
+    oracle_folders = {os.path.normpath(folder) for folder in flags.oracle}
+    data = open_embeddings(runs, flags)
+    pairs = compared_pairs(data, runs, oracle_folders)
+    methods = group_runs(runs, pairs, oracle_folders)
+    oracle, primary, warnings = choose_oracle(methods, oracle_folders)
+
+    # Tasks in; every connector is scored on every task.
+    tasks, more = open_all_tasks(flags, runs, data)
+    warnings += more
+    for method in methods:
+        if method.runs[0].starts_from:
+            warnings.append(f"{method.name}: starts from another run's connectors, whose cost is not in its own")
+    task_scores, records = score_runs(tasks, methods, pairs, data, flags)
+    task_scores = headline_first(task_scores)
+
+    # Selectors see training rows, which connectors alone do not have.
+    spectra = {}
+    trained = [run for method in (oracle, *methods) for run in method.runs if run.ledger]
+    if flags.selector_rows and trained:
+        training_rows, _ = split_rows(data, trained[0].seed)
+        rows = selector_rows(data, training_rows, flags.selector_rows)
+        selectors, spectra, duplicates = run_selectors(data, pairs, rows, flags.device)
+        methods += selectors
+        warnings += duplicates
+    methods.append(SelectionMethod("random order", np.zeros((1, len(pairs))), [], FREE))
+
+    # Every method against the true scores.
+    seed_weights = draw_seed_weights(methods, flags.bootstrap)
+    for task in task_scores:
+        warnings += warn_at_chance(task, oracle, seed_weights)
+    ranked_by = primary.orders.mean(0) if primary.trained else true_scores(task_scores[0], oracle)  # [P]
+    result = EvaluationResult(
+        pairs=pairs,
+        methods=methods,
+        oracle=oracle,
+        primary=primary,
+        chosen=best_pairs(ranked_by)[0],
+        tasks=task_scores,
+        resamples=flags.bootstrap,
+        seed_weights=seed_weights,
+        method_results=[evaluate_methods(task, methods, oracle, seed_weights) for task in task_scores],
+        costs=costs_of(methods, oracle, pairs, data),
+        spectra=spectra,
+        warnings=warnings,
+    )
+
+    # Records, from which the report is drawn.
+    sentence = answer(result)
+    results = {
+        "answer": sentence,
+        "warnings": warnings,
+        "oracle": oracle.name,
+        "results": records,
+        "methods": method_rows(result),
+        "runs": {str(run.folder): run.config for run in runs},
+        "made": provenance(flags.device),
+    }
+    write_records(flags.out, result, make_gallery(result, tasks), results)
+    draw_report(flags.out)
+
+    print_table(result)
     for line in warnings:
         print(f"warning: {line}")
     print(f"\n{sentence}")
-    print(f"connector: {primary.runs[0].connector(*pairs[chosen])}\nreport: {flags.out / 'report.html'}")
+    print(f"connector: {primary.runs[0].connector(*pairs[result.chosen])}\nreport: {flags.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Ways to choose a pair that train nothing."""
+"""Ways to choose a pair that train nothing.
+
+A selector is a function of features, {encoder: [n, D] float32, centred}, and pairs, [(image, text)], that returns
+{pair: score}, the higher the better. To add one, write the function and add its line to the table in `run_selectors`.
+"""
 
 import functools
 import itertools
@@ -14,133 +18,42 @@ from tqdm import tqdm
 from hyma.closed_form import regularised
 from hyma.costs import FREE, flop_counter
 from hyma.embeddings import RowStore, unique
-from hyma.metrics import Retrieval
+from hyma.metrics import Retrieval, mean_recalls
 from vlm import BadInput
 
+NEIGHBOURS = 10  # of the mutual nearest neighbours
+COMPONENTS = 100  # leading principal components that canonical correlations are taken between
+STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
+ANCHORS_KEPT = 100  # relative representations: similarities to anchors that a row keeps
+POWER = 8  # and their exponent
 
-class Method(NamedTuple):
-    """A way of choosing a pair: a run of one or more seeds, or a selector."""
+
+class SelectionMethod(NamedTuple):
+    """A way to choose a pair: a run of one or more seeds, or a selector. S seeds (1 of a selector), P pairs."""
 
     name: str
     orders: np.ndarray  # [S, P] a row a seed: higher is better, equals are ties
-    runs: list  # [S] the seeds' runs; none of a selector
-    cost: dict  # of a selector: flops, seconds, rows
+    runs: list  # [S] a Run of each seed; none of a selector
+    cost: dict  # of a selector: {"flops", "seconds", "rows"}; empty of runs, whose ledgers have it
 
     @property
     def trained(self):
+        """Whether it is a run with a ledger: neither a selector nor connectors alone."""
         return bool(self.runs and self.runs[0].ledger)
 
 
-NEIGHBOURS = 10  # of the mutual nearest neighbours
-
-COMPONENTS = 100  # leading principal components that canonical correlations are taken between
-
-STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
-
-KEPT, POWER = 100, 8  # relative representations: anchors that a row keeps, and the exponent of its similarities
-
-
-def selector_rows(data, rows, count):
-    """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    if data.rows:
-        rows = torch.tensor(list({data.rows[i]["image"]: i for i in rows.tolist()}.values()))
-    if len(rows) < 50:
-        raise BadInput(f"{data.folder}: selectors need 50 training pictures; it has {len(rows)}; use --selector-rows 0")
-    return rows[:count]
-
-
-def linear_cka(features, pairs):
-    """Centred kernel alignment of linear kernels (Kornblith et al., arXiv 1905.00414, eq. 4): 0 to 1."""
-    own = {name: (x.T @ x).norm() for name, x in features.items()}
-    return {(i, t): ((features[i].T @ features[t]).norm() ** 2 / (own[i] * own[t])).item() for i, t in pairs}
-
-
-def debiased_cka(features, pairs):
-    """The same with the unbiased estimate of HSIC (Song et al., JMLR 2012, eq. 5; Nguyen et al., arXiv 2010.15327), which
-    does not grow with the widths: about 0 for unrelated sides. No [n, n] kernel is formed."""
-
-    def hsic(x, y):
-        n = len(x)
-        x_diagonal, y_diagonal = x.square().sum(1), y.square().sum(1)  # [n]
-        x_rows, y_rows = x @ x.sum(0) - x_diagonal, y @ y.sum(0) - y_diagonal  # [n] kernels' row sums, diagonals zero
-        trace = (x.T @ y).square().sum() - x_diagonal @ y_diagonal
-        rest = x_rows.sum() * y_rows.sum() / ((n - 1) * (n - 2)) - 2 * (x_rows @ y_rows) / (n - 2)
-        return (trace + rest) / (n * (n - 3))
-
-    own = {name: hsic(x, x).clamp(min=1e-30).sqrt() for name, x in features.items()}
-    return {(i, t): (hsic(features[i], features[t]) / (own[i] * own[t])).item() for i, t in pairs}
-
-
-def mutual_neighbours(features, pairs):
-    """Share of a row's 10 nearest rows by picture that are also among its 10 nearest by caption (Huh et al., arXiv
-    2405.07987, section 2), by cosine of centred vectors."""
-    nearest = {}
-    for name, x in features.items():
-        x = F.normalize(x, dim=1)
-        found = []
-        for block in torch.arange(len(x), device=x.device).split(2048):
-            scores = x[block] @ x.T  # [block, n]
-            scores[torch.arange(len(block), device=x.device), block] = -math.inf
-            found.append(scores.topk(NEIGHBOURS, dim=1).indices)
-        nearest[name] = torch.cat(found)  # [n, 10]
-    shared = {(i, t): (nearest[i][:, :, None] == nearest[t][:, None]).sum().item() for i, t in pairs}
-    return {(i, t): count / nearest[i].numel() for (i, t), count in shared.items()}
-
-
-def canonical_correlations(features, pairs, spectra=None):
-    """Mean squared canonical correlation between the leading principal components of both sides, as many on each side
-    (Raghu et al., arXiv 1706.05806). spectra: a dict that gets each pair's correlations, largest first."""
-    axes, count = {}, min(COMPONENTS, len(next(iter(features.values()))) // 5, *(x.shape[1] for x in features.values()))
-    for name, x in features.items():
-        values, vectors = torch.linalg.eigh(x.T @ x)
-        kept = values[-count:] > 1e-6 * values[-1]  # of a side with fewer dimensions than that, the others are zero
-        axes[name] = x @ vectors[:, -count:] * (kept / values[-count:].clamp(min=1e-12).sqrt())  # [n, count]
-    found = {(i, t): torch.linalg.svdvals(axes[i].T @ axes[t]).clamp(max=1) for i, t in pairs}
-    if spectra is not None:
-        spectra |= {pair: values.tolist() for pair, values in found.items()}
-    return {pair: values.square().mean().item() for pair, values in found.items()}
-
-
-def ridge_probe(features, pairs, held_out):
-    """R@10, both directions, of ridge regression from captions to pictures, on the fifth of the rows it has not seen."""
-    cut, factors = len(next(iter(features.values()))) - len(held_out.rows), {}
-    for text in unique(text for _, text in pairs):
-        x = features[text][:cut]
-        factors[text] = torch.linalg.cholesky(regularised(x.T @ x, STRENGTH))
-    values = {}
-    for image, text in pairs:
-        weight = torch.cholesky_solve(features[text][:cut].T @ features[image][:cut], factors[text])  # [D_t, D_i]
-        values[image, text] = recall10(held_out, features[text][cut:] @ weight, features[image][cut:])
-    return values
-
-
-def relative_representations(features, pairs, held_out):
-    """R@10, both directions, of rows described by their similarities to the other rows' pictures, or captions (ASIF,
-    Norelli et al., arXiv 2210.01738): the largest kept, raised to a power."""
-    cut, described = len(next(iter(features.values()))) - len(held_out.rows), {}
-    for name, x in features.items():
-        x = F.normalize(x, dim=1)
-        scores = (x[cut:] @ x[:cut].T).clamp(min=0)  # [held out, anchors]
-        least = scores.topk(min(KEPT, cut), dim=1).values[:, -1:]
-        described[name] = torch.where(scores >= least, scores, 0) ** POWER
-    return {(i, t): recall10(held_out, described[t], described[i]) for i, t in pairs}
-
-
-def recall10(held_out, texts, images):
-    found = held_out.recalls(texts.cpu(), F.normalize(images.cpu(), dim=1))  # torch's own products, which are counted
-    return (found[2] + found[5]) / 2
-
-
 def run_selectors(data, pairs, rows, device):
-    """Every selector on the same rows: [Method], {pair: canonical correlations}, and lines on encoders that are alike."""
+    """Runs every selector on the same rows.
+
+    data: the embedding folder. rows [n]: the result of `selector_rows`. Returns ([SelectionMethod], {pair: its canonical
+    correlations, largest first}, lines of warning about encoders that are duplicates).
+    """
     names = unique(name for pair in pairs for name in pair)
-    store = RowStore(data, names, device)
-    features = {name: store.take(name, rows) for name in names}  # [n, D]
-    features = {name: x - x.mean(0) for name, x in features.items()}
+    features = centred_features(RowStore(data, names, device), names, rows)
+    # On the CPU, where ranks come from torch's own products, which the counter sees.
     held_out = Retrieval(data, rows[len(rows) - len(rows) // 5 :], torch.device("cpu"))
-    spectra, methods = {}, []
-    asked = {
+    spectra = {}
+    selectors = {
         "linear CKA": linear_cka,
         "debiased CKA": debiased_cka,
         "mutual k-NN": mutual_neighbours,
@@ -148,33 +61,207 @@ def run_selectors(data, pairs, rows, device):
         "ridge probe R@10": functools.partial(ridge_probe, held_out=held_out),
         "relative representations R@10": functools.partial(relative_representations, held_out=held_out),
     }
-    with flop_counter():
-        torch.ones(1, 1) @ torch.ones(1, 1)  # the counter's own start takes a second, which is no selector's
-    for name, selector in tqdm(asked.items(), desc="selectors"):
+    methods = []
+    warm_up_counter()
+    for name, selector in tqdm(selectors.items(), desc="selectors"):
         started = time.perf_counter()
         with flop_counter() as counter:
-            values = selector(features, pairs)
-        cost = {"flops": counter.get_total_flops(), "seconds": time.perf_counter() - started, "rows": len(rows)}
-        methods.append(Method(name, np.array([[values[pair] for pair in pairs]]).round(9), [], cost))
-    # Parameter counts are not in the manifest; among models of a family the wider is the larger.
-    widths = np.array([[data.encoders[image].dim + data.encoders[text].dim for image, text in pairs]], dtype=float)
-    methods.append(Method("largest (sum of widths)", widths, [], FREE))
+            scores = selector(features, pairs)
+        seconds = time.perf_counter() - started
+        order = np.array([[scores[pair] for pair in pairs]]).round(9)
+        cost = {"flops": counter.get_total_flops(), "seconds": seconds, "rows": len(rows)}
+        methods.append(SelectionMethod(name, order, [], cost))
+    methods.append(SelectionMethod("largest (sum of widths)", sum_of_widths(data, pairs), [], FREE))
     return methods, spectra, find_duplicates(data, features)
+
+
+def selector_rows(data, rows, count):
+    """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    if data.rows:
+        row_of_picture = {data.rows[i]["image"]: i for i in rows.tolist()}
+        rows = torch.tensor(list(row_of_picture.values()))
+    if len(rows) < 50:
+        raise BadInput(f"{data.folder}: selectors need 50 training pictures; it has {len(rows)}; use --selector-rows 0")
+    return rows[:count]
+
+
+def centred_features(store, names, rows):
+    """{encoder: [n, D] float32, of unit vectors less their mean}."""
+    features = {}
+    for name in names:
+        x = store.take(name, rows)  # [n, D]
+        features[name] = x - x.mean(0)
+    return features
+
+
+def warm_up_counter():
+    """The counter's first use takes a second, which belongs to no selector."""
+    with flop_counter():
+        torch.ones(1, 1) @ torch.ones(1, 1)
+
+
+# --------------------------------------------------------------------------------------- agreement of two embeddings
+
+
+def linear_cka(features, pairs):
+    """Centred kernel alignment of linear kernels (Kornblith et al., arXiv 1905.00414, eq. 4): 0 to 1.
+
+    CKA(X, Y) = |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms.
+    """
+    own = {name: (x.T @ x).norm() for name, x in features.items()}
+    scores = {}
+    for image, text in pairs:
+        cross = features[image].T @ features[text]  # [D_i, D_t]
+        scores[image, text] = (cross.norm() ** 2 / (own[image] * own[text])).item()
+    return scores
+
+
+def debiased_cka(features, pairs):
+    """HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with the unbiased estimate of HSIC (Nguyen et al., arXiv 2010.15327),
+    which does not grow with the widths: about 0 for unrelated embeddings, at most 1."""
+    own = {name: unbiased_hsic(x, x).clamp(min=1e-30).sqrt() for name, x in features.items()}
+    scores = {}
+    for image, text in pairs:
+        scores[image, text] = (unbiased_hsic(features[image], features[text]) / (own[image] * own[text])).item()
+    return scores
+
+
+def unbiased_hsic(x, y):
+    """The unbiased estimate of HSIC with linear kernels (Song et al., JMLR 2012, eq. 5).
+
+    With K and L the kernels x x^T and y y^T, their diagonals set to zero:
+
+        (tr(K L) + (1^T K 1)(1^T L 1) / ((n - 1)(n - 2)) - 2 / (n - 2) 1^T K L 1) / (n (n - 3))
+
+    x [n, D_x], y [n, D_y]. The [n, n] kernels are never formed.
+    """
+    n = len(x)
+    x_diagonal, y_diagonal = x.square().sum(1), y.square().sum(1)  # [n]
+    x_row_sums = x @ x.sum(0) - x_diagonal  # [n] K 1
+    y_row_sums = y @ y.sum(0) - y_diagonal  # [n] L 1
+    trace = (x.T @ y).square().sum() - x_diagonal @ y_diagonal
+    rest = x_row_sums.sum() * y_row_sums.sum() / ((n - 1) * (n - 2)) - 2 * (x_row_sums @ y_row_sums) / (n - 2)
+    return (trace + rest) / (n * (n - 3))
+
+
+def mutual_neighbours(features, pairs):
+    """Share of a row's 10 nearest rows by picture that are also among its 10 nearest by caption (Huh et al., arXiv
+    2405.07987, section 2), by cosine of centred vectors."""
+    nearest = {name: nearest_rows(F.normalize(x, dim=1)) for name, x in features.items()}
+    scores = {}
+    for image, text in pairs:
+        shared = nearest[image][:, :, None] == nearest[text][:, None]  # [n, 10, 10]
+        scores[image, text] = shared.sum().item() / nearest[image].numel()
+    return scores
+
+
+def nearest_rows(x):
+    """The numbers of each unit vector's nearest others [n, 10]. x: [n, D]."""
+    nearest = []
+    for block in torch.arange(len(x), device=x.device).split(2048):
+        scores = x[block] @ x.T  # [block, n]
+        scores[torch.arange(len(block), device=x.device), block] = -math.inf  # a row is not its own neighbour
+        nearest.append(scores.topk(NEIGHBOURS, dim=1).indices)
+    return torch.cat(nearest)
+
+
+def canonical_correlations(features, pairs, spectra=None):
+    """Mean squared canonical correlation between the leading principal components of pictures and of captions, as many of
+    each (Raghu et al., arXiv 1706.05806): 0 to 1.
+
+    They are the singular values of U_x^T U_y, U the rows' coordinates along principal axes, whitened. spectra: a dict
+    that gets each pair's correlations, largest first.
+    """
+    row_count = len(next(iter(features.values())))
+    count = min(COMPONENTS, row_count // 5, *(x.shape[1] for x in features.values()))
+    whitened = {name: whitened_components(x, count) for name, x in features.items()}  # [n, count]
+    scores = {}
+    for image, text in pairs:
+        correlations = torch.linalg.svdvals(whitened[image].T @ whitened[text]).clamp(max=1)  # [count]
+        scores[image, text] = correlations.square().mean().item()
+        if spectra is not None:
+            spectra[image, text] = correlations.tolist()
+    return scores
+
+
+def whitened_components(x, count):
+    """Coordinates [n, count] of centred rows [n, D] along their leading principal axes, each of unit length; zero where
+    the rows have fewer dimensions than that."""
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    kept = values[-count:] > 1e-6 * values[-1]
+    return x @ vectors[:, -count:] * (kept / values[-count:].clamp(min=1e-12).sqrt())
+
+
+# -------------------------------------------------------------------------------------- retrieval without training
+
+
+def ridge_probe(features, pairs, held_out):
+    """R@10, mean of both directions, of ridge regression from captions to pictures.
+
+    held_out: Retrieval of the last rows of the features, which the regression does not see.
+    """
+    cut = first_held_out(features, held_out)
+    factors = {}
+    for text in unique(text for _, text in pairs):
+        x = features[text][:cut]
+        factors[text] = torch.linalg.cholesky(regularised(x.T @ x, STRENGTH))
+    scores = {}
+    for image, text in pairs:
+        product = features[text][:cut].T @ features[image][:cut]  # [D_t, D_i]
+        weight = torch.cholesky_solve(product, factors[text])  # [D_t, D_i]
+        scores[image, text] = recall10(held_out, features[text][cut:] @ weight, features[image][cut:])
+    return scores
+
+
+def relative_representations(features, pairs, held_out):
+    """R@10, mean of both directions, of rows described by their similarities to the other rows' pictures, or captions
+    (ASIF, Norelli et al., arXiv 2210.01738): the largest are kept and raised to a power.
+
+    held_out: Retrieval of the last rows of the features; all other rows are the anchors.
+    """
+    cut = first_held_out(features, held_out)
+    relative = {}
+    for name, x in features.items():
+        x = F.normalize(x, dim=1)
+        scores = (x[cut:] @ x[:cut].T).clamp(min=0)  # [held out, anchors]
+        least = scores.topk(min(ANCHORS_KEPT, cut), dim=1).values[:, -1:]
+        relative[name] = torch.where(scores >= least, scores, 0) ** POWER
+    return {(image, text): recall10(held_out, relative[text], relative[image]) for image, text in pairs}
+
+
+def first_held_out(features, held_out):
+    """The place of the first held-out row in the features."""
+    return len(next(iter(features.values()))) - len(held_out.rows)
+
+
+def recall10(held_out, texts, images):
+    """Mean of both directions' R@10. texts, images: [held out, D]."""
+    six = held_out.recalls(texts.cpu(), F.normalize(images.cpu(), dim=1))
+    return mean_recalls(six)[2]
+
+
+# ----------------------------------------------------------------------------------------------------- names alone
+
+
+def sum_of_widths(data, pairs):
+    """[1, P]: the larger encoders first. Parameter counts are not in the manifest; of a model family, the wider is the
+    larger."""
+    widths = [data.encoders[image].dim + data.encoders[text].dim for image, text in pairs]
+    return np.array([widths], dtype=float)
 
 
 def find_duplicates(data, features):
     """A line for every two encoders of a kind whose embeddings are the same file, or the same up to a rotation."""
-    digests, lines = data.fingerprint(features), []
+    digests = data.fingerprint(features)
+    lines = []
     for kind in ("image", "text"):
-        names = [name for name in data.names(kind) if name in features]
-        alike = linear_cka({name: features[name] for name in names}, list(itertools.combinations(names, 2)))
-        for (one, two), cka in alike.items():
-            if cka > 0.9999:
-                how = (
-                    f"alike up to a rotation (linear CKA {cka:.6f})"
-                    if digests[one] != digests[two]
-                    else "the same file"
-                )
-                said = "their pairs tie, and agreement looks better than it is"
-                lines.append(f"{one} and {two} are duplicates: {how}; {said}")
+        own = {name: features[name] for name in data.names(kind) if name in features}
+        for (one, two), cka in linear_cka(own, list(itertools.combinations(own, 2))).items():
+            if cka <= 0.9999:
+                continue
+            same_file = digests[one] == digests[two]
+            how = "the same file" if same_file else f"alike up to a rotation (linear CKA {cka:.6f})"
+            consequence = "their pairs tie, and agreement looks better than it is"
+            lines.append(f"{one} and {two} are duplicates: {how}; {consequence}")
     return lines

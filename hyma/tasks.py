@@ -1,10 +1,15 @@
-"""What a connector is scored on: retrieval, zero-shot classification, multiple choice."""
+"""What a connector is scored on: retrieval, zero-shot classification, multiple choice.
+
+Each kind of task has a section of its own below. It ends in a `Kind`, which says how the task is made from the rows of an
+embedding folder, how it is scored and what its score is called. To add a kind, write its section and add it to `KINDS`.
+"""
 
 import functools
 import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,33 +27,6 @@ from hyma.metrics import Retrieval
 from kernels import true_rank
 from vlm import BadInput
 
-# The 80 prompts of ImageNet that CLIP's authors published: these with "a" and with "the" for @, and four more.
-PHOTOS = "bad good bright dark cropped close-up blurry pixelated jpeg_corrupted low_resolution black_and_white"
-
-LOOKS = "hard_to_see clean dirty large small nice weird cool"
-
-WORKS = "a_sculpture a_rendering graffiti a_tattoo a_drawing a_painting a_doodle a_sketch a_rendition art itap"
-
-STUFFS = "plastic origami cartoon embroidered plushie toy"
-
-FRAMES = ["a photo of @ {}.", "@ {} in a video game."]
-
-FRAMES += [f"a {photo} photo of @ {{}}." for photo in PHOTOS.split()]
-
-FRAMES += [f"a photo of @ {look} {{}}." for look in LOOKS.split()]
-
-FRAMES += [f"{work} of @ {{}}." for work in WORKS.split()]
-
-FRAMES += [f"@ {stuff} {{}}." for stuff in STUFFS.split()]
-
-TEMPLATES = {
-    "1": ("a photo of a {}",),
-    "80": tuple(frame.replace("_", " ").replace("@", article) for frame in FRAMES for article in ("a", "the"))
-    + ("a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."),
-}
-
-QUESTION = "What kind of picture is it?"  # where rows have labels and no questions
-
 BLOCK = 8192  # texts that go through a connector at a time
 
 
@@ -56,7 +34,7 @@ class Task(NamedTuple):
     """Rows of an embedding folder and what is asked of them."""
 
     name: str
-    kind: str  # "retrieval", "zeroshot" or "vqa"
+    kind: str  # "retrieval", "zeroshot" or "vqa": a key of KINDS
     protocol: str  # one line: which rows, how many, captions a picture, prompts, directions, chance
     chance: float  # what guessing scores, of `Score.value`
     data: Embeddings
@@ -69,25 +47,43 @@ class Task(NamedTuple):
 
 
 class Score(NamedTuple):
+    """What one connector scores on a task."""
+
     metrics: dict  # CLIP_benchmark's names -> float; a median rank counts from 1
     value: float  # the headline, 0 to 1: mean of both directions' R@10; acc1; acc
     units: Tensor  # [pictures or rows] float64, whose mean is `value`: what a bootstrap draws from
+
+
+class Kind(NamedTuple):
+    """A kind of task."""
+
+    name: str
+    make: Callable  # (name, data, rows, source, flags) -> Task; raises Unfit
+    score: Callable  # (task, mapped texts [texts, D_i], images [n, D_i]) -> Score
+    headline: str  # what `Score.value` is, in words
+    units: str  # what `Score.units` counts, in words
+    benchmark_name: str  # the "task" in CLIP_benchmark's result files
+
+
+class Unfit(Exception):
+    """Why the rows of a folder allow no task of a kind."""
 
 
 def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
     """Every task that the folder's rows allow: captions give retrieval, labels zeroshot, questions (or labels) vqa.
 
     name: None for the folder's dataset name. flags: `templates` ("1", "80" or a file) and `device`. run_seed: the seed
-    of the run that was trained on this folder, None for a folder that the run has not seen: a folder without a test
-    split then counts whole. Raises BadInput if there is nothing to ask.
+    of the run that was trained on this folder, None for a folder that the run has not seen: all rows of a folder without
+    a test split are then evaluated. Raises BadInput if the rows allow no task.
     """
     data = Embeddings(folder)
-    name = name or (data.manifest["dataset"] if data.manifest else data.folder.name)
-    where, rows = choose_rows(data, run_seed)
+    if name is None:
+        name = data.manifest["dataset"] if data.manifest else data.folder.name
+    source, rows = choose_rows(data, run_seed)
     tasks, reasons = [], []
-    for make in (retrieval_task, zeroshot_task, vqa_task):
+    for kind in KINDS.values():
         try:
-            tasks.append(make(name, data, where, rows, flags))
+            tasks.append(kind.make(name, data, rows, source, flags))
         except Unfit as reason:
             reasons.append(str(reason))
     if not tasks:
@@ -95,115 +91,337 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
     return tasks
 
 
-class Unfit(Exception):
-    """Why the rows of a folder allow no task of a kind."""
-
-
 def choose_rows(data, run_seed):
-    """What is evaluated: (which rows, in words; row numbers [n])."""
-    source = (data.manifest or {}).get("protocol")  # a standard set says itself what was read
+    """The rows to evaluate: (which they are, in words; row numbers [n]).
+
+    Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all.
+    """
+    published = (data.manifest or {}).get("protocol")  # a standard set says itself which rows it has
     test = [i for i, row in enumerate(data.rows or []) if row.get("split") == "test"]
     if test:
-        return source or "test split", torch.tensor(test)
+        return published or "test split", torch.tensor(test)
     if run_seed is not None:
-        rows = split_rows(data, run_seed)[1]
-        return "validation rows, which also chose the connectors", rows
-    return source or "all rows", torch.arange(data.row_count)
+        _, validation = split_rows(data, run_seed)
+        return "validation rows, which also chose the connectors", validation
+    return published or "all rows", torch.arange(data.row_count)
 
 
-def retrieval_task(name, data, where, rows, flags):
+@torch.no_grad()
+def score(task, texts, images, connector) -> Score:
+    """Scores a connector, [B, D_t] -> [B, D_i], on a task.
+
+    texts: the result of `text_inputs`, on the connector's device. images: [n, D_i], of any length.
+
+    A tie counts against the right answer, so that a collapsed connector scores zero and not everything. At most a block
+    of the similarities is in memory at a time.
+    """
+    images = images.to(texts.device).float()  # [n, D_i]
+    mapped = map_prompts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
+    return KINDS[task.kind].score(task, mapped, images)
+
+
+def map_prompts(texts, connector, templates):
+    """Unit vectors [texts / templates, D_i]: mapped texts, those of a class averaged and normalised again.
+
+    texts [texts, D_t]: of any length, the templates of a class one after the other.
+    """
+    mapped = []
+    for part in texts.split(templates * max(1, BLOCK // templates)):
+        z = vlm.map_text(connector, F.normalize(part.float(), dim=1))  # [part, D_i]
+        classes = z.unflatten(0, (-1, templates)).mean(1)  # [part / templates, D_i]
+        mapped.append(F.normalize(classes, dim=1))
+    return torch.cat(mapped)
+
+
+def in_range(counts):
+    """The smallest and the largest of counts [n] in words: "5", or "1 to 5"."""
+    least, most = counts.min(), counts.max()
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+# --------------------------------------------------------------------------------------------------------- retrieval
+
+
+def make_retrieval(name, data, rows, source, flags):
+    """Captions and pictures that belong together, where captions are more than labels or questions."""
     if data.rows:
-        found = [data.rows[i] for i in rows.tolist()]
-        if any("question" in row for row in found):
-            raise Unfit("its captions are questions")
-        if all(row["caption"] == spoken(row.get("label", "")) for row in found):
-            raise Unfit("its captions are the labels")
-        each = torch.tensor(list(Counter(row["image"] for row in found).values()))
-        captions = len({row["caption"] for row in found})
+        captions_of_picture, captions = count_captions([data.rows[i] for i in rows.tolist()])
     else:
-        each, captions = torch.ones(len(rows), dtype=torch.int64), len(rows)
-    if min(len(each), captions) < 2:
-        raise Unfit(f"{len(each)} pictures and {captions} captions leave nothing to find")
-    a_picture = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
+        captions_of_picture, captions = torch.ones(len(rows), dtype=torch.int64), len(rows)
+    pictures = len(captions_of_picture)
+    if min(pictures, captions) < 2:
+        raise Unfit(f"{pictures} pictures and {captions} captions leave nothing to find")
     retrieval = Retrieval(data, rows, flags.device)
+    chance = retrieval.chance[2]
     protocol = (
-        f"{where}; {len(each)} pictures, {captions} different captions, {a_picture} a picture; text to image and image "
-        f"to text, any caption of the picture is right; chance R@10 {retrieval.chance[2]:.2%}"
+        f"{source}; {pictures} pictures, {captions} different captions, {in_range(captions_of_picture)} a picture; text "
+        f"to image and image to text, any caption of the picture is right; chance R@10 {chance:.2%}"
     )
-    return Task(name, "retrieval", protocol, retrieval.chance[2], data, rows, retrieval)
+    return Task(name, "retrieval", protocol, chance, data, rows, retrieval)
 
 
-def zeroshot_task(name, data, where, rows, flags):
-    classes, rows, right = labelled(data, rows)
+def count_captions(rows):
+    """(captions of each picture [pictures], how many different captions there are)."""
+    if any("question" in row for row in rows):
+        raise Unfit("its captions are questions")
+    if all(row["caption"] == readable_label(row.get("label", "")) for row in rows):
+        raise Unfit("its captions are the labels")
+    captions_of_picture = Counter(row["image"] for row in rows)
+    return torch.tensor(list(captions_of_picture.values())), len({row["caption"] for row in rows})
+
+
+def score_retrieval(task, mapped, images):
+    """R@1, 5, 10 and median rank of both directions; the headline is the mean of both directions' R@10.
+
+    The unit of the bootstrap is a picture, whose share is the mean of two: whether a caption of its own is among its ten
+    nearest, and the R@10 of its captions, a caption of several pictures divided among them, so that the mean of the units
+    is the headline.
+    """
+    retrieval = task.retrieval
+    caption_ranks, picture_ranks = retrieval.ranks(mapped, images)  # [captions], [pictures]
+    metrics = {}
+    for direction, ranks in (("image_retrieval", caption_ranks), ("text_retrieval", picture_ranks)):
+        for k in retrieval.ks:
+            metrics[f"{direction}_recall@{k}"] = (ranks < k).double().mean().item()
+        metrics[f"{direction}_median_rank"] = 1 + ranks.double().quantile(0.5).item()
+    caption, picture = retrieval.place["caption"], retrieval.place["image"]  # [n]
+    shares = ((caption_ranks < 10) / caption.bincount())[caption].double()  # [n]
+    found_by_captions = picture.bincount(shares) * len(picture_ranks) / len(caption_ranks)  # [pictures]
+    units = ((picture_ranks < 10) + found_by_captions) / 2
+    value = (metrics["image_retrieval_recall@10"] + metrics["text_retrieval_recall@10"]) / 2
+    return Score(metrics, value, units.cpu())
+
+
+RETRIEVAL = Kind(
+    name="retrieval",
+    make=make_retrieval,
+    score=score_retrieval,
+    headline="mean of both directions' R@10",
+    units="pictures",
+    benchmark_name="zeroshot_retrieval",
+)
+
+# --------------------------------------------------------------------------------------------------------- zeroshot
+
+
+def eighty_templates():
+    """The 80 prompts of ImageNet that CLIP's authors published: 38 with "a" and with "the" for @, and four more."""
+    photos = "bad good bright dark cropped close-up blurry pixelated jpeg_corrupted low_resolution black_and_white"
+    adjectives = "hard_to_see clean dirty large small nice weird cool"
+    works = "a_sculpture a_rendering graffiti a_tattoo a_drawing a_painting a_doodle a_sketch a_rendition art itap"
+    materials = "plastic origami cartoon embroidered plushie toy"
+    frames = ["a photo of @ {}.", "@ {} in a video game."]
+    frames += [f"a {photo} photo of @ {{}}." for photo in photos.split()]
+    frames += [f"a photo of @ {adjective} {{}}." for adjective in adjectives.split()]
+    frames += [f"{work} of @ {{}}." for work in works.split()]
+    frames += [f"@ {material} {{}}." for material in materials.split()]
+    templates = []
+    for frame in frames:
+        words = frame.replace("_", " ")
+        templates += [words.replace("@", "a"), words.replace("@", "the")]
+    templates += ["a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."]
+    return tuple(templates)
+
+
+TEMPLATES = {"1": ("a photo of a {}",), "80": eighty_templates()}  # {} is the class
+
+
+def read_templates(source):
+    """The prompts of a class, with {} for its name. source: a key of TEMPLATES or a text file, a prompt a line."""
+    if source in TEMPLATES:
+        return TEMPLATES[source]
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--templates {source}: expected 1, 80 or a text file: {error}") from None
+    templates = [line.strip() for line in lines if line.strip()]
+    for line in templates:
+        if line.count("{}") != 1:
+            raise BadInput(f"--templates {source}: each line needs one {{}} for the class name; found {line[:60]!r}")
+    if not templates:
+        raise BadInput(f"--templates {source}: has no lines")
+    return tuple(templates)
+
+
+def make_zeroshot(name, data, rows, source, flags):
+    """Pictures and their labels; every label of the folder is a class."""
+    classes, rows, right = labelled_pictures(data, rows)
     templates = read_templates(flags.templates)
-    texts = tuple(template.replace("{}", spoken(label)) for label in classes for template in templates)
+    texts = []
+    for label in classes:
+        texts += [template.replace("{}", readable_label(label)) for template in templates]
+    chance = 1 / len(classes)
     prompts = f"prompt {templates[0]!r}" if len(templates) == 1 else f"mean of {len(templates)} prompts"
-    protocol = f"{where}; {len(rows)} pictures, {len(classes)} classes, {prompts}; chance {1 / len(classes):.2%}"
-    return Task(name, "zeroshot", protocol, 1 / len(classes), data, rows, None, texts, len(templates), right)
+    protocol = f"{source}; {len(rows)} pictures, {len(classes)} classes, {prompts}; chance {chance:.2%}"
+    return Task(
+        name, "zeroshot", protocol, chance, data, rows, texts=tuple(texts), templates=len(templates), right=right
+    )
 
 
-def vqa_task(name, data, where, rows, flags):
-    if any("question" in row for row in data.rows or []):
-        rows = torch.tensor([i for i in rows.tolist() if data.rows[i].get("question")], dtype=torch.int64)
-        asked = [(row["question"], row.get("answer"), row.get("choices")) for row in map(data.rows.__getitem__, rows)]
-        about = "question and answer as text"
-    else:
-        classes, rows, right = labelled(data, rows)
-        asked = []
-        for i, label in zip(rows.tolist(), right.tolist()):
-            others = draw_distractors(data.rows[i]["key"], classes, {classes[label]}, 3)
-            asked.append((QUESTION, spoken(classes[label]), [spoken(c) for c in [classes[label], *others]]))
-        about = f"{QUESTION!r} and the label, the others drawn from {len(classes)} labels"
-    if not asked:
-        raise Unfit("no row has a question")
-    for i, (_, answer, candidates) in zip(rows.tolist(), asked):
-        if not isinstance(candidates, list) or answer not in candidates or len(set(candidates)) < 2:
-            said = "its choices must be a list of two or more that holds the answer"
-            raise BadInput(f"{data.folder}/rows.jsonl: row {data.rows[i]['key']}: {said}")
-    texts = sorted({f"{question} {c}" for question, _, candidates in asked for c in candidates})
-    number = {text: k for k, text in enumerate(texts)}
-    right = torch.tensor([number[f"{question} {answer}"] for question, answer, _ in asked])  # [n]
-    choices = [torch.tensor([number[f"{q} {c}"] for c in dict.fromkeys(candidates)]) for q, _, candidates in asked]
-    counts = torch.tensor([len(numbers) for numbers in choices])
-    chance = (1 / counts.double()).mean().item()
-    choices = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)  # [n, K]
-    many = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    protocol = f"{where}; {len(rows)} questions, {many} choices, {about}; nearest to the picture; chance {chance:.2%}"
-    return Task(name, "vqa", protocol, chance, data, rows, None, tuple(texts), 1, right, choices)
-
-
-def labelled(data, rows):
-    """(classes: all labels of the folder, those of `rows` that have a label, each picture once; their classes [n])."""
+def labelled_pictures(data, rows):
+    """(all labels of the folder, sorted; the rows [n] that have a label, each picture and label once; the number of each
+    row's label [n])."""
     classes = sorted({row["label"] for row in data.rows or [] if row.get("label")})
-    if len(classes) < 2:
-        raise Unfit("its rows have no labels" if not classes else f"its labels are of one class ({classes[0]})")
-    number, first = {label: k for k, label in enumerate(classes)}, {}
+    if not classes:
+        raise Unfit("its rows have no labels")
+    if len(classes) == 1:
+        raise Unfit(f"its labels are of one class ({classes[0]})")
+    number = {label: k for k, label in enumerate(classes)}
+    first = {}  # (picture, label) -> its first row
     for i in rows.tolist():
-        if label := data.rows[i].get("label"):
+        label = data.rows[i].get("label")
+        if label:
             first.setdefault((data.rows[i]["image"], label), i)
     if not first:
         raise Unfit("the rows to evaluate have no labels")
-    return classes, torch.tensor(list(first.values())), torch.tensor([number[label] for _, label in first])
+    right = [number[label] for _, label in first]
+    return classes, torch.tensor(list(first.values())), torch.tensor(right)
 
 
-def spoken(label):
+def readable_label(label):
+    """A label as words: red_fox is "red fox"."""
     return label.replace("_", " ")
 
 
-def read_templates(asked):
-    """Templates with {} for the class name: "1", "80", or the lines of a file."""
-    if asked in TEMPLATES:
-        return TEMPLATES[asked]
-    try:
-        lines = [line.strip() for line in Path(asked).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--templates {asked}: expected 1, 80 or a text file: {error}") from None
-    for line in lines:
-        if line.count("{}") != 1:
-            raise BadInput(f"--templates {asked}: each line needs one {{}} for the class name; found {line[:60]!r}")
-    if not lines:
-        raise BadInput(f"--templates {asked}: has no lines")
-    return tuple(lines)
+def score_zeroshot(task, mapped, images):
+    """Top-1 and, of more than five classes, top-5 accuracy, and recall as the mean of the classes that occur."""
+    right = task.right.to(images.device)
+    ranks = true_rank(F.normalize(images, dim=1), mapped, right)  # [n] classes that score at least as high
+    hits = (ranks == 0).double()
+    metrics = {"acc1": hits.mean().item()}
+    if len(mapped) > 5:
+        metrics["acc5"] = (ranks < 5).double().mean().item()
+    counts = right.bincount()  # [classes]
+    occurs = counts > 0
+    metrics["mean_per_class_recall"] = (right.bincount(hits)[occurs] / counts[occurs]).mean().item()
+    return Score(metrics, metrics["acc1"], hits.cpu())
+
+
+ZEROSHOT = Kind(
+    name="zeroshot",
+    make=make_zeroshot,
+    score=score_zeroshot,
+    headline="top-1 accuracy",
+    units="pictures",
+    benchmark_name="zeroshot_classification",
+)
+
+# --------------------------------------------------------------------------------------------------- multiple choice
+
+LABEL_QUESTION = "What kind of picture is it?"  # where rows have labels and no questions
+
+
+class Question(NamedTuple):
+    """What is asked of one row."""
+
+    text: str
+    answer: str | None
+    choices: list | None  # the answer among them
+
+
+def make_vqa(name, data, rows, source, flags):
+    """Questions with choices, as the folder has them or as its labels make them; the texts are question and choice."""
+    if any("question" in row for row in data.rows or []):
+        rows, questions = own_questions(data, rows)
+        about = "question and answer as text"
+    else:
+        classes, rows, questions = label_questions(data, rows)
+        about = f"{LABEL_QUESTION!r} and the label, the others drawn from {len(classes)} labels"
+    if not questions:
+        raise Unfit("no row has a question")
+    check_questions(data, rows, questions)
+    texts, right, choices = number_texts(questions)
+    counts = (choices >= 0).sum(1)  # [n]
+    chance = (1 / counts.double()).mean().item()
+    protocol = (
+        f"{source}; {len(rows)} questions, {in_range(counts)} choices, {about}; nearest to the picture; "
+        f"chance {chance:.2%}"
+    )
+    return Task(name, "vqa", protocol, chance, data, rows, texts=texts, right=right, choices=choices)
+
+
+def own_questions(data, rows):
+    """The rows [n] that have a question, and their Questions."""
+    kept = [i for i in rows.tolist() if data.rows[i].get("question")]
+    questions = []
+    for i in kept:
+        row = data.rows[i]
+        questions.append(Question(row["question"], row.get("answer"), row.get("choices")))
+    return torch.tensor(kept, dtype=torch.int64), questions
+
+
+def label_questions(data, rows):
+    """(all labels, rows [n] with a label, their Questions): the label and three others, which the row's key draws."""
+    classes, rows, right = labelled_pictures(data, rows)
+    questions = []
+    for i, number in zip(rows.tolist(), right.tolist()):
+        label = classes[number]
+        others = draw_distractors(data.rows[i]["key"], classes, {label}, 3)
+        choices = [readable_label(name) for name in (label, *others)]
+        questions.append(Question(LABEL_QUESTION, choices[0], choices))
+    return classes, rows, questions
+
+
+def check_questions(data, rows, questions):
+    """Raises BadInput for a row whose choices are not a list of two or more with the answer among them."""
+    for i, question in zip(rows.tolist(), questions):
+        choices = question.choices
+        if not isinstance(choices, list) or question.answer not in choices or len(set(choices)) < 2:
+            row = f"{data.folder}/rows.jsonl: row {data.rows[i]['key']}"
+            raise BadInput(f"{row}: its choices must be a list of two or more that holds the answer")
+
+
+def number_texts(questions):
+    """(different texts of all choices, sorted; the number of the right text [n]; of all choices [n, K], -1 for none)."""
+    texts = sorted({f"{question.text} {choice}" for question in questions for choice in question.choices})
+    number = {text: k for k, text in enumerate(texts)}
+    right, choices = [], []
+    for question in questions:
+        right.append(number[f"{question.text} {question.answer}"])
+        different = dict.fromkeys(question.choices)
+        choices.append(torch.tensor([number[f"{question.text} {choice}"] for choice in different]))
+    padded = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)  # [n, K]
+    return tuple(texts), torch.tensor(right), padded
+
+
+def score_vqa(task, mapped, images):
+    """Accuracy: the share of the rows whose right text is nearer to the picture than every other choice."""
+    size = BLOCK // 8
+    images = F.normalize(images, dim=1)
+    choices, right = task.choices.to(images.device), task.right.to(images.device)
+    hits = []
+    for part in zip(images.split(size), choices.split(size), right.split(size)):
+        hits.append(is_answered(*part, mapped))
+    hits = torch.cat(hits).double()  # [n]
+    accuracy = hits.mean().item()
+    return Score({"acc": accuracy}, accuracy, hits.cpu())
+
+
+def is_answered(images, choices, right, mapped):
+    """[B] bool: is the right text nearer to its picture than every other choice?
+
+    images [B, D_i]; choices [B, K] and right [B]: numbers of rows of mapped [texts, D_i].
+    """
+    # A product and a sum, and no matrix product, so that equal choices score exactly alike.
+    scores = (images[:, None] * mapped[choices]).sum(-1)  # [B, K]
+    own = (images * mapped[right]).sum(-1)[:, None]  # [B, 1]
+    beaten = (scores >= own) & (choices != right[:, None]) & (choices >= 0)
+    return beaten.sum(1) == 0
+
+
+VQA = Kind(
+    name="vqa",
+    make=make_vqa,
+    score=score_vqa,
+    headline="accuracy",
+    units="questions",
+    benchmark_name="vqa",
+)
+
+# Connectors are trained for the first; a report is led by the first of these kinds that its tasks have.
+KINDS = {kind.name: kind for kind in (RETRIEVAL, ZEROSHOT, VQA)}
+
+# ------------------------------------------------------------------------------------------------ a task's embeddings
 
 
 def image_inputs(task, image_name, run_data=None):
@@ -223,20 +441,22 @@ def text_inputs(task, text_name, weights=None, device="cpu", run_data=None):
         return load_embeddings(task.data, text_name)[task.rows].to(device)
     known = (run_data.encoders if run_data else {}) | task.data.encoders
     encoder = known.get(text_name) or vlm.find_encoder(text_name)
-    return load_prompts(task.data, encoder, digest, task.texts, (weights or {}).get(text_name), device).to(device)
+    folder = (weights or {}).get(text_name)
+    return load_prompts(task.data, encoder, digest, task.texts, folder, device).to(device)
 
 
 def check_encoder(data, name, run_data):
-    """The sha256 of an encoder's weights as a folder's manifest has it, or None; raises BadInput if two folders differ."""
-    found = {}
-    for folder in filter(None, (data, run_data)):
-        if folder.manifest and name in folder.encoders:
-            found[folder.manifest["encoders"][name].get("weights_sha256")] = folder.folder
-    found.pop(None, None)
-    if len(found) > 1:
-        here, there = found.values()
+    """The sha256 of an encoder's weights by the manifests, or None. Raises BadInput if the two folders differ."""
+    folder_of = {}  # sha256 -> a folder whose manifest has it
+    for folder in (data, run_data):
+        if folder and folder.manifest and name in folder.encoders:
+            digest = folder.manifest["encoders"][name].get("weights_sha256")
+            if digest:
+                folder_of[digest] = folder.folder
+    if len(folder_of) > 1:
+        here, there = folder_of.values()
         raise BadInput(f"{here}: its {name} has other weights than {there}'s; embed one of them again")
-    return next(iter(found), None)
+    return next(iter(folder_of), None)
 
 
 @functools.cache
@@ -254,100 +474,44 @@ def load_prompts(data, encoder, digest, texts, weights, device):
 
     The file is named after the encoder's weights and the texts in order, so that another's are never taken for these.
     """
-    named = hashlib.sha256(json.dumps([digest or encoder.spec, *texts]).encode()).hexdigest()[:16]
-    path = data.folder / "prompts" / f"{encoder.name}-{named}.pt"
+    identity = json.dumps([digest or encoder.spec, *texts])
+    path = data.folder / "prompts" / f"{encoder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
     if path.is_file():
-        vectors = vlm.load_tensors(path)
-        if (
-            not torch.is_tensor(vectors)
-            or vectors.shape != (len(texts), encoder.dim or vectors.shape[-1])
-            or not ((vectors.float().norm(dim=1) - 1).abs() < 1e-2).all()
-        ):
-            raise BadInput(f"{path}: expected {len(texts)} unit vectors of width {encoder.dim}; delete it")
-        return vectors
-    model = open_text_encoder(encoder, digest, weights, device)
-    parts = tqdm(range(0, len(texts), 1024), desc=f"{encoder.name}: prompts, 1024 at a time", disable=len(texts) < 2048)
-    vectors = torch.cat([model.encode_text(list(texts[start : start + 1024])).half().cpu() for start in parts])
+        return read_prompts(path, len(texts), encoder.dim)
+    vectors = embed_prompts(encoder, digest, texts, weights, device)
     try:
         path.parent.mkdir(exist_ok=True)
         save_tensors(vectors, path)
-    except OSError as error:  # a folder that others share: the prompts are made again next time
-        print(f"{path}: not kept: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # a folder that others share: the prompts are embedded again next time
+        print(f"{path}: not saved: {error.strerror}", file=sys.stderr)
     return vectors
+
+
+def read_prompts(path, count, dim):
+    """Unit vectors [count, dim]; dim None is any width. Raises BadInput if the file holds something else."""
+    vectors = vlm.load_tensors(path)
+    has_shape = torch.is_tensor(vectors) and vectors.shape == (count, dim or vectors.shape[-1])
+    if not has_shape or not ((vectors.float().norm(dim=1) - 1).abs() < 1e-2).all():  # NaN is refused too
+        raise BadInput(f"{path}: expected {count} unit vectors of width {dim}; delete it")
+    return vectors
+
+
+def embed_prompts(encoder, digest, texts, weights, device):
+    """Unit vectors [texts, D_t], float16, by the text encoder, 1024 texts at a time."""
+    model = open_text_encoder(encoder, digest, weights, device)
+    starts = range(0, len(texts), 1024)
+    vectors = []
+    for start in tqdm(starts, desc=f"{encoder.name}: prompts, 1024 at a time", disable=len(texts) < 2048):
+        vectors.append(model.encode_text(list(texts[start : start + 1024])).half().cpu())
+    return torch.cat(vectors)
 
 
 @functools.lru_cache(maxsize=1)
 def open_text_encoder(encoder, digest, weights, device):
+    """The text encoder. Raises BadInput if its width or its weights are not those of the embeddings."""
     model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
     if encoder.dim not in (None, model.embed_dim):
         raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
     if digest and vlm.weights_digest(model.model) != digest:
         raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
     return model
-
-
-@torch.no_grad()
-def score(task, texts, images, connector) -> Score:
-    """texts: `text_inputs` on the connector's device. images: [n, D_i]. connector: [B, D_t] -> [B, D_i].
-
-    A tie counts against what is right, so that a collapsed connector scores zero and not everything. No more than a
-    block of the scores is ever held.
-    """
-    images = images.to(texts.device).float()  # [n, D_i]
-    mapped = map_prompts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
-    right = task.right.to(texts.device) if task.right is not None else None
-    if task.kind == "retrieval":
-        return score_retrieval(task.retrieval, *task.retrieval.ranks(mapped, images))
-    images = F.normalize(images, dim=1)
-    if task.kind == "zeroshot":
-        ranks = true_rank(images, mapped, right)  # [n] classes that score at least as high
-        hits = (ranks == 0).double()
-        metrics = {"acc1": hits.mean().item()}
-        if len(mapped) > 5:
-            metrics["acc5"] = (ranks < 5).double().mean().item()
-        counts = right.bincount()
-        metrics["mean_per_class_recall"] = (right.bincount(hits)[counts > 0] / counts[counts > 0]).mean().item()
-        return Score(metrics, metrics["acc1"], hits.cpu())
-    parts = zip(images.split(BLOCK // 8), task.choices.to(texts.device).split(BLOCK // 8), right.split(BLOCK // 8))
-    hits = torch.cat([answered(*part, mapped) for part in parts]).double()
-    return Score({"acc": hits.mean().item()}, hits.mean().item(), hits.cpu())
-
-
-def map_prompts(texts, connector, templates):
-    """Unit vectors [texts / templates, D_i]: mapped, and those of a class averaged and normalised again.
-
-    texts [texts, D_t]: of any length, the templates of a class one after the other.
-    """
-    mapped = []
-    for part in texts.split(templates * max(1, BLOCK // templates)):
-        z = vlm.map_text(connector, F.normalize(part.float(), dim=1))  # [part, D_i]
-        mapped.append(F.normalize(z.unflatten(0, (-1, templates)).mean(1), dim=1))
-    return torch.cat(mapped)
-
-
-def answered(images, choices, right, mapped):
-    """[B] bool: is the right text nearer to its picture than every other choice? A product and a sum, and no matrix
-    product, so that equal choices score exactly alike."""
-    scores = (images[:, None] * mapped[choices]).sum(-1)  # [B, K]
-    own = (images * mapped[right]).sum(-1)[:, None]  # [B, 1]
-    return ((scores >= own) & (choices != right[:, None]) & (choices >= 0)).sum(1) == 0
-
-
-def score_retrieval(retrieval, caption_ranks, picture_ranks):
-    """caption_ranks: [captions] from text to image; picture_ranks: [pictures] from image to text."""
-    metrics = {}
-    for direction, ranks in (("image_retrieval", caption_ranks), ("text_retrieval", picture_ranks)):
-        metrics |= {f"{direction}_recall@{k}": (ranks < k).double().mean().item() for k in retrieval.ks}
-        metrics[f"{direction}_median_rank"] = 1 + ranks.double().quantile(0.5).item()
-    # A picture's share of the captions' recall: its own captions', a caption of several pictures divided among them.
-    caption, picture = retrieval.place["caption"], retrieval.place["image"]  # [n]
-    shares = ((caption_ranks < 10) / caption.bincount())[caption].double()  # [n]
-    owned = picture.bincount(shares) * len(picture_ranks) / len(caption_ranks)  # [pictures]
-    units = ((picture_ranks < 10) + owned) / 2
-    value = (metrics["image_retrieval_recall@10"] + metrics["text_retrieval_recall@10"]) / 2
-    return Score(metrics, value, units.cpu())
-
-
-CLIP_BENCHMARK_TASKS = {"retrieval": "zeroshot_retrieval", "zeroshot": "zeroshot_classification", "vqa": "vqa"}
-
-HEADLINES = {"retrieval": "mean of both directions' R@10", "zeroshot": "top-1 accuracy", "vqa": "accuracy"}
