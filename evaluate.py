@@ -17,6 +17,7 @@ set. Prompts come from its prompts/, or the text encoder adds them there once.
 """
 
 import argparse
+import itertools
 import math
 import os
 import subprocess
@@ -46,6 +47,7 @@ from hyma.records import (
     EvaluationResult,
     MethodResult,
     OwnConnectors,
+    best_first,
     make_gallery,
     method_rows,
     pair_name,
@@ -118,18 +120,30 @@ def run_demo(device):
     folders = []
     for name, (script, *arguments) in DEMO.items():
         out = Path("runs") / name
-        made = [out.with_name(f"{name}-s{seed}") for seed in (0, 1)] if "--seeds" in arguments else [out]
+        made = [Path(f"{out}-s0"), Path(f"{out}-s1")] if "--seeds" in arguments else [out]
         folders += made
-        if all((folder / "ledger.json").is_file() for folder in made):
+        begun = sum((folder / "config.json").is_file() for folder in made)
+        finished = sum((folder / "ledger.json").is_file() for folder in made)
+        if finished == len(made):
             continue
-        is_begun = any((folder / "config.json").is_file() for folder in made)
         command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
-        command += ["--resume"] if is_begun else [*arguments, "--device", str(device)]
+        command += ["--resume"] if begun else [*arguments, "--device", str(device)]
         print(f"demo: {script} {' '.join(command[2:])}", flush=True)
         code = subprocess.run(command).returncode
         if code:
             raise BadInput(f"--demo: {script} ended with status {code}; its message is above")
     return folders
+
+
+def read_runs(folders):
+    """The Runs of the folders, each once however it is spelt."""
+    spelt_alike = dict.fromkeys(map(os.path.normpath, folders))
+    return [read_run(folder) for folder in spelt_alike]
+
+
+def encoders_of(pairs):
+    """The different encoders of pairs, in order of appearance."""
+    return unique(itertools.chain.from_iterable(pairs))
 
 
 def open_embeddings(runs, flags) -> Embeddings:
@@ -143,7 +157,7 @@ def open_embeddings(runs, flags) -> Embeddings:
     data = Embeddings(flags.data or candidates[0])
     digests = {}  # encoder -> sha256 of its file, by the first run that has it
     for run in runs:
-        for name in unique(name for pair in run.ranks for name in pair):
+        for name in encoders_of(run.ranks):
             digest = run.embeddings.get(name)  # None of connectors alone
             if digest and digests.setdefault(name, digest) != digest:
                 message = f"was trained on another {name}.pt than the runs before it; compare runs of one"
@@ -161,9 +175,9 @@ def compared_pairs(data, runs, oracle_folders):
     first = next((run for run in runs if str(run.folder) not in oracle_folders), runs[0])
     pairs = [pair for pair in choose_pairs(data, ["all"]) if pair in first.ranks]
     for run in runs:
-        missing = [pair_name(pair) for pair in pairs if pair not in run.ranks]
+        missing = [pair for pair in pairs if pair not in run.ranks]
         if missing:
-            message = f"{run.folder}: has no {missing[0]} ({len(missing)} pairs missing of {len(pairs)})"
+            message = f"{run.folder}: has no {pair_name(missing[0])} ({len(missing)} pairs missing of {len(pairs)})"
             raise BadInput(f"{message}; compare runs of the same pairs")
     return pairs
 
@@ -176,9 +190,10 @@ def group_runs(runs, pairs, oracle_folders=()):
     """
     groups = []
     for run in runs:
-        group = next((group for group in groups if is_other_seed(run, group, oracle_folders)), None)
-        if group:
-            group.append(run)
+        for group in groups:
+            if is_other_seed(run, group, oracle_folders):
+                group.append(run)
+                break
         else:
             groups.append([run])
     labels = Counter(group[0].method for group in groups)
@@ -204,10 +219,7 @@ def choose_oracle(methods, oracle_folders):
     oracle_folders: those of --oracle. Without them the oracle is a full grid, one with connectors as deep as the first
     run's if there is one; without a full grid it is the first run itself.
     """
-    if oracle_folders:
-        oracles = [method for method in methods if all(str(run.folder) in oracle_folders for run in method.runs)]
-    else:
-        oracles = [method for method in methods if all(run.full_grid for run in method.runs)]
+    oracles = [method for method in methods if can_be_oracle(method, oracle_folders)]
     if len(oracles) > 1 and oracle_folders:
         folders = " ".join(sorted(oracle_folders))
         raise BadInput(f"--oracle {folders}: must be seeds of one method, the same flags otherwise")
@@ -224,6 +236,13 @@ def choose_oracle(methods, oracle_folders):
     else:
         warning = f"{primary.name}: only the evaluated rows rank these connectors, so the best one's score is too high"
     return primary, primary, [warning]
+
+
+def can_be_oracle(method, oracle_folders):
+    """Whether --oracle names all runs of a method or, without --oracle, whether they are full grids."""
+    if oracle_folders:
+        return all(str(run.folder) in oracle_folders for run in method.runs)
+    return all(run.full_grid for run in method.runs)
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -297,8 +316,10 @@ def score_connector(task, run, image, text, data, flags):
 
 def summarise(task, kind, units, resamples):
     """The TaskScores of a task. units: {method: [S, P, U]}, whose mean over U is a score."""
-    units = {method: np.array(values) for method, values in units.items()}
-    scores = {method: values.mean(-1).round(9) for method, values in units.items()}
+    scores = {}
+    for method, values in units.items():
+        units[method] = np.array(values)
+        scores[method] = units[method].mean(-1).round(9)
     count = next(iter(units.values())).shape[-1]
     return TaskScores(
         name=f"{task.name} {task.kind}",
@@ -315,7 +336,8 @@ def headline_first(task_scores):
     """The TaskScores, those of the headline's kind first: retrieval, which connectors are trained for, or else zeroshot,
     or vqa. Several of that kind are led by their mean; other kinds have no weight in it, so that labels, which make two
     tasks, never count twice."""
-    kind = next(kind for kind in KINDS if any(task.kind == kind for task in task_scores))
+    kinds = [task.kind for task in task_scores]
+    kind = next(kind for kind in KINDS if kind in kinds)
     leading = [task for task in task_scores if task.kind == kind]
     others = [task for task in task_scores if task.kind != kind]
     if len(leading) == 1:
@@ -334,7 +356,10 @@ def headline_first(task_scores):
 
 def mean_by_method(arrays):
     """{method: mean of its arrays}. arrays: [{method: array}], a task each."""
-    return {method: np.mean([each[method] for each in arrays], axis=0).round(9) for method in arrays[0]}
+    means = {}
+    for method in arrays[0]:
+        means[method] = np.mean([each[method] for each in arrays], axis=0).round(9)
+    return means
 
 
 def warn_at_chance(task, oracle, seed_weights):
@@ -356,34 +381,45 @@ def evaluate_methods(task, methods, oracle, seed_weights):
     """
     truth = true_scores(task, oracle)  # [P]
     resampled = bootstrap_scores(task, oracle, seed_weights)  # [R, P]
-    of_random_order = fidelity(truth[None], np.zeros(len(truth)))
     results = []
     for method in methods:
-        of_truth = [fidelity(truth[None], order) for order in method.orders]
-        of_resamples = [fidelity(resampled, order) for order in method.orders]
-        estimates = {}
-        for metric in METRICS:
-            by_seed = np.stack([each[metric] for each in of_resamples], axis=1)  # [R, S]
-            low, high = np.percentile((seed_weights[method.name] * by_seed).sum(1), [2.5, 97.5])
-            value = np.mean([each[metric][0] for each in of_truth])
-            estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
+        own = OwnConnectors()
+        if method.runs:
+            own = compare_connectors(task.scores[method.name], method.orders, truth)
+        chosen = []
+        for order in method.orders:
+            chosen += best_pairs(order)
         result = MethodResult(
             task=task.name,
             method=method.name,
             kind="run" if method.runs else "selector",
             seeds=len(method.runs),
-            chosen=unique(k for order in method.orders for k in best_pairs(order)),
-            fidelity=estimates,
-            own=compare_connectors(task.scores[method.name], method.orders, truth) if method.runs else OwnConnectors(),
+            chosen=unique(chosen),
+            fidelity=estimate_fidelity(truth, resampled, method.orders, seed_weights[method.name]),
+            own=own,
         )
         results.append(result)
     return results
 
 
+def estimate_fidelity(truth, resampled, orders, seed_weights):
+    """{metric: Estimate}. truth [P], resampled [R, P]: true scores. orders [S, P]. seed_weights [R, S]."""
+    of_truth = [fidelity(truth[None], order) for order in orders]
+    of_resamples = [fidelity(resampled, order) for order in orders]
+    of_random_order = fidelity(truth[None], np.zeros(len(truth)))
+    estimates = {}
+    for metric in METRICS:
+        value = np.mean([seed[metric][0] for seed in of_truth])
+        by_seed = np.stack([seed[metric] for seed in of_resamples], axis=1)  # [R, S]
+        low, high = np.percentile((seed_weights * by_seed).sum(1), [2.5, 97.5])
+        estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
+    return estimates
+
+
 def compare_connectors(scores, orders, truth):
     """The OwnConnectors of a run. scores, orders: [S, P]. truth: [P]."""
     gap = scores.mean(0) - truth  # [P]
-    best_third = np.argsort(-truth, kind="stable")[: math.ceil(len(truth) / 3)]
+    best_third = best_first(truth)[: math.ceil(len(truth) / 3)]
     first = orders == orders.max(1, keepdims=True)  # [S, P]; ties for the first place share it
     of_choice = (scores * first / first.sum(1, keepdims=True)).sum(1)  # [S]
     return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
@@ -392,10 +428,10 @@ def compare_connectors(scores, orders, truth):
 def costs_of(methods, oracle, pairs, data):
     """{method: Cost}, compared at the batch size and updates of the oracle, or else of the first run that has them."""
     ledgers = [run.ledger for method in (oracle, *methods) for run in method.runs if run.ledger]
-    # A closed form's one step is no batch size.
-    by_batches = [ledger for ledger in ledgers if trained_by_batches(ledger)]
+    # A closed form's one step is no batch size, so that it is compared with only if there is nothing else.
+    by_batches = list(filter(trained_by_batches, ledgers))
     reference = next(iter(by_batches or ledgers), None)
-    names = unique(name for pair in pairs for name in pair)
+    names = encoders_of(pairs)
     costs = {}
     for method in methods:
         if not method.runs:
@@ -412,7 +448,7 @@ def costs_of(methods, oracle, pairs, data):
 
 def print_table(result):
     """A line a method, as the trainers print their rankings."""
-    task, oracle = result.tasks[0], result.oracle
+    task, oracle = result.headline, result.oracle
     base = result.costs[oracle.name]
     wide = max(len(method.name) for method in result.methods)
     heads = "regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
@@ -421,13 +457,12 @@ def print_table(result):
     for each in result.method_results[0]:
         cost, regret = result.costs[each.method], each.fidelity["regret"]
         interval = f"{regret.value:6.2f} ({regret.low:.2f} to {regret.high:.2f})"
-        top1, recall3, ndcg3, spearman, tau = (
-            each.fidelity[metric].value for metric in ("top1", "recall3", "ndcg3", "spearman", "tau")
-        )
-        metrics = f"{top1:7.2f}{recall3:6.2f}{ndcg3:8.2f}{spearman:10.2f}{tau:7.2f}"
+        metrics = ""
+        for metric, width in (("top1", 7), ("recall3", 6), ("ndcg3", 8), ("spearman", 10), ("tau", 7)):
+            metrics += f"{each.fidelity[metric].value:{width}.2f}"
         ratio = number(times(cost, base, "flops_equal_batch"), 3)
         spent = f"{teraflop(cost.flops):>9}{number(cost.seconds, 1):>9}{ratio:>10}"
-        choice = describe_choice([pair_name(result.pairs[k]) for k in each.chosen], each.seeds)
+        choice = describe_choice(list(map(result.pair_name, each.chosen)), each.seeds)
         print(f"{each.method:{wide}}  {interval:21}{metrics}{spent}  {choice}")
 
 
@@ -441,7 +476,7 @@ def answer(result):
 
 def describe_pair(result):
     """The pair, which method chose it, and what its connector scores."""
-    task, primary = result.tasks[0], result.primary
+    task, primary = result.headline, result.primary
     image, text = result.pairs[result.chosen]
     pair = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers})"
     own = task.scores[primary.name][0, result.chosen]
@@ -455,9 +490,9 @@ def describe_pair(result):
 
 def describe_certainty(result):
     """In how many resamples the pair is truly the best, and how far behind the best it is otherwise."""
-    task, oracle, chosen = result.tasks[0], result.oracle, result.chosen
-    truth = true_scores(task, oracle)  # [P]
-    resampled = bootstrap_scores(task, oracle, result.seed_weights)  # [R, P]
+    task, oracle, chosen = result.headline, result.oracle, result.chosen
+    truth = result.true_scores(task)  # [P]
+    resampled = result.bootstrap_scores(task)  # [R, P]
     is_best = resampled == resampled.max(1, keepdims=True)
     percent = 100 * (is_best[:, chosen] / is_best.sum(1)).mean()  # pairs that tie share a resample
     by = "its own connectors"
@@ -468,19 +503,22 @@ def describe_certainty(result):
     best = int(truth.argmax())
     if truth[chosen] == truth[best]:
         return clause
-    return f"{clause}, {100 * (truth[best] - truth[chosen]):.1f} points below {pair_name(result.pairs[best])}"
+    return f"{clause}, {100 * (truth[best] - truth[chosen]):.1f} points below {result.pair_name(best)}"
 
 
 def describe_others(result):
     """The pairs that are clearly better, and those that cannot be told from the chosen one: a clause each."""
-    task, oracle, chosen = result.tasks[0], result.oracle, result.chosen
-    resampled = bootstrap_scores(task, oracle, result.seed_weights)  # [R, P]
+    chosen = result.chosen
+    resampled = result.bootstrap_scores(result.headline)  # [R, P]
     low, high = np.percentile(resampled - resampled[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others less the chosen
     better, alike = [], []
-    for k in np.argsort(-true_scores(task, oracle), kind="stable"):
-        if k == chosen or high[k] < 0:
+    for k in best_first(result.true_scores(result.headline)):
+        if k == chosen:
             continue
-        (better if low[k] > 0 else alike).append(pair_name(result.pairs[k]))
+        if low[k] > 0:
+            better.append(result.pair_name(k))
+        elif high[k] >= 0:
+            alike.append(result.pair_name(k))
     clauses = []
     for words, pairs in (("clearly better", better), ("within noise", alike)):
         more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
@@ -506,16 +544,16 @@ def describe_cost(result):
 def main():
     flags = parse_flags()
 
-    # Runs in.
+    # Runs: every one has the same pairs of the same embeddings.
     folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_finished_run()]
-    runs = [read_run(folder) for folder in unique(os.path.normpath(folder) for folder in [*folders, *flags.oracle])]
-    oracle_folders = {os.path.normpath(folder) for folder in flags.oracle}
+    runs = read_runs([*folders, *flags.oracle])
+    oracle_folders = set(map(os.path.normpath, flags.oracle))
     data = open_embeddings(runs, flags)
     pairs = compared_pairs(data, runs, oracle_folders)
     methods = group_runs(runs, pairs, oracle_folders)
     oracle, primary, warnings = choose_oracle(methods, oracle_folders)
 
-    # Tasks in; every connector is scored on every task.
+    # Tasks: every connector is scored on every one.
     tasks, more = open_all_tasks(flags, runs, data)
     warnings += more
     for method in methods:
@@ -524,7 +562,7 @@ def main():
     task_scores, records = score_runs(tasks, methods, pairs, data, flags)
     task_scores = headline_first(task_scores)
 
-    # Selectors see training rows, which connectors alone do not have.
+    # Selectors use training rows, which connectors alone do not have.
     spectra = {}
     trained = [run for method in (oracle, *methods) for run in method.runs if run.ledger]
     if flags.selector_rows and trained:

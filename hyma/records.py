@@ -27,6 +27,11 @@ from hyma.selectors import SelectionMethod
 from hyma.tasks import KINDS, image_inputs, text_inputs
 
 
+def pair_name(pair):
+    """("image", "text") as "image:text"."""
+    return ":".join(pair)
+
+
 class Estimate(NamedTuple):
     """One metric of a method's order: its mean over the seeds, and what to compare that with."""
 
@@ -72,6 +77,22 @@ class EvaluationResult(NamedTuple):
     spectra: dict  # (image, text) -> canonical correlations, largest first; empty without selectors
     warnings: list  # of lines
 
+    @property
+    def headline(self):
+        """The TaskScores that the answer is about."""
+        return self.tasks[0]
+
+    def pair_name(self, k):
+        return pair_name(self.pairs[k])
+
+    def true_scores(self, task):
+        """[P], 0 to 1."""
+        return true_scores(task, self.oracle)
+
+    def bootstrap_scores(self, task):
+        """[R, P], 0 to 1."""
+        return bootstrap_scores(task, self.oracle, self.seed_weights)
+
 
 class Figure(NamedTuple):
     """What a figure shows."""
@@ -82,10 +103,6 @@ class Figure(NamedTuple):
     rows: list  # of its CSV: dicts
     about: dict = {}  # what else its drawing needs
     more: dict = {}  # further CSVs: {file name: rows}
-
-
-def pair_name(pair):
-    return ":".join(pair)
 
 
 def write_records(folder, result, gallery, results):
@@ -132,11 +149,21 @@ def page_facts(result, figures, gallery):
     base = result.costs[result.oracle.name]
     ratios = {}
     for name, cost in result.costs.items():
-        ratios[name] = {key: times(cost, base, key) for key in ("flops_equal_batch", "flops_with_embedding")}
+        ratios[name] = {
+            "flops_equal_batch": times(cost, base, "flops_equal_batch"),
+            "flops_with_embedding": times(cost, base, "flops_with_embedding"),
+        }
     tasks = []
     for task in result.tasks:
-        facts = {"name": task.name, "kind": task.kind, "headline": KINDS[task.kind].headline}
-        tasks.append(facts | {"counted": task.counted, "protocol": task.protocol, "chance": task.chance})
+        facts = {
+            "name": task.name,
+            "kind": task.kind,
+            "headline": KINDS[task.kind].headline,
+            "counted": task.counted,
+            "protocol": task.protocol,
+            "chance": task.chance,
+        }
+        tasks.append(facts)
     chosen = result.pairs[result.chosen]
     return {
         "chosen": list(chosen),
@@ -165,8 +192,8 @@ def ranking_rows(result):
     rows = []
     ranks = {f"rank by {method.name}": rankdata(-method.orders.mean(0)) for method in result.methods}
     for task in result.tasks:
-        truth = 100 * true_scores(task, result.oracle)  # [P]
-        resampled = 100 * bootstrap_scores(task, result.oracle, result.seed_weights)  # [R, P]
+        truth = 100 * result.true_scores(task)  # [P]
+        resampled = 100 * result.bootstrap_scores(task)  # [R, P]
         low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
         scores = {f"score of {name}": 100 * values.mean(0) for name, values in task.scores.items()}
         values = {"true_rank": rankdata(-truth), "true_score": truth, "low": low, "high": high} | ranks | scores
@@ -187,18 +214,25 @@ def method_rows(result):
     rows = []
     for method_results in result.method_results:
         for each in method_results:
-            chosen = [pair_name(result.pairs[k]) for k in each.chosen]
-            row = {"task": each.task, "method": each.method, "kind": each.kind}
-            row |= {"seeds": each.seeds, "chosen": " ".join(chosen)}
+            row = {
+                "task": each.task,
+                "method": each.method,
+                "kind": each.kind,
+                "seeds": each.seeds,
+                "chosen": " ".join(map(result.pair_name, each.chosen)),
+            }
             for metric, estimate in each.fidelity.items():
-                row |= {metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high}
-                row |= {f"{metric}_random": estimate.random}
+                row[metric] = estimate.value
+                row[f"{metric}_low"] = estimate.low
+                row[f"{metric}_high"] = estimate.high
+                row[f"{metric}_random"] = estimate.random
             row |= each.own._asdict() | result.costs[each.method]._asdict()
             rows.append({key: rounded(value) for key, value in row.items()})
     return rows
 
 
 def rounded(value):
+    """A float, numpy's too, to six decimals; any other value as it is."""
     return round(float(value), 6) if isinstance(value, float) else value
 
 
@@ -227,10 +261,18 @@ def cost_against_regret(result, method_results, name):
         cost, regret = result.costs[each.method], each.fidelity["regret"]
         if cost.flops is None:
             continue
-        row = {"task": each.task, "method": each.method, "kind": each.kind}
-        row |= {"regret": regret.value, "regret_low": regret.low, "regret_high": regret.high}
-        row |= {"regret_random": regret.random}
-        rows.append(row | {"flops": cost.flops, "flops_with_embedding": cost.flops_with_embedding})
+        row = {
+            "task": each.task,
+            "method": each.method,
+            "kind": each.kind,
+            "regret": regret.value,
+            "regret_low": regret.low,
+            "regret_high": regret.high,
+            "regret_random": regret.random,
+            "flops": cost.flops,
+            "flops_with_embedding": cost.flops_with_embedding,
+        }
+        rows.append(row)
     if not any(row["flops"] for row in rows):
         rows = []
     return Figure(name, "cost-regret", method_results[0].task, rows)
@@ -238,7 +280,7 @@ def cost_against_regret(result, method_results, name):
 
 def rank_scatter(result, task, name):
     """The true rank of every pair, and its rank by every method that does not tie them all."""
-    truth = rankdata(-true_scores(task, result.oracle))
+    truth = rankdata(-result.true_scores(task))
     rows = []
     for method in result.methods:
         if not np.ptp(method.orders):
@@ -252,11 +294,11 @@ def heatmap(result, task, method, name):
     """The scores of a run's own connectors and of the oracle's, in points."""
     truth = 100 * task.scores[result.oracle.name].mean(0)  # [P]
     own = 100 * task.scores[method.name].mean(0)  # [P]
+    values = {"oracle": truth, "run": own, "difference": own - truth}
     rows = []
-    columns = zip(result.pairs, truth.round(3).tolist(), own.round(3).tolist(), (own - truth).round(3).tolist())
-    for (image, text), oracle_score, run_score, difference in columns:
-        scores = {"oracle": oracle_score, "run": run_score, "difference": difference}
-        rows.append({"image": image, "text": text} | scores)
+    for k, (image, text) in enumerate(result.pairs):
+        row = {"image": image, "text": text}
+        rows.append(row | {name: each[k].round(3).item() for name, each in values.items()})
     best = [list(result.pairs[k]) for k in best_pairs(truth.round(7))]
     chosen = [list(result.pairs[k]) for k in best_pairs(method.orders.mean(0))]
     return Figure(name, "heatmap", task.name, rows, {"method": method.name, "best": best, "chosen": chosen})
@@ -265,7 +307,7 @@ def heatmap(result, task, method, name):
 def ranking_over_epochs(result):
     """The rank of every pair at each validation of a run's first seed, and the regret of the pair that leads there, in
     points."""
-    truth = true_scores(result.tasks[0], result.oracle)[None]  # [1, P]
+    truth = result.true_scores(result.headline)[None]  # [1, P]
     ranking, regrets = [], []
     for method, validations in validations_of(result).items():
         for validation in validations:
@@ -376,7 +418,7 @@ def make_gallery(result, tasks, queries=6, nearest=5):
 
 def compared_pairs(result):
     """{pair: its role}: the chosen pair and, if it is another, the truly worst."""
-    worst = int(true_scores(result.tasks[0], result.oracle).argmin())
+    worst = int(result.true_scores(result.headline).argmin())
     roles = {result.pairs[result.chosen]: "the pair to stitch"}
     roles.setdefault(result.pairs[worst], "the worst")
     return roles
