@@ -1,4 +1,4 @@
-"""Which encoder pair to stitch, how certain that is, what the search cost: runs and selectors, scored by connectors.
+"""Which encoder pair to stitch, how certain that is, what the search cost: runs and selectors beside the true scores.
 
     python evaluate.py                                             # the newest run, on its data's test rows
     python evaluate.py runs/hyma runs/halving runs/grid-s0 runs/grid-s1        # the full grid's runs are the oracle
