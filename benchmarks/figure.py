@@ -29,9 +29,10 @@ def main():
     for connector, marker in MARKERS.items():
         result = results[connector]
         grid_share = np.array(result["grid_flops"]) / np.mean(result["grid_flops"])
-        axes.scatter(result["cost_ratio_flops"], result["delivered"], marker=marker, s=60, color=HYPERNETWORK, alpha=0.7)
-        axes.scatter(grid_share, result["delivered_noise"], marker=marker, s=60, color=GRID, alpha=0.7)
-        axes.scatter([], [], marker=marker, s=60, color="grey", label=connector)
+        style = {"marker": marker, "s": 60, "alpha": 0.7}
+        axes.scatter(result["cost_ratio_flops"], result["delivered"], color=HYPERNETWORK, **style)
+        axes.scatter(grid_share, result["delivered_noise"], color=GRID, **style)
+        axes.scatter([], [], color="grey", label=connector, **style)
 
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0.1, color="black", linewidth=0.8, linestyle=":")
