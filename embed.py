@@ -6,10 +6,10 @@
     python embed.py --encoder all --data coco:/data/coco              # a standard set, from its published files
     python embed.py --encoder control --out embeddings/try            # needs no network, a minute on a CPU
 
-One scan fixes the rows before the first encoder runs: a picture that cannot be read or a row without a caption goes to
-quarantine.jsonl with the reason and is missing for every encoder alike. Each encoder then writes `<encoder>.pt`, one
-tensor [rows, dim] of unit vectors in row order, shard by shard: an interrupted run, started again, goes on with the
-first missing shard and ends with the same bytes. manifest.json is written last and seals the folder.
+One scan fixes the rows before the first encoder runs. A picture that cannot be read or a row without a caption goes to
+quarantine.jsonl with the reason, and no encoder embeds it. Each encoder then writes `<encoder>.pt`, one tensor
+[rows, dim] of unit vectors in row order, shard by shard. Rerun an interrupted command to resume at the first missing
+shard; the files get the same bytes. manifest.json is written last and seals the folder.
 """
 
 import argparse
@@ -21,18 +21,37 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import vlm
-from hyma.datasets import QUESTION_COLUMNS, STANDARD_SETS, read_corpus, read_standard_set
-from hyma.embeddings import FORMAT_VERSION, hash_keys, read_manifest
-from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_json, write_jsonl
+from hyma.costs import flop_counter
+from hyma.datasets import read_corpus, usable_row, why_unusable
+from hyma.embeddings import (
+    FORMAT_VERSION,
+    add_to_manifest,
+    hash_keys,
+    open_shards,
+    read_manifest,
+    row_keys,
+    seal_folder,
+    shard_path,
+    unique,
+    write_manifest,
+)
+from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
 from vlm import BadInput
 
 SAMPLE = Path(__file__).parent / "sample" / "captions.csv"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+SCANNED_AT_ONCE = 256  # rows between two writes of the scan's journal
+COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
 
 
 def parse_flags():
@@ -62,15 +81,15 @@ def parse_flags():
         metavar="NAME=PATH",
         help="local file or folder of an encoder's weights, instead of the hub",
     )
-    add("--batch-size", type=int, default=64, help="rows an encoder takes at once (default: %(default)s)")
-    add("--shard-rows", type=int, default=1024, help="rows between two saves (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="rows in a forward pass (default: %(default)s)")
+    add("--shard-rows", type=int, default=1024, help="rows in a shard, the unit of saving (default: %(default)s)")
     add(
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="do every N-th shard from I on: one of N processes on one --out (default: %(default)s)",
+        help="embed only shards I, I+N, I+2N, ..., so that N processes can share one --out (default: %(default)s)",
     )
-    add("--dtype", choices=DTYPES, default="float16", help="of the stored vectors (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float16", help="number format of the stored vectors (default: %(default)s)")
     add(
         "--workers",
         type=int,
@@ -78,13 +97,12 @@ def parse_flags():
         help="threads that read pictures (default: %(default)s)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
-    flags = parser.parse_args()
-    standard_set, _, folder = str(flags.data).partition(":")
-    flags.standard_set = standard_set if folder and standard_set in STANDARD_SETS else None
-    if flags.standard_set:
-        flags.data = Path(folder)
-        if not flags.data.is_dir():
-            raise BadInput(f"--data {standard_set}:{folder}: no such folder")
+    return parser.parse_args()
+
+
+def resolve_flags(flags):
+    """A copy of the flags, checked, with what they stand for: encoders, weights, data, standard_set, shard, device."""
+    standard_set, data = parse_standard_set(flags.data) or (None, flags.data)
     for name in ("batch_size", "shard_rows", "workers"):
         if getattr(flags, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
@@ -93,8 +111,16 @@ def parse_flags():
     index, _, count = flags.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise BadInput(f"--shard {flags.shard}: expected I/N with 0 <= I < N, such as 0/4")
-    flags.shard = int(index), int(count)
-    return flags
+    encoders = choose_encoders(flags.encoder)
+    resolved = {
+        "encoders": encoders,
+        "weights": match_weights(flags.weights, encoders),
+        "standard_set": standard_set,
+        "data": data,
+        "shard": (int(index), int(count)),
+        "device": vlm.pick_device(flags.device),
+    }
+    return argparse.Namespace(**vars(flags) | resolved)
 
 
 def choose_encoders(names):
@@ -106,7 +132,7 @@ def choose_encoders(names):
     }
     chosen = {}
     for name in names:
-        found = groups.get(name) or [vlm.ENCODERS[n] for n in fnmatch.filter(vlm.ENCODERS, name)]
+        found = groups.get(name) or [vlm.ENCODERS[known] for known in fnmatch.filter(vlm.ENCODERS, name)]
         if not found and "*" in name:
             raise BadInput(f"--encoder {name}: matches none of {', '.join(vlm.ENCODERS)}")
         for encoder in found or [vlm.find_encoder(name)]:
@@ -115,173 +141,155 @@ def choose_encoders(names):
     return list(chosen.values())
 
 
-# ------------------------------------------------------------------------------- which rows: a table or a folder
+def match_weights(items, encoders):
+    """{short name: path} of `--weights NAME=PATH ...`."""
+    names = {encoder.name for encoder in encoders}
+    weights = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if name not in names or not path:
+            raise BadInput(f"--weights {name}: expected NAME=PATH, NAME being an encoder of --encoder")
+        weights[name] = path
+    return weights
 
 
-# ------------------------------------------------------------------- standard sets, from their published files
-
-# A reader takes (the folder with a set's files, the embedding folder) and returns (root folder, rows, what was read in
-# words: the `protocol` of every score on it). All rows are marked `test`, so that nothing is ever trained on them.
+# ------------------------------------------------------------------------------------- the scan: which rows are used
 
 
-# ---------------------------------------------------------------------------- the scan: which rows can be used
+class FixedRows(NamedTuple):
+    """The rows of an embedding folder: every encoder embeds these, in this order."""
+
+    out: Path  # the embedding folder
+    root: Path  # the folder that image paths start from
+    rows: list[dict]  # as in rows.jsonl
+    keys_sha256: str
+    quarantined: int  # rows that cannot be used
 
 
-def fix_rows(flags, out):
-    """The folder's rows and its manifest so far: what an earlier run has fixed, or a scan of every picture now."""
+def open_folder(flags):
+    """Reads the data source and makes the embedding folder, or resumes in it: its FixedRows."""
     if flags.standard_set:
-        root, dataset, rows, protocol = read_standard_set(flags.standard_set, flags.data, out)
+        name = flags.standard_set
     else:
-        (root, dataset, rows), protocol = read_corpus(flags.data, flags.image_column, flags.caption_column), None
-    listing = hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()
-    if manifest := read_manifest(out):
+        corpus = read_corpus(flags.data, flags.image_column, flags.caption_column)
+        name = corpus.dataset
+    out = flags.out or Path("embeddings") / name
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out, wait=True):
+        if flags.standard_set:  # its pictures may have to be unpacked into the folder
+            corpus = read_standard_set(flags.standard_set, flags.data, out)
+        return fix_rows(corpus, out, flags)
+
+
+def fix_rows(corpus, out, flags):
+    """The rows that an earlier run has fixed, or those that a scan of every picture finds usable."""
+    listing = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
+    manifest = read_manifest(out)
+    if manifest:
         if manifest.get("source_sha256") != listing:
             raise BadInput(f"{out}: holds embeddings of other rows than {flags.data} has now; choose another --out")
-        kept = read_jsonl(out / "rows.jsonl")
-        if hash_keys(kept) != manifest["keys_sha256"]:
+        rows = read_jsonl(out / "rows.jsonl")
+        if hash_keys(rows) != manifest["keys_sha256"]:
             raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
-        return root, kept, manifest
+        return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
+
     if any(out.glob("*.pt")):
         raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
-    kept, quarantine = scan(root, rows, listing, out / ".scan.jsonl", flags.workers)
+    reasons = scan(corpus, listing, out / ".scan.jsonl", flags.workers)
+    rows, quarantine = sort_rows(corpus, reasons)
     write_jsonl(out / "quarantine.jsonl", quarantine)
-    write_jsonl(out / "rows.jsonl", kept)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "dataset": dataset,
-        **({"protocol": protocol} if protocol else {}),
-        "root": os.path.relpath(root, out),
+    write_jsonl(out / "rows.jsonl", rows)
+    manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
+    if corpus.protocol:
+        manifest["protocol"] = corpus.protocol
+    manifest |= {
+        "root": os.path.relpath(corpus.root, out),
         "source_sha256": listing,
-        "rows": len(kept),
-        "keys_sha256": hash_keys(kept),
+        "rows": len(rows),
+        "keys_sha256": hash_keys(rows),
         "quarantined": len(quarantine),
         "encoders": {},
     }
-    write_json(out / "manifest.partial.json", manifest)
+    write_manifest(out, manifest)
     (out / ".scan.jsonl").unlink()
-    return root, kept, manifest
+    return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], len(quarantine))
 
 
-def scan(root, rows, listing, journal, workers):
-    """Decodes every picture once: (rows that can be used, [{key, reason}] of the others).
+def scan(corpus, listing, journal, workers):
+    """Decodes every picture once. Returns, for each row, the reason why it cannot be used, or None.
 
-    The journal holds one verdict a line, in row order, so that an interrupted scan goes on where it was.
+    The journal holds the hash of the rows, then one reason a line, so that an interrupted scan can be resumed.
     """
-    reasons = []
-    if journal.is_file():
-        lines = journal.read_text().split("\n")[:-1]  # a line without its end was cut off
-        if lines and json.loads(lines[0]) == listing:
-            reasons = [json.loads(line) for line in lines[1:]]
+    reasons = read_journal(journal, listing)
     write_jsonl(journal, [listing, *reasons])
-    bar = tqdm(total=len(rows), initial=len(reasons), desc="scan", unit="row")
-    with bar as progress, open(journal, "a") as file, ThreadPoolExecutor(workers) as pool:
-        for start in range(len(reasons), len(rows), 256):
-            verdicts = list(pool.map(lambda row: why_unusable(root, row), rows[start : start + 256]))
-            file.writelines(json.dumps(verdict) + "\n" for verdict in verdicts)
+    total = len(corpus.rows)
+    with (
+        tqdm(total=total, initial=len(reasons), desc="scan", unit="row") as progress,
+        open(journal, "a") as file,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for start in range(len(reasons), total, SCANNED_AT_ONCE):
+            part = corpus.rows[start : start + SCANNED_AT_ONCE]
+            found = list(pool.map(lambda row: why_unusable(corpus.root, row), part))
+            file.writelines(json.dumps(reason) + "\n" for reason in found)
             file.flush()
-            reasons += verdicts
-            progress.update(len(verdicts))
+            reasons += found
+            progress.update(len(found))
+    return reasons
 
-    kept, quarantine, seen = [], [], {}
-    for row, reason in zip(rows, reasons):
-        image = str(row["image"])
-        seen[image] = seen.get(image, 0) + 1
-        key = image if seen[image] == 1 else f"{image}#{seen[image]}"  # one more caption of the same picture
+
+def read_journal(journal, listing):
+    """The reasons that an interrupted scan of the same rows has found so far."""
+    if not journal.is_file():
+        return []
+    lines = journal.read_text().split("\n")[:-1]  # a line without its end was cut off
+    if not lines or json.loads(lines[0]) != listing:
+        return []
+    return [json.loads(line) for line in lines[1:]]
+
+
+def sort_rows(corpus, reasons):
+    """(rows that can be used, [{key, reason}] of the others)."""
+    keys = row_keys(str(row["image"]) for row in corpus.rows)
+    usable = []
+    quarantine = []
+    for key, row, reason in zip(keys, corpus.rows, reasons):
         if reason:
+            # A path that is not UTF-8 cannot be written as it is.
             quarantine.append({"key": key.encode(errors="replace").decode(), "reason": reason})
         else:
-            parts = {part: str(row[part]) for part in ("label", "split") if row.get(part) not in (None, "")}
-            parts |= {part: row[part] for part in QUESTION_COLUMNS if row.get(part)}
-            kept.append({"key": key, "image": image, "caption": " ".join(row["caption"].split()), **parts})
-    if not kept:
-        raise BadInput(
-            f"--data {root}: no row can be used; the first, {quarantine[0]['key']}: {quarantine[0]['reason']}"
-        )
-    return kept, quarantine
+            usable.append(usable_row(key, row))
+    if not usable:
+        first = quarantine[0]
+        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
+    return usable, quarantine
 
 
-def why_unusable(root, row):
-    """The reason why a row cannot be used, or None."""
-    if "fault" in row:
-        return row["fault"]
-    if not isinstance(row["caption"], str) or not row["caption"].strip():
-        return "empty caption"
-    try:
-        f"{row['image']} {row['caption']}".encode()
-    except UnicodeEncodeError:
-        return "not UTF-8"
-    if not row["image"]:
-        return "no image path"
-    try:
-        vlm.open_image(root / str(row["image"]))
-    except FileNotFoundError:
-        return "missing file"
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
-        return f"unreadable image: {str(error).replace(str(root / str(row['image'])), 'file').splitlines()[0]}"
-    return None
+# --------------------------------------------------------------------------------------------------------- embedding
 
 
-# ------------------------------------------------------------------------------------------------- the embedding
-
-
-def embed_images(encoder, root, rows, batch_size, pool):
-    """Unit vectors [rows, dim] of the rows' pictures; the captions of one picture share one pass."""
-
-    def load(image):
-        try:
-            return encoder.transform(vlm.open_image(root / image))
-        except Exception as error:  # it could be read in the scan: never put anything else in its place
-            raise BadInput(f"{root / image}: was readable in the scan and is not now ({error}); restore it") from None
-
-    images = list(dict.fromkeys(row["image"] for row in rows))
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    vectors, ahead = [], [pool.submit(load, image) for image in batches[0]]
-    for batch in [*batches[1:], []]:  # the threads read the next batch while the encoder works on this one
-        pixels, ahead = torch.stack([future.result() for future in ahead]), [pool.submit(load, i) for i in batch]
-        vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
-    place = {image: i for i, image in enumerate(images)}
-    return torch.cat(vectors)[[place[row["image"]] for row in rows]]
-
-
-def embed_shards(name, encoder, rows, root, folder, flags):
-    """Writes those shards of one encoder that are this process's to write and not yet there."""
-    index, count = flags.shard
-    starts = list(range(0, len(rows), flags.shard_rows))[index::count]
-    shards = {shard_path(folder, start): rows[start : start + flags.shard_rows] for start in starts}
-    todo = {path: part for path, part in shards.items() if not path.is_file()}
-    total, done = sum(map(len, shards.values())), sum(len(part) for path, part in shards.items() if path not in todo)
-    bar = tqdm(total=total, initial=done, desc=name, unit="row")
-    with bar as progress, ThreadPoolExecutor(flags.workers) as pool:
-        for path, part in todo.items():
-            if isinstance(encoder, vlm.ImageEncoder):
-                vectors = embed_images(encoder, root, part, flags.batch_size, pool)  # [rows, dim]
-            else:
-                vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
-            if len(bad := (~((vectors.norm(dim=1) - 1).abs() < 1e-3)).nonzero()):
-                raise BadInput(
-                    f"{name}: the vector of row {part[bad[0]]['key']} is zero or not a number; are its weights sound?"
-                )
-            save_tensors(vectors.to(DTYPES[flags.dtype]), path)
-            progress.update(len(part))
-
-
-def shard_path(folder, start):
-    return folder / f"{start:09d}.pt"
-
-
-def count_truncated(encoder, rows):
-    """How many captions are longer than the text encoder reads."""
-    limit, tokenizer = encoder.model.max_seq_length, encoder.model.tokenizer
-    tokens = tokenizer([row["caption"] for row in rows], truncation=False, verbose=False)["input_ids"]
-    return sum(len(ids) > limit for ids in tokens) if limit else 0
-
-
-def embed_encoder(wanted, weights, root, rows, keys_sha256, flags, out):
-    """Makes `<encoder>.pt`. Returns its manifest record, or None while other processes still owe shards."""
+def embed_encoder(wanted, fixed, flags):
+    """Makes `<encoder>.pt`. Returns its manifest record, or None if other processes have not finished their shards."""
     build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
-    encoder = build(f"{wanted.name}={wanted.spec}", flags.device, weights)
+    encoder = build(f"{wanted.name}={wanted.spec}", flags.device, flags.weights.get(wanted.name))
     if wanted.dim not in (None, encoder.embed_dim):
         raise BadInput(f"{wanted.name}: gives vectors of width {encoder.embed_dim}; the registry says {wanted.dim}")
+    plan = make_plan(wanted, encoder, fixed, flags)
+    folder = fixed.out / ".shards" / wanted.name
+    with lock_folder(fixed.out, wait=True):
+        open_shards(folder, plan | {"shard_rows": flags.shard_rows})
+    try:
+        embed_shards(wanted.name, encoder, folder, fixed, flags)
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise
+        print(f"{wanted.name}: another process finished first")
+    with lock_folder(fixed.out, wait=True):
+        return join_shards(wanted.name, encoder, folder, plan, fixed, flags.shard_rows)
+
+
+def make_plan(wanted, encoder, fixed, flags):
+    """All that the bytes of an embedding file depend on. Shards that were made by another plan are of no use."""
     plan = {
         "kind": wanted.kind,
         "spec": wanted.spec,
@@ -291,84 +299,156 @@ def embed_encoder(wanted, weights, root, rows, keys_sha256, flags, out):
         "dtype": flags.dtype,
         "transform": encoder.config,
         "batch_size": flags.batch_size,
-        "rows": len(rows),
-        "keys_sha256": keys_sha256,
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "timm", "sentence-transformers")},
+        "rows": len(fixed.rows),
+        "keys_sha256": fixed.keys_sha256,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "sentence-transformers")},
     }
-    plan = json.loads(json.dumps(plan))  # as it will be when read back: tuples have become lists
-    folder, made_by = out / ".shards" / wanted.name, plan | {"shard_rows": flags.shard_rows}
-    with lock_folder(out, wait=True):
-        if folder.is_dir() and (not (folder / "plan.json").is_file() or vlm.read_json(folder / "plan.json") != made_by):
-            print(f"{wanted.name}: an earlier run's shards were made with other weights or flags; starting again")
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            write_json(folder / "plan.json", made_by)
-    try:
-        embed_shards(wanted.name, encoder, rows, root, folder, flags)
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise
-        print(f"{wanted.name}: another process came to the end first")
+    return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back from a file
 
-    shards = [shard_path(folder, start) for start in range(0, len(rows), flags.shard_rows)]
-    with lock_folder(out, wait=True):
-        if (record := read_manifest(out)["encoders"].get(wanted.name)) is not None:
-            return record  # another process came to the end first
-        if not all(shard.is_file() for shard in shards):
-            return None
-        save_tensors(torch.cat([vlm.load_tensors(shard) for shard in shards]), out / f"{wanted.name}.pt")
-        record = plan | {"file_sha256": sha256_file(out / f"{wanted.name}.pt")}
-        if wanted.kind == "text":
-            record["truncated_captions"] = count_truncated(encoder, rows)
-        manifest = read_manifest(out)
-        manifest["encoders"][wanted.name] = record
-        write_json(out / "manifest.partial.json", manifest)
+
+def embed_shards(name, encoder, folder, fixed, flags):
+    """Writes those shards of one encoder that are this process's to write and do not exist yet."""
+    rows = fixed.rows
+    shard_index, shard_count = flags.shard
+    starts = range(0, len(rows), flags.shard_rows)[shard_index::shard_count]
+    total = 0
+    missing = []
+    for start in starts:
+        part = rows[start : start + flags.shard_rows]
+        total += len(part)
+        if not shard_path(folder, start).is_file():
+            missing.append((start, part))
+    done = total - sum(len(part) for _, part in missing)
+    with (
+        tqdm(total=total, initial=done, desc=name, unit="row") as progress,
+        ThreadPoolExecutor(flags.workers) as pool,
+    ):
+        for start, part in missing:
+            if isinstance(encoder, vlm.ImageEncoder):
+                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool)  # [rows, dim]
+            else:
+                vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
+            off_length = ~((vectors.norm(dim=1) - 1).abs() < 1e-3)  # [rows]; also true for NaN
+            if off_length.any():
+                bad = part[int(off_length.nonzero()[0])]
+                raise BadInput(
+                    f"{name}: the vector of row {bad['key']} is zero or not a number; are its weights sound?"
+                )
+            save_tensors(vectors.to(DTYPES[flags.dtype]), shard_path(folder, start))
+            progress.update(len(part))
+
+
+def embed_images(encoder, root, rows, batch_size, pool):
+    """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
+    images = unique(row["image"] for row in rows)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+
+    def read_ahead(batch):
+        return [pool.submit(load_pixels, encoder, root / image) for image in batch]
+
+    vectors = []
+    ahead = read_ahead(batches[0])
+    for following in [*batches[1:], []]:
+        pixels = torch.stack([future.result() for future in ahead])  # [B, 3, H, W]
+        ahead = read_ahead(following)  # the threads read the next batch while the encoder works on this one
+        vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
+    place = {image: i for i, image in enumerate(images)}
+    return torch.cat(vectors)[[place[row["image"]] for row in rows]]
+
+
+def load_pixels(encoder, path):
+    """Pixels [3, H, W] of a picture that the scan could read."""
+    try:
+        return encoder.transform(vlm.open_image(path))
+    except Exception as error:  # nothing else may take its place: the rows are fixed
+        raise BadInput(f"{path}: was readable in the scan and is not now ({error}); restore it") from None
+
+
+def join_shards(name, encoder, folder, plan, fixed, shard_rows):
+    """Joins an encoder's shards to `<encoder>.pt` and adds its record to the manifest, once all shards are there."""
+    record = read_manifest(fixed.out)["encoders"].get(name)
+    if record is not None:  # another process finished first
         return record
+    shards = [shard_path(folder, start) for start in range(0, len(fixed.rows), shard_rows)]
+    if not all(shard.is_file() for shard in shards):
+        return None
+    path = fixed.out / f"{name}.pt"
+    save_tensors(torch.cat([vlm.load_tensors(shard) for shard in shards]), path)
+    record = dict(plan)
+    flops = count_flops(name, encoder, fixed.rows)
+    if flops is not None:
+        record["flops_per_row"] = flops
+    record["file_sha256"] = sha256_file(path)
+    if isinstance(encoder, vlm.TextEncoder):
+        record["truncated_captions"] = count_truncated(encoder, fixed.rows)
+    add_to_manifest(fixed.out, name, record)
+    return record
+
+
+def count_flops(name, encoder, rows):
+    """FLOPs of one row's forward pass, 2 a multiply-add, or None where they cannot be counted.
+
+    An image encoder is given one picture of its input size; a text encoder's number is the mean over captions that are
+    spaced evenly over the rows, each encoded alone and so without padding.
+    """
+    try:
+        with flop_counter() as counter:
+            if isinstance(encoder, vlm.ImageEncoder):
+                passes = 1
+                encoder.encode_image(torch.zeros(1, *encoder.config["input_size"]))
+            else:
+                passes = min(COUNTED_CAPTIONS, len(rows))
+                for i in range(passes):
+                    encoder.encode_text(rows[i * len(rows) // passes]["caption"])
+        return round(counter.get_total_flops() / passes) or None
+    except Exception as error:  # the count is a statistic: it must not cost the embeddings
+        print(f"{name}: the FLOPs of a row could not be counted ({type(error).__name__})")
+        return None
+
+
+def count_truncated(encoder, rows):
+    """How many captions are longer than the text encoder reads."""
+    limit = encoder.model.max_seq_length
+    if not limit:
+        return 0
+    captions = [row["caption"] for row in rows]
+    tokens = encoder.model.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+    return sum(len(ids) > limit for ids in tokens)
 
 
 def main():
-    flags = parse_flags()
-    encoders = choose_encoders(flags.encoder)
-    weights = dict(item.partition("=")[::2] for item in flags.weights)
-    for name, path in weights.items():
-        if name not in {encoder.name for encoder in encoders} or not path:
-            raise BadInput(f"--weights {name}: expected NAME=PATH, NAME being an encoder of --encoder")
-    flags.device = vlm.pick_device(flags.device)
-    name = flags.standard_set or read_corpus(flags.data, flags.image_column, flags.caption_column)[1]
-    out = flags.out or Path("embeddings") / name
-    out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out, wait=True):
-        root, rows, manifest = fix_rows(flags, out)
-    repeated = len(rows) - len({row["caption"] for row in rows})
-    print(f"{out}: {len(rows)} rows; {manifest['quarantined']} more are in quarantine.jsonl")
+    flags = resolve_flags(parse_flags())
+    fixed = open_folder(flags)
+    out = fixed.out
+    print(f"{out}: {len(fixed.rows)} rows; {fixed.quarantined} more are in quarantine.jsonl")
+    repeated = len(fixed.rows) - len({row["caption"] for row in fixed.rows})
     if repeated:
-        print(f"{out}: {repeated} captions repeat an earlier one; training takes each for a mismatch of the other")
+        print(f"{out}: {repeated} captions repeat an earlier one; training treats each as a mismatch of the other")
 
-    missing = []
-    for wanted in encoders:
+    unfinished = []
+    for wanted in flags.encoders:
         record = read_manifest(out)["encoders"].get(wanted.name)  # by now another process may have made it
         if record is None:
-            record = embed_encoder(wanted, weights.get(wanted.name), root, rows, manifest["keys_sha256"], flags, out)
+            record = embed_encoder(wanted, fixed, flags)
         elif record["spec"] != wanted.spec:
             raise BadInput(f"{out}: {wanted.name} stands for {record['spec']} there; give {wanted.spec} another NAME")
         if record is None:
-            missing.append(wanted.name)
+            unfinished.append(wanted.name)
             continue
         shutil.rmtree(out / ".shards" / wanted.name, ignore_errors=True)
-        cut = f", {record['truncated_captions']} captions read in part" if record.get("truncated_captions") else ""
-        print(f"{wanted.name}: {record['full_name']}, {record['rows']} x {record['dim']} {record['dtype']}{cut}")
+        truncated = f", {record['truncated_captions']} captions truncated" if record.get("truncated_captions") else ""
+        print(f"{wanted.name}: {record['full_name']}, {record['rows']} x {record['dim']} {record['dtype']}{truncated}")
 
-    if missing:
-        print(f"{out}: not sealed: other --shard processes still owe parts of {', '.join(missing)}")
+    if unfinished:
+        print(f"{out}: not sealed: other --shard processes have not finished their shards of {', '.join(unfinished)}")
         return
     with lock_folder(out, wait=True):
-        if (out / "manifest.partial.json").is_file():
-            os.replace(out / "manifest.partial.json", out / "manifest.json")
-    follows = (
-        f"evaluate.py RUN --task {out.name}={out}" if flags.standard_set else f"train_hyma.py --data {out} --pairs all"
-    )
-    print(f"{out}: sealed. Next: python {follows}")
+        seal_folder(out)
+    if flags.standard_set:
+        following = f"evaluate.py RUN --task {out.name}={out}"
+    else:
+        following = f"train_hyma.py --data {out} --pairs all"
+    print(f"{out}: sealed. Next: python {following}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The embedding folder: opened, checked and split; rows taken from it on a device.
+"""The embedding folder: opened, checked and split; rows taken from it on a device; its manifest written and sealed.
 
 embeddings/<dataset>/<encoder>.pt        one tensor [rows, dim] of unit vectors, in row order: the published format
                      rows.jsonl          what each row is: key, image, caption, and label, split, question if any
@@ -10,14 +10,16 @@ import fnmatch
 import hashlib
 import json
 import math
+import os
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import vlm
-from hyma.files import read_jsonl, sha256_file
+from hyma.files import read_jsonl, sha256_file, write_json
 from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, read_json
 
 FORMAT_VERSION = 1
@@ -230,7 +232,60 @@ def seeded_generator(*parts):
     return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
 
-def read_manifest(out):
-    """The manifest in the making, else the one that seals the folder, else None."""
-    found = [out / name for name in ("manifest.partial.json", "manifest.json") if (out / name).is_file()]
-    return vlm.read_json(found[0]) if found else None
+# ------------------------------------------------------------------------------------------------------- the sealing
+
+# embed.py writes manifest.partial.json after the scan and adds a record to it for each encoder that it has finished.
+# Renamed to manifest.json it seals the folder, so that a folder with a manifest.json alone is always complete. To add
+# encoders to a sealed folder, a new manifest.partial.json starts from the old manifest.json. Writers hold the lock.
+
+
+def row_keys(images):
+    """The key of each row: its image path, and for every further caption of that picture `path#2`, `path#3`, ..."""
+    captions = Counter()
+    keys = []
+    for image in images:
+        captions[image] += 1
+        keys.append(image if captions[image] == 1 else f"{image}#{captions[image]}")
+    return keys
+
+
+def read_manifest(folder):
+    """The unfinished manifest, else the one that seals the folder, else None."""
+    for name in ("manifest.partial.json", "manifest.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    return None
+
+
+def write_manifest(folder, manifest):
+    """Writes the unfinished manifest."""
+    write_json(folder / "manifest.partial.json", manifest)
+
+
+def add_to_manifest(folder, name, record):
+    """Adds the record of a finished encoder to the unfinished manifest."""
+    manifest = read_manifest(folder)
+    manifest["encoders"][name] = record
+    write_manifest(folder, manifest)
+
+
+def seal_folder(folder):
+    """Makes the unfinished manifest the folder's manifest. There is none if another process has sealed the folder."""
+    if (folder / "manifest.partial.json").is_file():
+        os.replace(folder / "manifest.partial.json", folder / "manifest.json")
+
+
+def open_shards(folder, plan):
+    """Makes the folder of an encoder's shards: empty, unless it holds shards that were made by the same plan."""
+    plan_file = folder / "plan.json"
+    if folder.is_dir() and not (plan_file.is_file() and read_json(plan_file) == plan):
+        print(f"{folder.name}: an earlier run made shards with other weights or flags; starting over")
+        shutil.rmtree(folder)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        write_json(plan_file, plan)
+
+
+def shard_path(folder, start):
+    """The file of the shard whose first row is `start`."""
+    return folder / f"{start:09d}.pt"

@@ -1,0 +1,255 @@
+"""Standard test sets as rows, from their published files: `--data NAME:FOLDER`.
+
+To add a set, write a reader and enter it in STANDARD_SETS. A reader takes the folder with the set's files and the
+embedding folder, in which it may unpack pictures. It returns a `Source`. Rows are as in `hyma/datasets.py`.
+"""
+
+import csv
+import functools
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from hyma.datasets import IMAGE_SUFFIXES, Corpus, draw_distractors, read_csv
+from vlm import BadInput, read_json
+
+CHOICES = "most frequent answer among 3 such answers to other questions with the same first word"
+
+
+class Source(NamedTuple):
+    """What a reader found."""
+
+    root: Path  # the folder that image paths start from
+    rows: list[dict]
+    protocol: str  # which files were read, and how: reported with every score on the set
+
+
+class Question(NamedTuple):
+    """An open question about a picture."""
+
+    number: int | str  # the set's own number of it
+    image: str
+    text: str
+    answers: list[str]  # of all who were asked
+
+
+def parse_standard_set(data):
+    """(name, folder) of `NAME:FOLDER`, or None if `data` does not start with a standard set's name."""
+    name, _, folder = str(data).partition(":")
+    if name not in STANDARD_SETS or not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise BadInput(f"--data {name}:{folder}: no such folder")
+    return name, Path(folder)
+
+
+def read_standard_set(name, data, out):
+    """The Corpus of a standard set. Raises BadInput for a file that is missing or is not the published one."""
+    try:
+        source = STANDARD_SETS[name](data, out)
+    except BadInput:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise BadInput(f"--data {name}:{data}: not as published: {type(error).__name__}: {error}") from None
+    if not source.rows:
+        raise BadInput(f"--data {name}:{data}: its files hold no row of this set")
+    # All rows are test rows, so that nothing is ever trained on them.
+    rows = [row | {"split": "test"} for row in source.rows]
+    return Corpus(source.root, name, rows, source.protocol)
+
+
+def published(data, *names):
+    """The first of these files or folders that is in the set's folder."""
+    for name in names:
+        if (data / name).exists():
+            return data / name
+    raise BadInput(f"--data {data}: expected {' or '.join(names)} there")
+
+
+# ---------------------------------------------------------------------------------------------------- classification
+
+
+def read_imagenet(data, out):
+    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, which are all different."""
+    from timm.data import ImageNetInfo
+    from torchvision.models import ResNet50_Weights
+
+    names = dict(zip(ImageNetInfo().label_names(), ResNet50_Weights.DEFAULT.meta["categories"]))
+    root = data / "val" if (data / "val").is_dir() else data
+    folders = sorted(folder for folder in root.glob("n*") if folder.name in names)
+    if not folders:
+        raise BadInput(f"--data {data}: expected the validation pictures there, as val/n01440764/*.JPEG and so on")
+    rows = []
+    for folder in folders:
+        label = names[folder.name]
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                rows.append({"image": f"{folder.name}/{path.name}", "caption": label, "label": label})
+    return Source(root, rows, "ImageNet-1k validation, torchvision's class names")
+
+
+def read_cifar(data, out, name):
+    """The Python version's batches; torchvision checks their MD5 before it unpickles. The pictures become PNG files."""
+    from torchvision import datasets
+
+    try:
+        published_set = getattr(datasets, name)(data, train=False, download=False)
+    except RuntimeError:
+        files = "cifar-10-batches-py" if name == "CIFAR10" else "cifar-100-python"
+        raise BadInput(f"--data {data}: expected {files}/ there, whole, as unpacked from the published file") from None
+    root = out / "images"
+    unfinished = out / ".images"  # renamed when all pictures are there
+    if not root.is_dir():
+        unfinished.mkdir(exist_ok=True)
+        for k, (image, _) in enumerate(published_set):
+            image.save(unfinished / f"{k:05d}.png")
+        os.replace(unfinished, root)
+    rows = []
+    for k, target in enumerate(published_set.targets):
+        label = published_set.classes[target]
+        rows.append({"image": f"{k:05d}.png", "caption": label.replace("_", " "), "label": label})
+    return Source(root, rows, f"CIFAR-{name[5:]} test")
+
+
+# --------------------------------------------------------------------------------------------------------- retrieval
+
+
+def read_coco(data, out):
+    """annotations/captions_val2017.json and val2017/. Some pictures have six or seven captions: the first five count."""
+    table = read_json(published(data, "annotations/captions_val2017.json"))
+    captions = defaultdict(list)
+    for note in sorted(table["annotations"], key=lambda note: note["id"]):
+        captions[note["image_id"]].append(note["caption"])
+    rows = []
+    for image in table["images"]:
+        for caption in captions[image["id"]][:5]:
+            rows.append({"image": image["file_name"], "caption": caption})
+    return Source(published(data, "val2017"), rows, "MSCOCO captions val2017, the first 5 captions of a picture")
+
+
+def read_flickr(data, out, name):
+    """Karpathy's dataset_<name>.json, else a table of captions, which has his split only if there is a split column."""
+    annotations = name.replace("flickr", "flickr_annotations_")
+    table = published(data, f"dataset_{name}.json", f"{annotations}.csv", "captions.txt", "results.csv")
+    folders = "Images", "images", "Flicker8k_Dataset", "flickr30k-images", "flickr30k_images", "Flickr8k_Dataset"
+    root = published(data, *folders)
+    match table.name:
+        case "captions.txt":
+            rows = flickr_captions(table)
+        case "results.csv":
+            rows = flickr_results(table)
+        case _:
+            rows = flickr_json(table) if table.suffix == ".json" else flickr_annotations(table)
+            return Source(root, rows, f"{name}, Karpathy's test split")
+    protocol = f"{name}, the full set and NOT Karpathy's 1,000 test pictures ({table.name} has no split)"
+    return Source(root, rows, protocol)
+
+
+def flickr_json(table):
+    """Rows of the test split in Karpathy's JSON."""
+    rows = []
+    for image in read_json(table)["images"]:
+        if image["split"] == "test":
+            for sentence in image["sentences"]:
+                rows.append({"image": image["filename"], "caption": sentence["raw"]})
+    return rows
+
+
+def flickr_annotations(table):
+    """Rows of the test split in a table with one picture a line, its captions as a JSON list."""
+    rows = []
+    for record in read_csv(table):
+        if record["split"] == "test":
+            for caption in json.loads(record["raw"]):
+                rows.append({"image": record["filename"], "caption": caption})
+    return rows
+
+
+def flickr_captions(table):
+    """Rows of `image,caption`. A caption with a comma is quoted; one that was not is cut, and has no use."""
+    rows = []
+    for record in read_csv(table):
+        rows.append({"image": record["image"], "caption": None if None in record else record["caption"]})
+    return rows
+
+
+def flickr_results(table):
+    """Rows of `image_name| comment_number| comment`. The caption is None where a `|` is missing."""
+    records = read_csv(table, delimiter="|", skipinitialspace=True, quoting=csv.QUOTE_NONE)
+    return [{"image": record["image_name"], "caption": record["comment"]} for record in records]
+
+
+# --------------------------------------------------------------------------------------------------- multiple choice
+
+
+def read_okvqa(data, out):
+    """The v1.1 questions and annotations of val2014, and the pictures in val2014/."""
+    table = read_json(published(data, "OpenEnded_mscoco_val2014_questions.json"))
+    notes = read_json(published(data, "mscoco_val2014_annotations.json"))
+    answers = {}
+    for note in notes["annotations"]:
+        answers[note["question_id"]] = [answer["answer"] for answer in note["answers"]]
+    questions = []
+    for asked in table["questions"]:
+        image = f"COCO_val2014_{asked['image_id']:012d}.jpg"
+        number = asked["question_id"]
+        questions.append(Question(number, image, asked["question"], answers[number]))
+    return Source(published(data, "val2014"), multiple_choice(questions), f"OK-VQA val2014, {CHOICES}")
+
+
+def read_textvqa(data, out):
+    """TextVQA_0.5.1_val.json, and the pictures in train_images/, where its validation pictures are too."""
+    table = read_json(published(data, "TextVQA_0.5.1_val.json"))
+    questions = []
+    for asked in table["data"]:
+        image = f"{asked['image_id']}.jpg"
+        questions.append(Question(asked["question_id"], image, asked["question"], asked["answers"]))
+    return Source(published(data, "train_images"), multiple_choice(questions), f"TextVQA 0.5.1 val, {CHOICES}")
+
+
+def multiple_choice(questions):
+    """Rows of open questions, each with four choices: its most frequent answer and three distractors.
+
+    The distractors are the most frequent answers to other questions that begin with the same word (to any question,
+    where those are too few). None of them was given to this question. The question's number alone seeds the draw.
+    """
+    best = [Counter(question.answers).most_common(1)[0][0] for question in questions]
+    pool_of_word = defaultdict(dict)  # first word -> its answers; dicts keep the order of the questions
+    pool_of_all = {}
+    for question, answer in zip(questions, best):
+        pool_of_word[first_word(question)][answer] = None
+        pool_of_all[answer] = None
+    rows = []
+    for question, answer in zip(questions, best):
+        pool = pool_of_word[first_word(question)]
+        if len(pool.keys() - question.answers) < 3:
+            pool = pool_of_all
+        distractors = draw_distractors(question.number, list(pool), set(question.answers), 3)
+        rows.append(
+            {
+                "image": question.image,
+                "caption": f"{question.text} {answer}",
+                "question": question.text,
+                "answer": answer,
+                "choices": sorted([answer, *distractors]),
+            }
+        )
+    return rows
+
+
+def first_word(question):
+    return question.text.lower().split()[0]
+
+
+STANDARD_SETS = {
+    "imagenet1k": read_imagenet,
+    "cifar10": functools.partial(read_cifar, name="CIFAR10"),
+    "cifar100": functools.partial(read_cifar, name="CIFAR100"),
+    "coco": read_coco,
+    "flickr8k": functools.partial(read_flickr, name="flickr8k"),
+    "flickr30k": functools.partial(read_flickr, name="flickr30k"),
+    "okvqa": read_okvqa,
+    "textvqa": read_textvqa,
+}
