@@ -282,9 +282,9 @@ def usable_row(key, row):
 
 
 def draw_distractors(key, pool, right, count):
-    """Wrong choices: `count` different items of the list `pool` that are not in the set `right` (or all, if fewer).
+    """Wrong choices: `count` items of the list `pool` that are not in the set `right`, or all of them, if fewer.
 
-    The draw depends on `key` alone, so that every version of every library draws the same items.
+    The items of `pool` must all differ. The draw depends on `key` alone: every version of every library draws the same.
     """
     most = min(count, len(pool) - len(right.intersection(pool)))
     drawn = {}  # a dict and not a set: in the order drawn

