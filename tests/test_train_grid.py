@@ -1,24 +1,24 @@
 """train_grid.py by its command line: the run folder, pairs by themselves, resume, shards, budgets, closed forms, faults."""
 
-import csv
-import runpy
+import argparse
 import signal
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
 from hyma.closed_form import PICTURE_RIDGE
+from hyma.costs import logit_flops
 from hyma.embeddings import Embeddings, RowStore, split_rows
 from hyma.files import read_jsonl, write_json, write_jsonl
 from hyma.metrics import Retrieval
 from kernels import clip_loss, connector_mlp
+from train_grid import FreeConnectors, halving_rungs, plan_steps
 
-QUICK = ("--connector", "mlp0", "--epochs", "3", "--batch-size", "128", "--warmup-steps", "3", "--device", "cpu")
 LEDGER = [
     "pairs",
     "steps",
@@ -26,6 +26,8 @@ LEDGER = [
     "pair_samples",
     "updates_per_pair",
     "flops",
+    "start_flops",
+    "step_flops",
     "logit_flops",
     "seconds",
     "peak_bytes",
@@ -33,49 +35,31 @@ LEDGER = [
 ]
 
 
-@pytest.fixture(scope="session")
-def names():
-    """train_grid.py's own names, for its arithmetic."""
-    return runpy.run_path(str(ROOT / "train_grid.py"))
-
-
-def ranking(folder):
-    with open(folder / "ranking.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def connectors(folder):
-    return {path.name: torch.load(path, weights_only=True) for path in sorted((folder / "connectors").glob("*.pt"))}
-
-
 def assert_same(one, two, exactly=False):
     """The connectors of `one` are those of `two`, which may hold more."""
-    one, two = connectors(one), connectors(two)
+    one, two = read_connectors(one), read_connectors(two)
+    tolerance = {"atol": 0, "rtol": 0} if exactly else {"atol": 1e-5, "rtol": 1e-4}
     assert one and one.keys() <= two.keys()
     for name, state in one.items():
         for key, tensor in state.items():
-            torch.testing.assert_close(
-                tensor, two[name][key], **{"atol": 0, "rtol": 0} if exactly else {"atol": 1e-5, "rtol": 1e-4}
-            )
+            torch.testing.assert_close(tensor, two[name][key], **tolerance)
 
 
-def ledger(folder):
-    return vlm.read_json(folder / "ledger.json")
+# ------------------------------------------------------------------------------------------------------- the run folder
 
 
 def test_run_folder(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--out", "runs/x", *QUICK, "--connector", "mlp1", "--epochs", "2")
     assert result.code == 0, result.err
     out = tmp_path / "runs" / "x"
-    rows, config = ranking(out), vlm.read_json(out / "config.json")
+    rows, config = read_ranking(out), vlm.read_json(out / "config.json")
     assert list(rows[0]) == ["image", "text", "val_recall1", "val_recall5", "val_recall10", "rank"]
-    assert (
-        len(rows) == 6
-        and {r["image"] for r in rows[:2]} == {"efflite1"}
-        and {r["image"] for r in rows[-2:]} == {"control"}
-    )
+    assert len(rows) == 6
+    assert {r["image"] for r in rows[:2]} == {"efflite1"} and {r["image"] for r in rows[-2:]} == {"control"}
     assert config["script"] == "train_grid.py" and config["seed"] == 0 and config["flags"]["batch_size"] == 128
-    steps, cost = 2 * (810 // 128), ledger(out)
+    assert (config["method"], config["hidden_layers"], config["full_grid"]) == ("grid mlp1", 1, True)
+    assert config["rows"] == {"train": 810, "val": 90} and config["starts_from"] is None
+    steps, cost = 2 * (810 // 128), read_ledger(out)
     assert list(cost) == LEDGER and cost["pairs"] == 6 and cost["steps"] == steps
     assert cost["updates_per_pair"] == dict.fromkeys(config["pairs"], steps) and cost["pair_samples"] == 128 * steps * 6
     free = [(t + 1) * 1024 + 1025 * i for i in (1280, 1280, 512) for t in (384, 768)]
@@ -86,11 +70,11 @@ def test_run_folder(run, planted, tmp_path):
     _, validation = split_rows(data)
     for row in rows:  # the exported files alone give the scores of the ranking: each pair's own best
         image, _, text, state = vlm.read_connector(out / "connectors" / f"{row['image']}_mlp1_{row['text']}.pt")
-        store = RowStore(data, [image, text], torch.device("cpu"))
+        store = RowStore(data, [image, text], CPU)
         hidden = F.relu(F.linear(store.take(text, validation), state["0.weight"], state["0.bias"]))
         mapped = F.linear(hidden, state["2.weight"], state["2.bias"])
-        six = Retrieval(data, validation, torch.device("cpu")).recalls(mapped, store.take(image, validation))
-        assert (six[2] + six[5]) / 2 == pytest.approx(float(row["val_recall10"]), abs=0.01)
+        six = Retrieval(data, validation, CPU).recalls(mapped, store.take(image, validation))
+        assert recall10(six) == pytest.approx(float(row["val_recall10"]), abs=0.01)
         best = max(sum(line["recalls"][f"{image}:{text}"][2::3]) / 2 for line in metrics)
         assert best == pytest.approx(float(row["val_recall10"]), abs=1e-5)
 
@@ -103,7 +87,7 @@ def test_a_pair_trains_as_it_would_alone(run, planted, tmp_path):
         assert result.code == 0, result.err
     assert_same(tmp_path / "alone", tmp_path / "all")
     assert_same(tmp_path / "two", tmp_path / "all")
-    whole, passes = ledger(tmp_path / "all"), ledger(tmp_path / "two")
+    whole, passes = read_ledger(tmp_path / "all"), read_ledger(tmp_path / "two")
     for key in ("flops", "updates_per_pair", "steps", "pair_samples", "trainable_parameters"):
         assert whole[key] == passes[key]
     lines = [read_jsonl(tmp_path / out / "metrics.jsonl") for out in ("all", "two")]
@@ -115,7 +99,7 @@ def assert_same_run(whole, other):
     assert_same(whole, other, exactly=True)
     assert (whole / "ranking.csv").read_bytes() == (other / "ranking.csv").read_bytes()
     for key in ("flops", "updates_per_pair", "steps"):
-        assert ledger(whole)[key] == ledger(other)[key]
+        assert read_ledger(whole)[key] == read_ledger(other)[key]
 
 
 def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path):
@@ -135,16 +119,23 @@ def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("looks", [1, 2])
-def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypatch, looks):
-    """Stopped between a checkpoint and the next step: the first look ends a rung, the second does not."""
-    flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6", "--halving")  # 18 steps: looks at 4, 6, 9, 12, 18
+@pytest.mark.parametrize("validations", [1, 2])
+def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypatch, validations):
+    """Stopped between a checkpoint and the next step: the first validation ends a rung, the second does not."""
+    flags = (
+        "--data",
+        planted,
+        *QUICK,
+        "--pairs",
+        "*:minilm_l6",
+        "--halving",
+    )  # 18 steps: validations at 4, 6, 9, 12, 18
     assert run("train_grid.py", *flags, "--out", "whole").code == 0
     write, calls = write_jsonl, []
 
     def stop(path, rows):
         calls.append(path)
-        if len(calls) == looks:
+        if len(calls) == validations:
             raise KeyboardInterrupt
         write(path, rows)
 
@@ -166,7 +157,7 @@ def test_shards_merge_into_the_whole(run, refused, planted, tmp_path):
     assert_same(tmp_path / "x", tmp_path / "whole")
     assert_same(tmp_path / "whole", tmp_path / "x")
     assert (tmp_path / "x/ranking.csv").read_bytes() == (tmp_path / "whole/ranking.csv").read_bytes()
-    merged, whole = ledger(tmp_path / "x"), ledger(tmp_path / "whole")
+    merged, whole = read_ledger(tmp_path / "x"), read_ledger(tmp_path / "whole")
     assert list(merged) == LEDGER
     for key in ("pairs", "flops", "updates_per_pair", "steps", "pair_samples", "trainable_parameters"):
         assert merged[key] == whole[key]
@@ -184,20 +175,25 @@ def test_several_seeds(run, planted, tmp_path):
     assert run("train_grid.py", *flags, "--seeds", "1", "--out", "one").code == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["x-s0", "x-s1"]
     assert_same(tmp_path / "one", tmp_path / "runs/x-s1", exactly=True)
-    assert not torch.equal(*(connectors(tmp_path / f"runs/x-s{s}")["efflite1_mlp0_mpnet.pt"]["weight"] for s in (0, 1)))
+    assert not torch.equal(
+        *(read_connectors(tmp_path / f"runs/x-s{s}")["efflite1_mlp0_mpnet.pt"]["weight"] for s in (0, 1))
+    )
     for again in (("--out", "runs/x"), ()):  # all of them, by their common name or as the newest
         result = run("train_grid.py", "--resume", *again)
         assert result.code == 0 and "runs/x-s0" in result.out and "runs/x-s1" in result.out, result.err
 
 
+# ------------------------------------------------------------------------------------------- halving, refining, budgets
+
+
 def test_halving_finds_the_planted_best_for_less(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, *QUICK, "--epochs", "12", "--halving", "--out", "x")
     assert result.code == 0 and "of the full grid's updates" in result.out, result.err
-    rows, cost = ranking(tmp_path / "x"), ledger(tmp_path / "x")
+    rows, cost = read_ranking(tmp_path / "x"), read_ledger(tmp_path / "x")
     updates = [cost["updates_per_pair"][f"{row['image']}:{row['text']}"] for row in rows]
     assert rows[0]["image"] == "efflite1" and updates == sorted(updates, reverse=True)
     assert sorted(updates) == [9, 9, 9, 18, 36, 72] and [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert cost["pair_samples"] == 128 * sum(updates) and len(connectors(tmp_path / "x")) == 6
+    assert cost["pair_samples"] == 128 * sum(updates) and len(read_connectors(tmp_path / "x")) == 6
     lines = read_jsonl(tmp_path / "x" / "metrics.jsonl")
     assert len(lines[0]["recalls"]) == 6 and len(lines[-1]["recalls"]) == 1
 
@@ -207,11 +203,11 @@ def test_refining_a_runs_connectors(run, refused, planted, tmp_path):
     assert run("train_grid.py", *flags, "--epochs", "1", "--out", "start").code == 0
     pair, still = ("--pairs", "efflite1:mpnet"), ("--epochs", "1", "--lr", "1e-9", "--warmup-steps", "0")
     assert run("train_grid.py", *flags, *still, *pair, "--from", "start", "--out", "same").code == 0
-    before, after = (connectors(tmp_path / out)["efflite1_mlp0_mpnet.pt"] for out in ("start", "same"))
+    before, after = (read_connectors(tmp_path / out)["efflite1_mlp0_mpnet.pt"] for out in ("start", "same"))
     for key in before:
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=1e-3)
     assert run("train_grid.py", *flags, "--epochs", "2", *pair, "--from", "start", "--out", "more").code == 0
-    assert not torch.equal(connectors(tmp_path / "more")["efflite1_mlp0_mpnet.pt"]["weight"], before["weight"])
+    assert not torch.equal(read_connectors(tmp_path / "more")["efflite1_mlp0_mpnet.pt"]["weight"], before["weight"])
     other = ("--connector", "mlp1", "--out", "z", *pair)
     refused("train_grid.py", *flags, *other, "--from", "start", says=["efflite1_mlp1_mpnet.pt", "no such file"])
     refused("train_grid.py", *flags, "--out", "z", "--closed-form", "ridge", "--from", "start", says="--closed-form")
@@ -221,19 +217,30 @@ def test_refining_a_runs_connectors(run, refused, planted, tmp_path):
 def test_the_budget_of_another_run(run, refused, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--pairs", "efflite1:*")
     assert run("train_grid.py", *flags, "--out", "paid", "--budget", "full").code == 0
-    paid, steps = ledger(tmp_path / "paid")["flops"], ledger(tmp_path / "paid")["steps"]
-    write_json(tmp_path / "paid" / "ledger.json", ledger(tmp_path / "paid") | {"flops": paid * 0.4})
+    paid, steps = read_ledger(tmp_path / "paid")["flops"], read_ledger(tmp_path / "paid")["steps"]
+    write_json(tmp_path / "paid" / "ledger.json", read_ledger(tmp_path / "paid") | {"flops": paid * 0.4})
     assert run("train_grid.py", *flags, "--out", "x", "--budget-of", "paid").code == 0
-    assert abs(ledger(tmp_path / "x")["flops"] - paid * 0.4) <= paid / steps
+    assert abs(read_ledger(tmp_path / "x")["flops"] - paid * 0.4) <= paid / steps
     assert read_jsonl(tmp_path / "x" / "metrics.jsonl")[-1]["lr"] < 1e-3  # the cosine ends with the budget
     refused("train_grid.py", *flags, "--out", "y", "--budget-of", "nowhere", says="nowhere/ledger.json")
     refused("train_grid.py", *flags, "--out", "y", "--budget-of", "paid", "--halving", says="not allowed with")
 
 
+def test_the_rungs_of_halving():
+    """Half of the pairs each time, so that every rung costs about as much as one pair for half the schedule."""
+    assert halving_rungs(6, 72) == {9: 3, 18: 2, 36: 1}
+    assert halving_rungs(1, 10) == {}
+    with pytest.raises(vlm.BadInput, match="6 steps are too few to halve 27 pairs"):
+        halving_rungs(27, 6)
+
+
+# --------------------------------------------------------------------------------------------------------- closed forms
+
+
 def centred(planted, image, text):
     data = Embeddings(planted)
     train, _ = split_rows(data)
-    store = RowStore(data, [image, text], torch.device("cpu"))
+    store = RowStore(data, [image, text], CPU)
     x, y = (store.take(name, train).double() for name in (text, image))
     return x - x.mean(0), y - y.mean(0), x.mean(0), F.normalize(y.mean(0), dim=0)
 
@@ -241,7 +248,7 @@ def centred(planted, image, text):
 def test_ridge_against_least_squares(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "ridge", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
-    rows = ranking(tmp_path / "x")
+    rows = read_ranking(tmp_path / "x")
     assert {r["image"] for r in rows[-2:]} == {"control"} and float(rows[0]["val_recall10"]) > 0.9
     for row in (rows[0], rows[-1]):
         path = tmp_path / "x" / "connectors" / f"{row['image']}_mlp0_{row['text']}.pt"
@@ -253,15 +260,15 @@ def test_ridge_against_least_squares(run, planted, tmp_path):
         solution = torch.linalg.lstsq(torch.cat([x, rows_below]), torch.cat([y, y.new_zeros(x.shape[1], y.shape[1])]))
         torch.testing.assert_close(state["weight"].double(), solution.solution.T, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(state["bias"].double(), -solution.solution.T @ mean, atol=1e-5, rtol=1e-4)
-    cost = ledger(tmp_path / "x")
+    cost = read_ledger(tmp_path / "x")
     assert list(cost) == LEDGER and cost["steps"] == 1 and cost["pair_samples"] == 6 * 810 and cost["flops"] > 1e9
-    assert set(connectors(tmp_path / "x")) == {f"{row['image']}_mlp0_{row['text']}.pt" for row in rows}
+    assert set(read_connectors(tmp_path / "x")) == {f"{row['image']}_mlp0_{row['text']}.pt" for row in rows}
 
 
 def test_whitened_against_its_formula(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "whitened", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
-    rows = ranking(tmp_path / "x")
+    rows = read_ranking(tmp_path / "x")
     assert {r["image"] for r in rows[-2:]} == {"control"} and float(rows[0]["val_recall10"]) > 0.9
     path = tmp_path / "x" / "connectors" / f"{rows[0]['image']}_mlp0_{rows[0]['text']}.pt"
     image, _, text, state = vlm.read_connector(path)
@@ -279,44 +286,49 @@ def test_whitened_against_its_formula(run, planted, tmp_path):
 def test_procrustes_is_orthogonal(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "procrustes", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
-    assert {row["image"] for row in ranking(tmp_path / "x")[-2:]} == {"control"}
-    for state in connectors(tmp_path / "x").values():
+    assert {row["image"] for row in read_ranking(tmp_path / "x")[-2:]} == {"control"}
+    for state in read_connectors(tmp_path / "x").values():
         lengths = torch.linalg.svdvals(state["weight"])
         kept = (lengths > 0.5).sum()  # one direction at most is lost, the pictures' mean
         assert min(state["weight"].shape) - kept <= 1
         torch.testing.assert_close(lengths[1 : kept - 1], torch.ones(kept - 2), atol=1e-4, rtol=0)
 
 
-def test_procrustes_recovers_a_rotation(names):
-    random = torch.Generator().manual_seed(0)
-    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=random).double())
-    x = torch.randn(200, 16, generator=random).double()
-    y = x @ rotation.T
-    torch.testing.assert_close(names["procrustes"](y.T @ x, y.T @ y, x.T @ x), rotation)
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
 @pytest.mark.parametrize("connector", ["mlp0", "mlp1", "mlp2"])
-def test_flops_against_torch(names, connector):
+def test_flops_of_a_step_against_torch(connector, tmp_path):
     dims, pairs = {"a": 48, "b": 32, "t": 24, "u": 40}, [("a", "u"), ("b", "t"), ("a", "t")]
-    flags = type("flags", (), {"batch_size": 64, "connector": connector})
-    trained = names["Connectors"](pairs, dims, int(connector[-1]), 0)
+    generator = FreeConnectors(pairs, dims, int(connector[-1]), 0)
     features = {text: torch.randn(64, dims[text]) for text in ("u", "t")}
     images = [F.normalize(torch.randn(64, dims[image]), dim=1) for image in ("a", "b")]
     with FlopCounterMode(display=False) as counter:
-        z, sumsq = connector_mlp(*trained(features, pairs))
+        z, sumsq = connector_mlp(*generator(features, pairs))
         losses, _ = clip_loss(z, images, [0, 1, 0], 20.0, sumsq=sumsq)
         losses.sum().backward()
-    assert counter.get_total_flops() == pytest.approx(names["step_flops"](flags, pairs, dims), rel=0.02)
+    of_samples, of_steps = generator.flops(64, pairs)
+    of_logits = logit_flops(64, [dims[image] for image, _ in pairs])
+    assert of_steps == 0
+    assert counter.get_total_flops() == pytest.approx(of_samples + of_logits, rel=0.02)
+
+    # The steps that another run's FLOPs pay for are counted in the same way, before there are any weights.
+    write_json(tmp_path / "ledger.json", {"flops": 7 * (of_samples + of_logits)})
+    flags = argparse.Namespace(budget_of=tmp_path, batch_size=64, connector=connector)
+    assert plan_steps(flags, pairs, dims, 1000) == 7
 
 
-def test_flops_of_procrustes_against_torch(names):
-    """The matrix products; factorisations are not counted by torch and stand in the ledger by their textbook costs."""
-    random = torch.Generator().manual_seed(0)
-    x, y = torch.randn(99, 24, generator=random).double(), torch.randn(99, 48, generator=random).double()
-    with FlopCounterMode(display=False) as counter:
-        names["procrustes"](y.T @ x, y.T @ y, x.T @ x)
-    products = counter.get_total_flops() - 2 * 99 * (48 * 24 + 48**2 + 24**2)
-    assert products + 22 * 24**3 + 9 * 48**3 == names["procrustes_flops"](48, 24)
+def test_free_weights_depend_on_the_seed_and_the_pair_alone():
+    dims, pair = {"a": 48, "b": 32, "t": 24}, ("a", "t")
+    alone = FreeConnectors([pair], dims, 1, 0).predict(*pair)
+    among = FreeConnectors([("b", "t"), pair], dims, 1, 0).predict(*pair)
+    other = FreeConnectors([pair], dims, 1, 1).predict(*pair)
+    for (weight, bias), (same_weight, same_bias), (other_weight, _) in zip(alone, among, other):
+        assert torch.equal(weight, same_weight) and torch.equal(bias, same_bias)
+        assert not torch.equal(weight, other_weight)
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
 
 
 def test_bad_input(run, refused, planted, tmp_path):
@@ -340,4 +352,4 @@ def test_bad_input(run, refused, planted, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(refused, planted, tmp_path):
     flags = ("--lr", "1e30", "--warmup-steps", "0", "--clip-norm", "1e9")
     refused("train_grid.py", "--data", planted, "--out", "x", *QUICK, *flags, says=["the loss of", "nan", "--lr"])
-    assert not connectors(tmp_path / "x")
+    assert not read_connectors(tmp_path / "x")

@@ -1,26 +1,30 @@
-"""vlm.py: published checkpoints, the stitched model, embedding folders, recalls."""
+"""vlm.py: published checkpoints, the stitched model, encoders, pictures; alone in a folder; the one way to load and map."""
 
 import io
 import json
+import os
 import pickle
-import resource
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, sample_captions
+from helpers import CPU, ROOT, SAMPLE, sample_captions, tasks_of
 from PIL import Image
 
 import vlm
-from hyma.embeddings import Embeddings, split_rows
-from hyma.files import atomic_file, lock_folder, save_tensors, write_text
-from hyma.metrics import Retrieval, rank_pairs
+from hyma.embeddings import Embeddings
+from hyma.metrics import Retrieval
+from hyma.tasks import image_inputs, score, text_inputs
 from vlm import BadInput
 
 IMAGES = {e.name: e.dim for e in vlm.PAPER_ENCODERS if e.kind == "image"}
+
+
 TEXTS = {e.name: e.dim for e in vlm.PAPER_ENCODERS if e.kind == "text"}
 
 
@@ -34,27 +38,7 @@ def published(image_dim, hidden_layers, text_dim):
     return state
 
 
-def test_import_is_as_light_as_torch():
-    code = "import sys, vlm; print([m for m in ('timm', 'sentence_transformers', 'triton', 'PIL') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    code = (
-        "import sys, torch; print([m for m in ('timm', 'sentence_transformers', 'triton', 'PIL') if m in sys.modules])"
-    )
-    torch_alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == torch_alone.stdout
-
-
-def test_scripts_do_not_import_each_other():
-    scripts = {path.stem for path in ROOT.glob("*.py")} - {"vlm"}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]:
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if words and words[0] in ("import", "from"):
-                assert words[1].split(".")[0] not in scripts, f"{path.name}: {line}"
-                assert path.parent.name != "kernels" or words[1].split(".")[0] != "vlm", f"{path.name}: {line}"
-
-
-# ------------------------------------------------------------------------------------------------- connectors
+# ---------------------------------------------------------------------------------------------------------connectors
 
 
 @pytest.mark.parametrize("hidden_layers", [0, 1, 2])
@@ -114,6 +98,12 @@ def test_bad_checkpoints_give_one_line(tmp_path, name, spoil, says):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def zipped(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
 def test_damaged_and_hostile_files(tmp_path, monkeypatch):
     path, sentinel = tmp_path / "vit_l16_mlp1_mpnet.pt", tmp_path / "executed"
     torch.save(published(1024, 1, 768), path)
@@ -137,10 +127,50 @@ def test_damaged_and_hostile_files(tmp_path, monkeypatch):
     assert not sentinel.exists()
 
 
-def zipped(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+# ------------------------------------------------------------------------------------------------loading and mapping
+
+
+def test_a_loaded_connector_is_frozen_and_maps_to_unit_vectors(tmp_path):
+    torch.manual_seed(0)
+    connector = vlm.init_modality_connector(384, [1024], 1280)
+    path = tmp_path / "efflite0_mlp1_minilm_l6.pt"
+    torch.save(connector.half().state_dict(), path)
+    found = vlm.load_connector(path)
+    assert not any(parameter.requires_grad for parameter in found.parameters()) and not found.training
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
+    texts = F.normalize(torch.randn(20_000, 384), dim=1)  # more than go through at once
+    mapped = vlm.map_text(found, texts)
+    torch.testing.assert_close(mapped, F.normalize(found(texts), dim=1))
+    torch.testing.assert_close(mapped.norm(dim=1), torch.ones(20_000))
+
+
+def test_a_connector_that_is_not_finite_maps_nothing():
+    with pytest.raises(BadInput, match="not finite"):
+        vlm.map_text(lambda texts: torch.full((len(texts), 4), torch.nan), torch.ones(2, 3))
+
+
+def test_what_is_reported_has_passed_through_what_is_delivered(sample_ridge, weights):
+    """The test rows' captions through the stitched model, and their stored embeddings through the tasks: the same vectors,
+    the same recalls."""
+    path = sample_ridge / "connectors" / "efflite0_mlp0_minilm_l6.pt"
+    task = tasks_of(SAMPLE / "embeddings")["retrieval"]
+    texts, images = text_inputs(task, "minilm_l6"), image_inputs(task, "efflite0")
+    reported = score(task, texts, images, vlm.load_connector(path))
+
+    text_encoder = f"minilm_l6={weights['minilm_l6']}"
+    model = vlm.get_vlm_from_checkpoint(path, "cpu", "efflite0=random:tf_efficientnet_lite0", text_encoder)
+    delivered = model.encode_text([task.data.rows[row]["caption"] for row in task.rows.tolist()])
+    mapped = vlm.map_text(vlm.load_connector(path), F.normalize(texts.float(), dim=1))
+    assert (F.cosine_similarity(delivered, mapped) > 0.999).all()
+    six = Retrieval(task.data, task.rows, CPU).recalls(delivered, images.float())
+    for k, way in enumerate(("image", "text")):
+        for place, count in enumerate((1, 5, 10)):
+            expected = reported.metrics[f"{way}_retrieval_recall@{count}"]
+            # float16 embeddings: a row or two of 384 change their place
+            assert six[3 * k + place] == pytest.approx(expected, abs=0.01)
+
+
+# -------------------------------------------------------------------------------------------------the stitched model
 
 
 def test_stitched_model(tmp_path, weights):
@@ -188,6 +218,69 @@ def test_stitched_model_on_cuda(weights):
     torch.testing.assert_close(cuda.cpu(), cpu, atol=1e-3, rtol=1e-2)
 
 
+@pytest.fixture
+def hub_folder(tmp_path, weights):
+    """efflite0 as the hub has it: a folder with config.json and model.safetensors."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(weights["efflite0"])
+    found = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").to_dict()
+    config = {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": found}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+ALONE = """
+import json, sys
+try:
+    import hyma
+except ImportError:
+    pass
+else:
+    sys.exit("the repository is importable here")
+import torch, vlm
+model = vlm.get_vlm_from_checkpoint(sys.argv[1], "cpu")
+pixels = torch.stack([model.transform(vlm.open_image(path)) for path in sys.argv[2:]])
+torch.save({"image": model.encode_image(pixels), "text": model.encode_text(["a dog", "a red car"])}, "vectors.pt")
+ours = sorted(name for name in sys.modules if name.split(".")[0] in ("hyma", "kernels"))
+print(json.dumps({"vlm": vlm.__file__, "ours": ours}))
+"""
+
+
+def test_vlm_works_alone_beside_a_connector(tmp_path, weights, hub_folder):
+    """Copied beside a connector and its card, with the repository out of reach: it loads and encodes as it does here."""
+    torch.manual_seed(0)
+    name = "mine_mlp1_words.pt"  # encoders outside the registry: only the card names them
+    card = {"image_encoder": f"local-dir:{hub_folder}", "text_encoder": str(weights["minilm_l6"])}
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(ROOT / "vlm.py", folder)
+    torch.save(vlm.init_modality_connector(384, [1024], 1280).state_dict(), folder / name)
+    (folder / name).with_suffix(".json").write_text(json.dumps(card))
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"vlm.py", name, "mine_mlp1_words.json"}
+
+    paths = [str(SAMPLE / row["image"]) for row in sample_captions()[:2]]
+    # -E and -s: neither PYTHONPATH nor the user's packages; with -c, the folder itself is the first of sys.path.
+    command = [sys.executable, "-E", "-s", "-c", ALONE, name, *paths]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert os.path.samefile(report["vlm"], folder / "vlm.py") and report["ours"] == []
+
+    here = vlm.get_vlm_from_checkpoint(folder / name, "cpu")
+    vectors = torch.load(folder / "vectors.pt", weights_only=True)
+    pixels = torch.stack([here.transform(vlm.open_image(path)) for path in paths])
+    torch.testing.assert_close(vectors["image"], here.encode_image(pixels))
+    torch.testing.assert_close(vectors["text"], here.encode_text(["a dog", "a red car"]))
+    stored = Embeddings(SAMPLE / "embeddings").load("efflite0")[:2].float()
+    assert (F.cosine_similarity(vectors["image"], stored) > 0.999).all()
+
+
+# -----------------------------------------------------------------------------------------------------------encoders
+
+
 @pytest.mark.parametrize(
     "text, name, kind, spec",
     [
@@ -221,13 +314,13 @@ def test_widths_are_what_the_encoder_gives(model):
     assert all(torch.equal(a, b) for a, b in zip(encoder.model.parameters(), again.model.parameters()))
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# -----------------------------------------------------------------------------------------------------------pictures
 
 
 def test_pictures_of_every_mode(tmp_path):
     grey16 = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera on its side
+    exif[0x0112] = 6  # taken with the camera turned
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
     cases = {
@@ -252,193 +345,3 @@ def test_pictures_of_every_mode(tmp_path):
     Image.new("RGB", (4, 2)).save(tmp_path / "other.tiff")
     with pytest.raises(OSError):
         vlm.open_image(tmp_path / "other.tiff")
-
-
-# ------------------------------------------------------------------------------------------- embedding folders
-
-
-@pytest.fixture
-def sealed(run, pictures):
-    folder, rows = pictures
-    for k, row in enumerate(rows):
-        (folder / f"{k}.txt").write_text(row["caption"])
-    result = run(
-        "embed.py",
-        "--data",
-        folder,
-        "--out",
-        "e",
-        "--encoder",
-        "a=random:test_vit",
-        "b=random:test_resnet",
-        "--device",
-        "cpu",
-    )
-    assert result.code == 0, result.err
-    return folder.parent / "e"
-
-
-def test_sealed_folder_and_its_faults(sealed):
-    data = Embeddings(sealed)
-    assert data.row_count == 40 and data.names("image") == ["a", "b"] and data.names("text") == []
-    good = data.load("a").clone()  # and not mapped to the file that is about to be spoilt
-    assert good.shape == (40, data.encoders["a"].dim) and good.dtype == torch.float16
-    dataset = vlm.EmbeddingDataset(sealed / "a.pt")
-    assert len(dataset) == 40 and dataset.embed_dim == good.shape[1] and dataset[3].dtype == torch.float32
-    torch.testing.assert_close(dataset[3].norm(), torch.tensor(1.0), atol=1e-3, rtol=0)
-
-    faults = {
-        "short": (good[:-1].clone(), "expected (40"),
-        "wrong width": (good[:, :-1].clone(), "expected (40"),
-        "reordered": (good.flip(0).clone(), "sha256"),
-        "nan": (good.clone().index_fill_(0, torch.tensor([5]), float("nan")), "row 5"),
-        "zero": (good.clone().index_fill_(0, torch.tensor([7]), 0.0), "row 7"),
-        "integers": (torch.zeros(40, 64, dtype=torch.int64), "floating-point"),
-        "a dict": ({"a": good}, "floating-point"),
-    }
-    for fault, (tensor, says) in faults.items():
-        torch.save(tensor, sealed / "a.pt")
-        with pytest.raises(BadInput) as caught:
-            Embeddings(sealed).load("a")
-        assert says in str(caught.value) and "a.pt" in str(caught.value), fault
-    (sealed / "a.pt").unlink()
-    with pytest.raises(BadInput, match=r"a\.pt: no such file"):
-        Embeddings(sealed).load("a")
-
-
-def test_rows_and_manifest_faults(sealed):
-    rows, manifest = (sealed / "rows.jsonl").read_text(), (sealed / "manifest.json").read_text()
-    lines = rows.splitlines(keepends=True)
-    other = json.loads(manifest)
-    other["encoders"]["b"]["keys_sha256"] = "0" * 64
-    newer = json.loads(manifest) | {"format_version": 99}
-    cases = [
-        ("rows.jsonl", "".join(lines[::-1]), "order have changed"),
-        ("rows.jsonl", "".join(lines[:-1]), "39 rows"),
-        ("rows.jsonl", rows.replace("caption", "Caption"), "have changed"),
-        ("rows.jsonl", rows[:-20], "cannot be read"),
-        ("manifest.json", json.dumps(other), "b was embedded from other rows"),
-        ("manifest.json", json.dumps(newer), "format version 99"),
-        ("manifest.json", manifest[:200], "cannot be read"),
-        ("manifest.json", '{"format_version": 1}', "damaged"),
-    ]
-    for name, text, says in cases:
-        (sealed / name).write_text(text)
-        with pytest.raises(BadInput, match=says):
-            Embeddings(sealed)
-        (sealed / "rows.jsonl").write_text(rows)
-        (sealed / "manifest.json").write_text(manifest)
-    (sealed / "manifest.json").unlink()
-    with pytest.raises(BadInput, match="not sealed"):
-        Embeddings(sealed)
-
-
-def test_published_folder_without_manifest(tmp_path, capsys):
-    torch.save(F.normalize(torch.randn(50, 384), dim=1), tmp_path / "vit_s16.pt")
-    torch.save(F.normalize(torch.randn(50, 768), dim=1), tmp_path / "mpnet.pt")
-    data = Embeddings(tmp_path)
-    assert (data.names("image"), data.names("text"), data.row_count) == (["vit_s16"], ["mpnet"], 50)
-    assert "cannot be checked" in capsys.readouterr().err
-    torch.save(F.normalize(torch.randn(49, 1024), dim=1), tmp_path / "roberta.pt")
-    with pytest.raises(BadInput, match="mpnet.pt has 50 rows and roberta.pt has 49"):
-        Embeddings(tmp_path)
-    (tmp_path / "roberta.pt").rename(tmp_path / "nobody.pt")
-    with pytest.raises(BadInput, match="nobody.pt"):
-        Embeddings(tmp_path)
-
-
-class Rows:
-    """As much of an embedding folder as the splits need."""
-
-    folder = "here"
-
-    def __init__(self, rows):
-        self.rows, self.row_count = rows, len(rows)
-
-
-def test_splits_keep_the_captions_of_a_picture_together():
-    data = Rows([{"image": f"{k // 5}.jpg", "caption": str(k)} for k in range(500)])
-    train, validation = split_rows(data)
-    assert len(train) + len(validation) == 500 and len(validation) == 50
-    assert not {k // 5 for k in train.tolist()} & {k // 5 for k in validation.tolist()}
-    assert torch.equal(split_rows(data)[0], train) and not torch.equal(split_rows(data, seed=1)[0], train)
-    named = Rows(
-        [{"image": str(k), "caption": "", "split": s} for k, s in enumerate(["train", "val", "test", "train"])]
-    )
-    assert [rows.tolist() for rows in split_rows(named)] == [[0, 3], [1]]
-    with pytest.raises(BadInput, match="no val rows"):
-        split_rows(Rows([{"image": "0", "caption": "", "split": "train"}]))
-
-
-def test_recalls_against_brute_force():
-    random = torch.Generator().manual_seed(0)
-    rows = [{"image": str(k // 2), "caption": "the same" if k in (3, 8) else str(k)} for k in range(40)]
-    data = Rows(rows)
-    retrieval = Retrieval(data, torch.arange(40), torch.device("cpu"))
-    image = F.normalize(torch.randn(20, 8, generator=random), dim=1).repeat_interleave(2, 0)
-    text = image + 0.7 * torch.randn(40, 8, generator=random)
-    text[8] = text[3]
-    scores = F.normalize(text, dim=1).double() @ image.double().T
-    expected = []
-    for by_text in (True, False):
-        query, target = ("caption", "image") if by_text else ("image", "caption")
-        hits = {}
-        for r, row in enumerate(rows):
-            best = {}  # the score of every different candidate
-            for c, candidate in enumerate(rows):
-                best[candidate[target]] = (scores[r, c] if by_text else scores[c, r]).item()
-            right = {candidate[target] for candidate in rows if candidate[query] == row[query]}
-            order = sorted(best, key=best.get, reverse=True)
-            hits[row[query]] = min(order.index(name) for name in right)
-        expected += [sum(rank < k for rank in hits.values()) / len(hits) for k in (1, 5, 10)]
-    assert retrieval.recalls(text, image) == pytest.approx(expected)
-
-
-def test_a_collapsed_connector_scores_nothing():
-    data = Rows([{"image": str(k), "caption": str(k)} for k in range(30)])
-    retrieval = Retrieval(data, torch.arange(30), torch.device("cpu"))
-    assert retrieval.recalls(torch.ones(30, 4), F.normalize(torch.randn(30, 4), dim=1))[3:] == [0, 0, 0]
-    assert retrieval.chance == pytest.approx([1 / 30, 5 / 30, 10 / 30])
-    text = F.normalize(torch.randn(30, 4), dim=1)
-    assert retrieval.recalls(text, text) == [1.0] * 6
-
-
-def test_ranking_shows_ties():
-    recalls = {"a:t": [0.1, 0.2, 0.3] * 2, "b:t": [0.2, 0.3, 0.5] * 2, "c:t": [0.1, 0.2, 0.3] * 2, "d:t": [0.0] * 6}
-    ranked = rank_pairs(recalls)
-    assert [(row["image"], row["rank"]) for row in ranked] == [("b", 1), ("a", 2), ("c", 2), ("d", 4)]
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def test_atomic_file_keeps_the_old_one(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_text(path, "new")
-    assert path.read_text() == "new" and path.stat().st_mode & 0o044
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_tensors({"step": 1}, path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, limits[1])
-    )  # no file may grow beyond: a write fails as on a full disk
-    try:
-        with pytest.raises(OSError, match="could not be written"):
-            save_tensors({"step": 2, "weights": torch.randn(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert vlm.load_tensors(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
-
-
-def test_lock_keeps_a_second_process_out(tmp_path):
-    with lock_folder(tmp_path), pytest.raises(BadInput, match="another process"):
-        lock_folder(tmp_path)
-    lock_folder(tmp_path).close()

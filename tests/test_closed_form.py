@@ -1,0 +1,182 @@
+"""hyma/closed_form.py: maps and cross-validation against formulas in float64 and against libraries."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CPU, recall10
+from torch.utils.flop_counter import FlopCounterMode
+
+from hyma.closed_form import (
+    PICTURE_RIDGE,
+    RIDGE_CHOICES,
+    SHARED_RIDGE,
+    TEXT_RIDGE,
+    Covariance,
+    fold_rows,
+    image_map,
+    leading_axes,
+    procrustes_map,
+    ridge_factors,
+    ridge_maps,
+    whitened_map,
+    whitened_maps,
+)
+from hyma.costs import flop_counter
+from hyma.embeddings import Embeddings, split_rows
+from hyma.metrics import Retrieval
+from hyma.training import validate
+
+# ----------------------------------------------------------------------------------------------------------------- maps
+
+
+def inverse(rows, strength, without=None):
+    """Of a Gram matrix that `strength` times its mean eigenvalue has been added to."""
+    gram = rows.T @ rows
+    if without is not None:
+        gram = gram - without.T @ without
+    return torch.linalg.inv(gram + strength * gram.trace() / len(gram) * torch.eye(len(gram)))
+
+
+def without_direction(weight, mean):
+    direction = F.normalize(mean.double(), dim=0)
+    return weight - torch.outer(direction, direction) @ weight
+
+
+def correlated_rows():
+    """Texts [500, 24] and pictures [500, 40], centred."""
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 24), torch.randn(500, 40)
+    y[:, :24] += 0.5 * x
+    return x - x.mean(0), y - y.mean(0)
+
+
+def test_the_whitened_map_against_float64():
+    """C_yy^-1 C_yx C_xx^-1."""
+    x, y = correlated_rows()
+    texts, pictures = Covariance(x + 3, SHARED_RIDGE), Covariance(y, PICTURE_RIDGE)
+    torch.testing.assert_close(texts.mean, x.mean(0) + 3)
+    a, b = x.double(), y.double()
+    expected = inverse(b, PICTURE_RIDGE) @ b.T @ a @ inverse(a, SHARED_RIDGE)
+    expected = without_direction(expected, pictures.mean)
+    found = whitened_map(pictures.rows.T @ texts.rows, texts, pictures)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_covariance_without_some_rows_against_float64():
+    x, _ = correlated_rows()
+    texts = Covariance(x + 3, SHARED_RIDGE)
+    found = texts.solve_without(texts.rows[:99], torch.eye(24)).double()
+    torch.testing.assert_close(found, inverse(x[99:].double(), SHARED_RIDGE), rtol=1e-4, atol=1e-9)
+
+
+def test_a_loud_direction_that_no_text_predicts_does_not_lead_the_whitened_map():
+    """Ridge regression follows the directions in which pictures differ most, whatever the texts say."""
+    x, y = correlated_rows()
+    texts = Covariance(x + 3, SHARED_RIDGE)
+    y[:, 39] = 30 * torch.randn(500) + x[:, 0]
+    pictures = Covariance(y, PICTURE_RIDGE)
+    products = pictures.rows.T @ texts.rows
+    ridge = texts.solve(products.T).T
+    whitened = whitened_map(products, texts, pictures)
+    shares = [weight[39].norm() / weight.norm() for weight in (ridge, whitened)]
+    assert shares[1] < shares[0] / 3
+
+
+def test_ridge_and_whitened_maps_for_every_strength():
+    x, y = (rows.double() for rows in correlated_rows())
+    cross = y.T @ x
+    factors = ridge_factors(x.T @ x)
+    ridge, whitened = ridge_maps(cross, factors), whitened_maps(cross, factors, y.T @ y)
+    assert tuple(ridge) == tuple(whitened) == RIDGE_CHOICES
+    for strength in RIDGE_CHOICES:
+        expected = cross @ inverse(x, strength)
+        torch.testing.assert_close(ridge[strength], expected)
+        torch.testing.assert_close(whitened[strength], inverse(y, PICTURE_RIDGE) @ expected)
+
+
+@pytest.mark.parametrize("rank", [8, 24, 30])
+def test_a_map_along_axes_is_the_whitened_map_cut_to_its_leading_directions(rank):
+    """With as many axes as the map has directions, or more, nothing is lost."""
+    x, y = correlated_rows()
+    texts, pictures = Covariance(x + 3, SHARED_RIDGE), Covariance(y, PICTURE_RIDGE)
+    product = pictures.rows.T @ texts.rows
+    found = image_map(product, texts, pictures, rank)
+    assert found.axes.shape == (40, rank) and found.weight.shape == (rank, 24)
+    torch.testing.assert_close(found.axes.T @ found.axes, torch.eye(rank), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.bias, -found.weight @ texts.mean, atol=1e-5, rtol=1e-5)
+    lengths = (texts.rows @ found.weight.T).norm(dim=1)
+    assert lengths.mean().item() == pytest.approx(1)
+    outputs = texts.rows @ whitened_map(product, texts, pictures).T
+    cosine = F.cosine_similarity((texts.rows @ (found.axes @ found.weight).T).flatten(), outputs.flatten(), dim=0)
+    assert cosine.item() == pytest.approx(1, abs=1e-4) if rank >= 24 else cosine.item() > 0.6
+
+
+def test_procrustes_recovers_a_rotation():
+    random = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=random).double())
+    x = torch.randn(200, 16, generator=random).double()
+    y = x @ rotation.T
+    torch.testing.assert_close(procrustes_map(y.T @ x, y.T @ y, x.T @ x), rotation)
+
+
+def test_flops_of_procrustes_by_hand():
+    """The matrix products as torch counts them; the factorisations by their textbook costs."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(99, 24, generator=random).double(), torch.randn(99, 48, generator=random).double()
+    cross, image_gram, text_gram = y.T @ x, y.T @ y, x.T @ x
+    with FlopCounterMode(display=False) as products:
+        procrustes_map(cross, image_gram, text_gram)
+    with flop_counter() as counter:
+        procrustes_map(cross, image_gram, text_gram)
+    # axes.T cross [24 x 48 x 24], times the text axes, left right, axes times that, times the text axes back.
+    by_hand = 2 * (24 * 48 * 24 + 24**3 + 24**3 + 48 * 24 * 24 + 48 * 24 * 24)
+    assert products.get_total_flops() == by_hand
+    assert counter.get_total_flops() == by_hand + 22 * 24**3 + 9 * 48**3
+
+
+# ----------------------------------------------------------------------------------------------------- cross-validation
+
+
+def test_cross_validation_never_sees_the_fold_that_it_scores(initialise):
+    """Against inverses in float64."""
+    found = initialise(0)
+    data, folds, generator = found.data, found.folds, found.generator
+    first = len(folds[0])
+    means, centred = {}, {}
+    for name in found.store.dims:
+        rows = found.store.take(name, torch.cat(folds))
+        means[name] = rows.mean(0)
+        centred[name] = rows - means[name]
+    s = leading_axes([centred[text] for text in generator.texts], generator.shared_width)
+    x, s, y = (rows.double() for rows in (centred["mpnet"], s - s.mean(0), centred["efflite1"]))
+
+    to_s = inverse(x, TEXT_RIDGE, without=x[:first]) @ x[first:].T @ s[first:]
+    weight = inverse(y, PICTURE_RIDGE) @ y[first:].T @ s[first:]
+    weight = without_direction(weight, means["efflite1"]) @ inverse(s, SHARED_RIDGE, without=s[:first])
+    six = Retrieval(data, folds[0], CPU).recalls(x[:first] @ to_s @ weight.T, y[:first])
+    assert found.fold_recall10["efflite1:mpnet"][0] == pytest.approx(recall10(six), abs=0.015)
+
+
+def test_cross_validation_of_shuffled_pictures_is_at_chance(initialise):
+    """Though the closed form itself fits its own rows far above chance."""
+    found = initialise(0, shuffled=True)
+    retrieval = Retrieval(found.data, found.folds[0], CPU)
+    values = [value for folds in found.fold_recall10.values() for value in folds]
+    assert sum(values) / len(values) < 1.5 * retrieval.chance[2]
+    targets = found.generator.targets(found.store, ["efflite1"], found.rows)
+    six = validate(found.generator, targets, retrieval, [("efflite1", "mpnet")])["efflite1:mpnet"]
+    assert recall10(six) > 3 * retrieval.chance[2]
+
+
+def test_folds_keep_a_pictures_captions_together(planted):
+    data = Embeddings(planted)
+    rows, val_rows = split_rows(data)
+    data.rows = [{"image": f"picture {k // 3}"} for k in range(data.row_count)]
+    folds = fold_rows(data, rows, val_rows, seed=0)
+    assert [len(fold) for fold in folds] == pytest.approx([90, 90, 90, 540], abs=5)
+    assert torch.equal(torch.cat(folds).sort().values, rows)
+    pictures = [{data.rows[i]["image"] for i in fold.tolist()} for fold in folds]
+    assert sum(map(len, pictures)) == len(set().union(*pictures))
+    again, other = (fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
+    assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
+    assert [len(fold) for fold in fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]

@@ -1,0 +1,153 @@
+"""hyma/training.py: what both trainers share: flags, schedule, batches, the loss of a step, validation."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CPU
+
+from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.metrics import Retrieval
+from hyma.training import (
+    draw_rows,
+    learning_rate,
+    mean_recall10,
+    pair_losses,
+    recipe_of,
+    separate_layers,
+    training_dtype,
+    validate,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def flags_of(**flags):
+    given = {"lr": 0.1, "connector": "mlp0", "budget_of": "full", "from_run": None, "seed": 0, "out": "x", "data": "d"}
+    return argparse.Namespace(**given | flags)
+
+
+def test_runs_that_differ_in_their_seed_alone_share_a_recipe(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_grid.py"])
+    recipe = recipe_of(flags_of())
+    assert recipe == {"script": "train_grid.py", "lr": 0.1, "connector": "mlp0", "budget_of": "full"}
+    assert recipe_of(flags_of(seed=1, out="y", data="elsewhere", device="cuda", shard="0/2")) == recipe
+    assert recipe_of(flags_of(lr=0.2)) != recipe and recipe_of(flags_of(rows=100)) != recipe
+    monkeypatch.setattr(sys, "argv", ["train_hyma.py"])
+    assert recipe_of(flags_of()) != recipe
+
+
+def test_a_recipe_forgets_which_seeds_run_it_takes_budget_or_connectors_from(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_grid.py"])
+    budgets = [recipe_of(flags_of(budget_of=name)) for name in ("runs/hyma", "runs/hyma-1")]
+    assert budgets[0] == budgets[1] != recipe_of(flags_of())
+    starts = [recipe_of(flags_of(from_run=name)) for name in ("runs/hyma", "runs/hyma-1")]
+    assert starts[0] == starts[1] != recipe_of(flags_of())
+
+
+# ------------------------------------------------------------------------------------------------- schedule and batches
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    rates = [learning_rate(step, 120, 0.4, 20) for step in range(120)]
+    assert rates[0] == pytest.approx(0.4 / 20) and rates[19] == rates[20] == pytest.approx(0.4)
+    assert rates[70] == pytest.approx(0.2) and 0 < rates[119] < 1e-3
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert learning_rate(0, 10, 0.4, 0) == pytest.approx(0.4)
+
+
+def test_rows_are_dealt_once_an_epoch():
+    rows = torch.arange(100, 203)
+    seen = torch.cat([draw_rows(step, 3, rows, 10) for step in range(10)])
+    assert len(seen.unique()) == 100 and not torch.equal(seen[:10], torch.arange(100, 110))
+    assert torch.equal(draw_rows(14, 3, rows, 10), draw_rows(14, 3, rows, 10))
+    assert not torch.equal(draw_rows(14, 3, rows, 10), draw_rows(4, 3, rows, 10))
+
+
+def test_seeds_draw_other_rows():
+    """A whole run of them: torch's CPU generator takes 32 bits of a seed alone."""
+    rows = torch.arange(100)
+    dealt = [torch.cat([draw_rows(step, seed, rows, 10) for step in range(20)]) for seed in range(20)]
+    assert len({tuple(each.tolist()) for each in dealt}) == 20
+
+
+# --------------------------------------------------------------------------------------------------- the loss of a step
+
+
+class SeparateConnectors(torch.nn.Module):
+    """A generator by the protocol: random connectors that share nothing."""
+
+    def __init__(self, dims, pairs, hidden_layers):
+        super().__init__()
+        self.pairs, self.layers = pairs, torch.nn.ModuleList()
+        for image, text in pairs:
+            widths = [dims[text]] + [48] * hidden_layers + [dims[image]]
+            self.layers.append(torch.nn.ModuleList(torch.nn.Linear(*each) for each in zip(widths, widths[1:])))
+
+    def predict(self, image, text):
+        return [(layer.weight, layer.bias) for layer in self.layers[self.pairs.index((image, text))]]
+
+    def forward(self, features, pairs):
+        return separate_layers(features, pairs, [self.predict(*pair) for pair in pairs])
+
+
+def through(layers, x):
+    """A connector in plain torch."""
+    for k, (weight, bias) in enumerate(layers):
+        x = F.linear(x, weight, bias)
+        if k < len(layers) - 1:
+            x = F.relu(x)
+    return x
+
+
+@pytest.fixture
+def small(planted):
+    """A RowStore of the planted rows, pairs of its encoders, and connectors for them."""
+    torch.manual_seed(0)
+    data = Embeddings(planted)
+    store = RowStore(data, ["efflite1", "control", "minilm_l6", "mpnet"], CPU)
+    pairs = [("efflite1", "mpnet"), ("control", "minilm_l6"), ("efflite1", "minilm_l6")]
+    return data, store, pairs, SeparateConnectors(store.dims, pairs, hidden_layers=1)
+
+
+def test_the_loss_is_symmetric_info_nce(small):
+    """The mean of both cross entropies of the scaled cosines, written out, and its gradient."""
+    _, store, pairs, generator = small
+    rows = torch.arange(40)
+    losses = pair_losses(generator, store, rows, pairs, torch.float32, 20.0)
+    expected = []
+    for image, text in pairs:
+        mapped = F.normalize(through(generator.predict(image, text), store.take(text, rows)), dim=1)
+        logits = 20 * mapped @ store.take(image, rows).T
+        right = torch.arange(40)
+        expected.append((F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2)
+    torch.testing.assert_close(losses, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+    found = torch.autograd.grad(losses.sum(), list(generator.parameters()))
+    gradients = torch.autograd.grad(sum(expected), list(generator.parameters()))
+    for one, two in zip(found, gradients):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_lower_precision_has_nearly_the_same_loss(small):
+    _, store, pairs, generator = small
+    rows = torch.arange(40)
+    dtypes = [training_dtype(name) for name in ("fp32", "tf32", "bf16")]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+    fp32, _, bf16 = (pair_losses(generator, store, rows, pairs, dtype, 20.0) for dtype in dtypes)
+    assert bf16.dtype == torch.float32
+    torch.testing.assert_close(bf16, fp32, atol=0, rtol=0.02)
+
+
+def test_validation_is_the_recall_of_each_pairs_connector(small):
+    data, store, pairs, generator = small
+    retrieval = Retrieval(data, split_rows(data)[1], CPU)
+    recalls = validate(generator, store, retrieval, pairs)
+    assert list(recalls) == [":".join(pair) for pair in pairs]
+    for image, text in pairs:
+        mapped = through(generator.predict(image, text), store.take(text, retrieval.rows))
+        six = retrieval.recalls(mapped.detach(), store.take(image, retrieval.rows))
+        assert recalls[f"{image}:{text}"] == pytest.approx(six, abs=0.012)  # one row of ninety
+    assert mean_recall10({"a:t": [0, 0, 0.2, 0, 0, 0.4], "b:t": [0, 0, 0.5, 0, 0, 0.7]}) == pytest.approx(0.45)
