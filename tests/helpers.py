@@ -2,6 +2,8 @@
 
 import argparse
 import csv
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -55,6 +57,20 @@ def read_connectors(folder):
     """{file name: state dict} of a run's connectors."""
     paths = sorted((folder / "connectors").glob("*.pt"))
     return {path.name: torch.load(path, weights_only=True) for path in paths}
+
+
+def count_lines(path):
+    """Of a file that another process writes; none before it is there."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_when(process, condition, seconds=120):
+    """Kills a process as soon as the condition holds, or after that many seconds."""
+    until = time.time() + seconds
+    while process.poll() is None and time.time() < until and not condition():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def recall10(six):

@@ -25,7 +25,7 @@ def sealed(run, pictures):
     return folder.parent / "e"
 
 
-def test_sealed_folder_and_its_faults(sealed):
+def test_a_sealed_folder_is_checked_byte_for_byte(sealed):
     data = Embeddings(sealed)
     assert data.row_count == 40 and data.names("image") == ["a", "b"] and data.names("text") == []
     good = data.load("a").clone()  # and not mapped to the file that is about to be spoilt
@@ -53,7 +53,7 @@ def test_sealed_folder_and_its_faults(sealed):
         Embeddings(sealed).load("a")
 
 
-def test_rows_and_manifest_faults(sealed):
+def test_faults_of_rows_and_manifest_are_named(sealed):
     rows, manifest = (sealed / "rows.jsonl").read_text(), (sealed / "manifest.json").read_text()
     lines = rows.splitlines(keepends=True)
     other = json.loads(manifest)
@@ -80,7 +80,7 @@ def test_rows_and_manifest_faults(sealed):
         Embeddings(sealed)
 
 
-def test_published_folder_without_manifest(tmp_path, capsys):
+def test_a_published_folder_without_a_manifest_is_opened(tmp_path, capsys):
     torch.save(F.normalize(torch.randn(50, 384), dim=1), tmp_path / "vit_s16.pt")
     torch.save(F.normalize(torch.randn(50, 768), dim=1), tmp_path / "mpnet.pt")
     data = Embeddings(tmp_path)

@@ -66,7 +66,7 @@ def test_a_pairs_score_has_passed_through_the_loader_that_users_call(evaluation,
         assert found.metrics == pytest.approx(record["metrics"])
 
 
-def test_the_newest_run_alone(run, runs, planted, tmp_path):
+def test_the_newest_run_alone_is_its_own_truth(run, runs, planted, tmp_path):
     """No arguments: the newest run, which is its own truth, and says so."""
     (tmp_path / "runs").mkdir()
     shutil.copytree(runs / "ridge", tmp_path / "runs" / "old")
@@ -196,7 +196,7 @@ def test_costs_beside_a_closed_form_are_at_a_trained_runs_batch(run, runs, tmp_p
     assert row["flops"] == row["flops_equal_batch"] == row["flops_equal_updates"]
 
 
-def test_connectors_alone(run, refused, runs, graded, tmp_path):
+def test_connectors_alone_are_scored_without_costs(run, refused, runs, graded, tmp_path):
     """As published: scored, and a truth for others, but no choice by validation rows, no costs and no selectors."""
     bare = tmp_path / "published"
     bare.mkdir()
@@ -253,7 +253,7 @@ def test_training_rows_are_never_scored(run, planted, tmp_path):
     assert result.code == 0 and "has no test split" in result.out and "90 pictures" in result.out, result.err
 
 
-def test_without_a_test_split(run, refused, planted, tmp_path):
+def test_without_a_test_split_the_validation_rows_are_scored(run, refused, planted, tmp_path):
     """The rows that chose also score, which is reported; of two seeds, neither's rows are left to score both."""
     flags = ("--data", planted, "--closed-form", "ridge", "--device", "cpu", "--seeds", "0", "1", "--out", "x")
     assert run("train_grid.py", *flags).code == 0
@@ -280,7 +280,7 @@ def changed(runs, folder, name, **files):
     return folder
 
 
-def test_runs_that_cannot_be_evaluated(refused, runs, planted, tmp_path):
+def test_runs_that_cannot_be_evaluated_are_refused(refused, runs, planted, tmp_path):
     refused("evaluate.py", says=["no finished run", "--demo"])
     refused("evaluate.py", "nowhere", says=["nowhere: holds no run", "train_hyma.py"])
     unfinished = changed(runs, tmp_path / "unfinished", "hyma", ledger=None)
@@ -307,7 +307,7 @@ def test_a_connector_that_is_not_finite_is_named(run, refused, runs, tmp_path):
     refused("evaluate.py", broken, says=["efflite1_mlp0_mpnet.pt", "not finite"])
 
 
-def test_embeddings_that_changed(refused, runs, graded, tmp_path):
+def test_embeddings_that_changed_are_refused(refused, runs, graded, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(graded, folder)
     torch.save(torch.load(folder / "mpnet.pt", weights_only=True).flip(0), folder / "mpnet.pt")
@@ -326,7 +326,7 @@ def test_embeddings_that_changed(refused, runs, graded, tmp_path):
     refused("evaluate.py", runs / "hyma", other, says=["another mpnet.pt"])
 
 
-def test_oracles_that_cannot_be_the_truth(run, refused, runs, graded, tmp_path):
+def test_oracles_that_cannot_be_the_truth_are_refused(run, refused, runs, graded, tmp_path):
     few = ("--data", graded, *QUICK, "--epochs", "1", "--pairs", "efflite1:*", "--out", "few")
     assert run("train_grid.py", *few).code == 0
     refused("evaluate.py", runs / "hyma", "--oracle", "few", says=["few: has no ", "4 pairs missing of 6"])
@@ -348,5 +348,5 @@ def test_oracles_that_cannot_be_the_truth(run, refused, runs, graded, tmp_path):
         (("--demo",), "--demo: makes its own runs"),
     ],
 )
-def test_bad_flags(refused, flags, says):
+def test_bad_flags_are_named(refused, flags, says):
     refused("evaluate.py", "run", *flags, says=says)

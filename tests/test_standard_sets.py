@@ -52,7 +52,7 @@ def embed(run, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-def test_coco(files, embed):
+def test_coco_has_five_captions_of_a_picture(files, embed):
     notes = [{"id": 100 - k, "image_id": k % 3, "caption": f"caption, {k}"} for k in range(18)]
     images = [{"id": k, "file_name": f"{k:012}.jpg"} for k in range(3)]
     files({"annotations/captions_val2017.json": {"images": images, "annotations": notes}})
@@ -86,7 +86,7 @@ def test_flickr_by_karpathys_split(files, embed, name):
     assert f"{name}, Karpathy's test split; 2 pictures, 10 different" in tasks["retrieval"].protocol
 
 
-def test_flickr_quoted_commas(files, embed, tmp_path):
+def test_flickr8k_captions_with_quoted_commas_stay_whole(files, embed, tmp_path):
     """A header, commas and quotes within captions, and a row that was not quoted: it is cut and so set aside."""
     table = 'image,caption\n0.jpg,"A dog , a ""cat"" , and a bird ."\n0.jpg,A plain one .\n1.jpg,Half , a caption .\n2.jpg,Two\n'
     files({"captions.txt": table}, *(f"Images/{k}.jpg" for k in range(3)))
@@ -97,7 +97,7 @@ def test_flickr_quoted_commas(files, embed, tmp_path):
     assert "full set and NOT Karpathy's" in tasks["retrieval"].protocol
 
 
-def test_flickr30k_tables(files, embed, run, tmp_path):
+def test_flickr30k_is_read_from_either_table(files, embed, run, tmp_path):
     table = 'image_name| comment_number| comment\n0.jpg| 0| "A" dog , one\n0.jpg| 1| Two\n1.jpg| 4   No bar .\n1.jpg| 1| Three\n'
     files({"results.csv": table}, "flickr30k-images/0.jpg", "flickr30k-images/1.jpg")
     rows, tasks = embed("flickr30k")
@@ -141,7 +141,7 @@ def check_choices(rows, tasks):
     assert tasks["vqa"].chance == 0.25 and any(text.startswith("What is 0? ") for text in tasks["vqa"].texts)
 
 
-def test_okvqa(files, embed):
+def test_okvqa_becomes_multiple_choice(files, embed):
     asked = vqa_questions()
     questions = [{"question_id": i, "image_id": image, "question": question} for i, image, question, _ in asked]
     answers = [
@@ -156,7 +156,7 @@ def test_okvqa(files, embed):
     assert "OK-VQA val2014" in tasks["vqa"].protocol and "first word" in tasks["vqa"].protocol
 
 
-def test_textvqa(files, embed):
+def test_textvqa_becomes_multiple_choice(files, embed):
     notes = [
         {"question_id": i, "image_id": f"0a{image}", "question": question, "answers": answers, "set_name": "val"}
         for i, image, question, answers in vqa_questions()
@@ -165,7 +165,7 @@ def test_textvqa(files, embed):
     check_choices(*embed("textvqa"))
 
 
-def test_questions_of_your_own(run, pictures):
+def test_a_table_of_your_own_may_hold_questions(run, pictures):
     """A table with questions needs no captions; a question is part of what seals the folder."""
     folder, rows = pictures
     table = [
@@ -189,7 +189,7 @@ def test_questions_of_your_own(run, pictures):
 
 
 @pytest.mark.parametrize("below", ["val/", ""])
-def test_imagenet(files, embed, below):
+def test_imagenet_classes_have_names_that_are_all_different(files, embed, below):
     files(
         *(
             f"{below}{wnid}/ILSVRC2012_val_{k}.JPEG"
@@ -225,7 +225,7 @@ def test_imagenet_names_belong_to_their_ids():
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(run, embed, monkeypatch, tmp_path, name):
+def test_cifar_is_unpickled_only_as_published(run, embed, monkeypatch, tmp_path, name):
     """Files of the published form, six pictures long, whose sums stand in for the published ones."""
     from torchvision import datasets
 
@@ -271,13 +271,13 @@ def test_cifar(run, embed, monkeypatch, tmp_path, name):
         ("textvqa", "TextVQA_0.5.1_val.json"),
     ],
 )
-def test_a_set_without_its_files(refused, tmp_path, name, says):
+def test_a_set_without_its_files_is_refused(refused, tmp_path, name, says):
     refused("embed.py", *TINY, "--data", f"{name}:{tmp_path / 'none'}", says="no such folder")
     (tmp_path / "set").mkdir()
     refused("embed.py", *TINY, "--data", f"{name}:{tmp_path / 'set'}", says=["expected", says, str(tmp_path / "set")])
 
 
-def test_a_set_in_another_form(refused, files, tmp_path):
+def test_a_set_in_another_form_is_refused(refused, files, tmp_path):
     files({"annotations/captions_val2017.json": {"images": []}})
     refused("embed.py", *TINY, "--data", f"coco:{tmp_path / 'set'}", says=["coco:", "not as published", "annotations"])
     files({"dataset_flickr8k.json": {"images": []}}, "Images/0.jpg")

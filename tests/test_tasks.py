@@ -154,7 +154,7 @@ def test_vqa_by_hand(tmp_path):
     assert task.texts == ("and now c", "and now d", "what is it a", "what is it b", "what is it c")
     assert "4 questions, 2 to 3 choices" in task.protocol
     assert task.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
-    texts = torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [1, 0], [0, 1]])  # the first two cannot be told apart
+    texts = torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [1, 0], [0, 1]])  # the first two are the same
     images = torch.tensor(
         [[0.1, 1], [0.1, 1], [1, 0], [1, 0]]
     )  # nearest to both first ones is c, which is not among their choices
@@ -229,7 +229,7 @@ print(peak() - start)
 # ---------------------------------------------------------------------------------------------------- rows and protocol
 
 
-def test_the_sample_without_any_weights(run, sample_ridge):
+def test_the_sample_is_scored_without_any_weights(run, sample_ridge):
     """The shipped prompts are all that it takes, and they rank pretrained encoders above chance and the control."""
     result = run("evaluate.py", sample_ridge)
     assert result.code == 0, result.err
@@ -252,7 +252,7 @@ def test_the_sample_without_any_weights(run, sample_ridge):
     assert len(shipped) >= len(asked) == 4 and sum(path.stat().st_size for path in sorted(shipped)[:4]) < 5e5
 
 
-def test_which_rows(tmp_path):
+def test_the_rows_that_are_scored_are_not_those_trained_on(tmp_path):
     rows = [{"label": f"{k % 3}", "split": ("train", "val")[k % 4 == 0]} for k in range(40)]
     folder = make_embedding_folder(tmp_path / "own", rows)
     own = tasks_of(folder, run_seed=0)["zeroshot"]
@@ -291,7 +291,7 @@ def test_distractors_depend_on_the_key_alone():
     assert sorted(draw_distractors("x", ["a", "b"], {"b"}, 3)) == ["a"]
 
 
-def test_the_eighty_templates():
+def test_the_eighty_templates_are_the_published_ones():
     """The sha256 of the published list in alphabetical order, one a line."""
     lines = sorted(TEMPLATES["80"])
     assert len(set(lines)) == 80 and TEMPLATES["1"] == ("a photo of a {}",)
@@ -340,7 +340,7 @@ def test_prompts_of_other_weights_are_refused(tmp_path, weights):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_nothing_to_evaluate(refused, sample_ridge, tmp_path):
+def test_a_folder_with_nothing_to_evaluate_is_refused(refused, sample_ridge, tmp_path):
     one = make_embedding_folder(tmp_path / "one", [{"label": "dog", "caption": "dog"}] * 30)
     line = refused("evaluate.py", sample_ridge, "--task", f"one={one}", says=["--task one=", "captions are the labels"])
     assert "one class (dog)" in line.err
@@ -351,7 +351,7 @@ def test_nothing_to_evaluate(refused, sample_ridge, tmp_path):
     )
 
 
-def test_bad_choices_and_templates(refused, sample_ridge, tmp_path):
+def test_bad_choices_and_templates_are_named(refused, sample_ridge, tmp_path):
     for k, choices in enumerate(([], ["b", "c"], ["a", "a"], "a")):
         folder = make_embedding_folder(tmp_path / f"{k}", [{"question": "q", "answer": "a", "choices": choices}])
         refused("evaluate.py", sample_ridge, "--task", f"x={folder}", says=["rows.jsonl: row 0", "choices"])
@@ -361,7 +361,7 @@ def test_bad_choices_and_templates(refused, sample_ridge, tmp_path):
     refused("evaluate.py", sample_ridge, "--templates", "79", says=["--templates 79", "1, 80 or a text file"])
 
 
-def test_a_task_without_the_runs_encoder(refused, sample_ridge, tmp_path):
+def test_a_task_without_the_runs_encoder_is_refused(refused, sample_ridge, tmp_path):
     folder = make_embedding_folder(
         tmp_path / "e", [{}] * 20, efflite0=unit_vectors(20, 1280), minilm_l6=unit_vectors(20, 384)
     )
@@ -374,7 +374,7 @@ def test_a_task_without_the_runs_encoder(refused, sample_ridge, tmp_path):
     )
 
 
-def test_missing_weights_of_a_prompts_encoder(refused, sample_ridge, tmp_path, weights):
+def test_missing_weights_of_a_prompts_encoder_are_named(refused, sample_ridge, tmp_path, weights):
     """80 prompts of the sample are not shipped: the line says which encoder's weights to give."""
     copy = tmp_path / "sample"
     copy.mkdir()

@@ -1,13 +1,11 @@
 """train_grid.py by its command line: the run folder, pairs by themselves, resume, shards, budgets, closed forms, faults."""
 
 import argparse
-import signal
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking, recall10
+from helpers import CPU, QUICK, count_lines, kill_when, read_connectors, read_ledger, read_ranking, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
@@ -48,7 +46,7 @@ def assert_same(one, two, exactly=False):
 # ------------------------------------------------------------------------------------------------------- the run folder
 
 
-def test_run_folder(run, planted, tmp_path):
+def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--out", "runs/x", *QUICK, "--connector", "mlp1", "--epochs", "2")
     assert result.code == 0, result.err
     out = tmp_path / "runs" / "x"
@@ -105,14 +103,8 @@ def assert_same_run(whole, other):
 def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--epochs", "6", "--pairs-per-pass", "1", "--pairs", "eff*:minilm_l6")
     assert run("train_grid.py", *flags, "--out", "whole").code == 0
-    process, until = spawn("train_grid.py", *flags, "--out", "killed"), time.time() + 60
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and time.time() < until:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = spawn("train_grid.py", *flags, "--out", "killed")
+    kill_when(process, lambda: count_lines(tmp_path / "killed" / "metrics.jsonl") >= 3)
     assert not (tmp_path / "killed" / "ledger.json").exists()
     result = run("train_grid.py", "--resume", "--out", "killed")
     assert result.code == 0 and "resumed" in result.out, result.err
@@ -122,14 +114,8 @@ def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path):
 @pytest.mark.parametrize("validations", [1, 2])
 def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypatch, validations):
     """Stopped between a checkpoint and the next step: the first validation ends a rung, the second does not."""
-    flags = (
-        "--data",
-        planted,
-        *QUICK,
-        "--pairs",
-        "*:minilm_l6",
-        "--halving",
-    )  # 18 steps: validations at 4, 6, 9, 12, 18
+    flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6", "--halving")
+    # 18 steps, and validations at 4, 6, 9, 12 and 18.
     assert run("train_grid.py", *flags, "--out", "whole").code == 0
     write, calls = write_jsonl, []
 
@@ -168,7 +154,7 @@ def test_shards_merge_into_the_whole(run, refused, planted, tmp_path):
     refused("train_grid.py", *flags, "--shard", "0/2", says="needs --out")
 
 
-def test_several_seeds(run, planted, tmp_path):
+def test_several_seeds_are_a_run_each(run, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--pairs", "efflite1:mpnet", "--epochs", "1")
     result = run("train_grid.py", *flags, "--seeds", "0", "1", "--out", "runs/x")
     assert result.code == 0, result.err
@@ -265,7 +251,7 @@ def test_ridge_against_least_squares(run, planted, tmp_path):
     assert set(read_connectors(tmp_path / "x")) == {f"{row['image']}_mlp0_{row['text']}.pt" for row in rows}
 
 
-def test_whitened_against_its_formula(run, planted, tmp_path):
+def test_whitened_maps_against_their_formula(run, planted, tmp_path):
     result = run("train_grid.py", "--data", planted, "--closed-form", "whitened", "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
     rows = read_ranking(tmp_path / "x")
@@ -331,7 +317,7 @@ def test_free_weights_depend_on_the_seed_and_the_pair_alone():
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_bad_input(run, refused, planted, tmp_path):
+def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     base = ("--data", planted, "--device", "cpu")
     refused("train_grid.py", *base, "--pairs", "vit_l16:mpnet", says=["vit_l16:mpnet", "efflite1"])
     refused("train_grid.py", *base, "--batch-size", "900", says=["--batch-size 900", "810"])

@@ -3,13 +3,11 @@
 import argparse
 import math
 import shutil
-import signal
-import time
 from collections import Counter
 
 import pytest
 import torch
-from helpers import CPU, read_connectors, read_ledger, read_ranking, recall10
+from helpers import CPU, count_lines, kill_when, read_connectors, read_ledger, read_ranking, recall10
 
 import vlm
 from hyma.embeddings import Embeddings, RowStore, split_rows
@@ -32,7 +30,7 @@ def assert_same_connectors(one, two):
 # ------------------------------------------------------------------------------------------------------- the run folder
 
 
-def test_run_folder(run, planted, tmp_path):
+def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     result = run("train_hyma.py", "--pairs", "all", "--data", planted, "--out", "runs/x", *QUICK)
     assert result.code == 0, result.err
     out = tmp_path / "runs" / "x"
@@ -84,18 +82,11 @@ def test_run_folder(run, planted, tmp_path):
 def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, flags):
     flags = ("--data", planted, *QUICK, *flags, "--pairs", "*:minilm_l6")
     assert run("train_hyma.py", *flags, "--out", "whole").code == 0
-    for epochs in (0, 2, 4):
-        process = spawn("train_hyma.py", *(flags if epochs == 0 else ["--resume"]), "--out", "killed")
-        until = time.time() + 120
-        while process.poll() is None and time.time() < until:
-            metrics = tmp_path / "killed" / "metrics.jsonl"
-            if (tmp_path / "killed" / "config.json").exists() and (
-                not epochs or metrics.exists() and len(metrics.read_text().splitlines()) >= epochs
-            ):
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    config, metrics = tmp_path / "killed" / "config.json", tmp_path / "killed" / "metrics.jsonl"
+    for validations in (0, 2, 4):
+        again = ("--resume",) if validations else flags
+        process = spawn("train_hyma.py", *again, "--out", "killed")
+        kill_when(process, lambda least=validations: config.exists() and count_lines(metrics) >= least)
     result = run("train_hyma.py", "--resume", "--out", "killed")
     assert result.code == 0, result.err
     assert_same_connectors(tmp_path / "whole", tmp_path / "killed")
@@ -161,7 +152,7 @@ def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
     assert scores["efflite0", "mpnet"] > 0.3 and (tmp_path / "x" / "connectors" / "efflite0_mlp1_mpnet.pt").exists()
 
 
-def test_bad_input(run, refused, planted, tmp_path):
+def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     base = ("--data", planted, "--device", "cpu")
     refused("train_hyma.py", *base, "--width", "8", says=["--width 8", "contradicts"])
     refused("train_hyma.py", *base, "--rank", "8", "--generator", "mlp", says=["--rank 8", "contradicts"])

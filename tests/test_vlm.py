@@ -54,7 +54,7 @@ def test_all_published_names_load_strictly(tmp_path, hidden_layers):
             path.unlink()
 
 
-def test_published_keys_and_shapes():
+def test_connectors_have_the_published_keys_and_shapes():
     connector = vlm.init_modality_connector(768, [1024], 1024)
     assert {k: tuple(v.shape) for k, v in connector.state_dict().items()} == {
         "0.weight": (1024, 768),
@@ -104,7 +104,7 @@ def zipped(value):
     return buffer.getvalue()
 
 
-def test_damaged_and_hostile_files(tmp_path, monkeypatch):
+def test_damaged_and_hostile_files_are_refused(tmp_path, monkeypatch):
     path, sentinel = tmp_path / "vit_l16_mlp1_mpnet.pt", tmp_path / "executed"
     torch.save(published(1024, 1, 768), path)
     whole = path.read_bytes()
@@ -173,7 +173,7 @@ def test_what_is_reported_has_passed_through_what_is_delivered(sample_ridge, wei
 # -------------------------------------------------------------------------------------------------the stitched model
 
 
-def test_stitched_model(tmp_path, weights):
+def test_the_stitched_model_puts_captions_into_the_space_of_pictures(tmp_path, weights):
     """The published README's calls, with real weights: unit vectors, one space, the connector applied and normalised."""
     torch.manual_seed(0)
     connector = vlm.init_modality_connector(384, [1024], 1280)
@@ -207,7 +207,7 @@ def test_stitched_model(tmp_path, weights):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_stitched_model_on_cuda(weights):
+def test_the_stitched_model_on_cuda(weights):
     models = [
         vlm.CustomVLM("random:resnet18", str(weights["minilm_l6"]), (384, [1024], 512), device)
         for device in ("cpu", "cuda")
@@ -294,12 +294,12 @@ def test_vlm_works_alone_beside_a_connector(tmp_path, weights, hub_folder):
         ("t=/folders/my model", "t", "text", "/folders/my model"),
     ],
 )
-def test_encoder_names(text, name, kind, spec):
+def test_an_encoders_name_gives_its_kind_and_model(text, name, kind, spec):
     assert vlm.find_encoder(text)[:3] == (name, kind, spec)
 
 
 @pytest.mark.parametrize("text", ["a/b=resnet18", "../x=resnet18", "=resnet18", "a_mlp1_b=resnet18", "x=", ""])
-def test_encoder_names_that_cannot_be_file_names(text):
+def test_encoder_names_that_cannot_be_file_names_are_refused(text):
     with pytest.raises(BadInput, match="NAME=SPEC"):
         vlm.find_encoder(text)
 
@@ -317,7 +317,7 @@ def test_widths_are_what_the_encoder_gives(model):
 # -----------------------------------------------------------------------------------------------------------pictures
 
 
-def test_pictures_of_every_mode(tmp_path):
+def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
     grey16 = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera turned
