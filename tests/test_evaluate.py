@@ -13,7 +13,7 @@ import vlm
 from hyma.files import read_jsonl, sha256_file, write_json
 from hyma.metrics import TaskScores, draw_seed_weights, resample
 from hyma.runs import read_run
-from hyma.selectors import Method
+from hyma.selectors import SelectionMethod
 from hyma.tasks import image_inputs, score, text_inputs
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -111,15 +111,18 @@ def test_intervals_are_over_seeds_too():
     """Two seeds whose truths disagree, without any noise of rows: every mixture of them is within the interval."""
     values = np.array([[[1.0] * 50, [0.0] * 50], [[0.0] * 50, [0.5] * 50]])  # [2 seeds, 2 pairs, 50 rows]
     orders = np.array([[1.0, 0.0], [0.0, 1.0]])
-    oracle = Method("oracle", orders, [None, None], {})
+    oracle = SelectionMethod("oracle", orders, [None, None], {})
     scores = TaskScores("t", "", "", "", 0.0, {"oracle": values.mean(-1)}, resample({"oracle": values}, 400, ""))
-    second = Method("second", orders[1:], [], {})
-    row, other = evaluate.judge(scores, [oracle, second], oracle, draw_seed_weights([oracle, second], 400))
-    assert row["regret"] == pytest.approx(12.5)  # truth 0.5 and 0.25; one seed chooses each
+    second = SelectionMethod("second", orders[1:], [], {})
+    seed_weights = draw_seed_weights([oracle, second], 400)
+    both, other = evaluate.evaluate_methods(scores, [oracle, second], oracle, seed_weights)
+    regret = both.fidelity["regret"]
+    assert regret.value == pytest.approx(12.5)  # truth 0.5 and 0.25; one seed chooses each
     # A seed drawn twice chooses rightly by its own truth, but not one who always takes the second pair.
-    assert (row["regret_low"], row["regret_high"]) == (0, 12.5) and row["regret_random"] == pytest.approx(12.5)
-    assert (other["regret"], other["regret_low"], other["regret_high"]) == (25, 0, 100)
-    assert row["own_score"] == pytest.approx(75) and row["gap_all"] == 0
+    assert (regret.low, regret.high) == (0, 12.5) and regret.random == pytest.approx(12.5)
+    regret = other.fidelity["regret"]
+    assert (regret.value, regret.low, regret.high) == (25, 0, 100)
+    assert both.own.own_score == pytest.approx(75) and both.own.gap_all == 0
 
 
 def test_seeds_are_one_method_and_names_differ(runs):

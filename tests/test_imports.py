@@ -10,6 +10,7 @@ from helpers import ROOT
 # Within hyma a module imports only what stands after it.
 HYMA = [
     "report",
+    "records",
     "selectors",
     "tasks",
     "hypernetworks",

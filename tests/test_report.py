@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import torch
-from helpers import SAMPLE, make_embedding_folder, read_csv
+from helpers import ROOT, SAMPLE, make_embedding_folder, read_csv
 
 import vlm
 from hyma.files import write_json
@@ -63,7 +65,7 @@ def test_the_gallery_shows_pictures_and_never_takes_a_caption_for_markup(run, tm
     assert run("train_grid.py", *flags).code == 0
     assert run("evaluate.py", "x").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(" in page and "pictures are not to be had" in page
+    assert "<script" not in page and "&lt;script&gt;alert(" in page and "pictures are missing or unreadable" in page
     assert "data:image/jpeg" not in page
 
     picture = sorted((SAMPLE / "images").rglob("*.webp"))[0]
@@ -71,6 +73,21 @@ def test_the_gallery_shows_pictures_and_never_takes_a_caption_for_markup(run, tm
         shutil.copy(picture, folder / f"{k}.png")  # its bytes say what it is, not its name
     assert run("evaluate.py", "x").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 6 * 5 and "not to be had" not in page
+    assert page.count("data:image/jpeg") == 6 * 5 and "missing or unreadable" not in page
     found = read_csv(tmp_path / "report" / "gallery.csv")
     assert len(found) == 30 and sum(row["right"] == "True" for row in found) >= 5  # a linear map finds its own
+
+
+def test_the_report_is_drawn_from_its_records_alone(evaluation, tmp_path):
+    """Redrawn from results.json, the tables and the thumbnails elsewhere, page and figures have the same bytes."""
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluation.folder, copy)
+    drawn = [path.name for path in copy.iterdir() if path.suffix in (".png", ".html")]
+    assert "report.html" in drawn and len(drawn) > 5
+    for name in drawn:
+        (copy / name).unlink()
+    command = [sys.executable, "-m", "hyma.report", str(copy)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in drawn:
+        assert (copy / name).read_bytes() == (evaluation.folder / name).read_bytes(), name
