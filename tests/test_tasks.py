@@ -202,12 +202,13 @@ def test_shuffled_captions_score_at_chance(tmp_path):
 def test_memory_is_bounded(tmp_path):
     """50,000 pictures by 1,000 classes and 31,000 captions by 6,200 pictures: under 2 GB beyond the embeddings."""
     script = f"""
-import resource, sys
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+from hyma.files import peak_bytes
 from hyma.metrics import Retrieval
 from hyma.tasks import Task, score
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: peak_bytes(torch.device("cpu"))
 make = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape), dim=1).half()
 connector, chosen = torch.nn.Linear(128, 128), torch.randint(1000, (50000,))
 pictures, texts, prompts = make(50000, 128), make(31000, 128), make(80000, 128)
