@@ -14,8 +14,10 @@ This file works alone: copy it beside a connector. It needs torch, and timm or s
 is built; until then `import vlm` costs what `import torch` costs.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -186,9 +188,12 @@ class TextEncoder:
         from sentence_transformers import SentenceTransformer
 
         try:
-            self.model = SentenceTransformer(str(weights or encoder.spec), device=str(self.device))
+            with recorded_pretrained() as loaded:
+                self.model = SentenceTransformer(str(weights or encoder.spec), device=str(self.device))
         except Exception as error:  # as above
-            raise BadInput(cannot_load(encoder, error)) from None
+            raise BadInput(cannot_load(encoder, weights, error)) from None
+        for missing in loaded:
+            check_filled(encoder, weights, [key for key in missing if "pooler" not in key], ())  # a pooler is not used
         self.model.eval().requires_grad_(False)
         dimension = getattr(self.model, "get_embedding_dimension", None)  # the name from version 6 on
         self.embed_dim = (dimension or self.model.get_sentence_embedding_dimension)()
@@ -210,7 +215,11 @@ class TextEncoder:
 
 
 def create_image_model(encoder, weights):
-    """The timm model of an image Encoder without its head. weights: as for `ImageEncoder`."""
+    """The timm model of an image Encoder without its head. weights: as for `ImageEncoder`.
+
+    Raises BadInput unless the weights fill every tensor of the model and nothing but a head is left over: timm loads a
+    model without its head from whatever fits, and the rest would stay random.
+    """
     untrained = encoder.spec.startswith("random:")
     if weights is None and not untrained and not encoder.spec.startswith("local-dir:"):
         go_offline_without_hub()
@@ -218,18 +227,99 @@ def create_image_model(encoder, weights):
 
     name = re.sub(r"^(timm|random):", "", encoder.spec)
     options = {"pretrained": not untrained, "num_classes": 0}
-    if weights is not None:
-        source = find_image_weights(encoder, Path(weights))
-        if source.is_dir():
-            name = f"local-dir:{source}"
-        else:
-            options["pretrained_cfg_overlay"] = {"file": str(source)}
     try:
-        with torch.random.fork_rng(devices=[]):  # a control is the same network every time
-            torch.manual_seed(0)
-            return timm.create_model(name, **options)
+        with torch.random.fork_rng(devices=[]), recorded_loading() as loaded:
+            torch.manual_seed(0)  # a control is the same network every time
+            if weights is not None:
+                source = find_image_weights(encoder, Path(weights))
+                if source.is_dir():
+                    name = f"local-dir:{source}"
+                else:
+                    state = read_image_weights(encoder, source, name)
+                    options["pretrained_cfg_overlay"] = {"state_dict": state}
+            model = timm.create_model(name, **options)
+    except BadInput:
+        raise
     except Exception as error:  # timm, the hub and the file readers raise a dozen unrelated types
-        raise BadInput(cannot_load(encoder, error)) from None
+        raise BadInput(cannot_load(encoder, weights, error)) from None
+    for keys in loaded:
+        left_over = [key for key in keys.unexpected_keys if not re.match(HEADS, key)]
+        check_filled(encoder, weights, keys.missing_keys, left_over)
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+HEADS = r"(head|fc|classifier|aux|projector)"  # what the names of a head's tensors begin with
+# What the names of a whole model's tensors begin with where it was wrapped in another when it was saved.
+WRAPPERS = ("module.", "model.", "backbone.", "encoder.", "student.", "teacher.", "_orig_mod.")
+
+
+def read_image_weights(encoder, path, name):
+    """The tensors of a weights file under timm's names. Prefixes that are not the model's own are taken off."""
+    import timm
+
+    state = timm.models.load_state_dict(str(path))
+    if not any(torch.is_tensor(tensor) for tensor in state.values()):
+        raise BadInput(f"--weights {encoder.name}={path}: holds no tensors")
+    if not any(key.startswith(WRAPPERS) for key in state):
+        return state
+    own = timm.create_model(name, num_classes=0).state_dict().keys()
+    while not own & state.keys():
+        prefixes = [prefix for prefix in WRAPPERS if any(key.startswith(prefix) for key in state)]
+        if not prefixes:
+            break
+        # A head beside a wrapped backbone has no prefix, and is not asked for.
+        state = {key.removeprefix(prefixes[0]): state[key] for key in state if key.startswith(prefixes[0])}
+    return state
+
+
+@contextlib.contextmanager
+def recorded_loading():
+    """A list of what `load_state_dict` found missing and left over, of each module that is loaded within."""
+    load, found = nn.Module.load_state_dict, []
+
+    def load_and_record(module, *arguments, **options):
+        keys = load(module, *arguments, **options)
+        found.append(keys)
+        return keys
+
+    nn.Module.load_state_dict = load_and_record
+    logging.disable(logging.WARNING)  # timm's own list of every key
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = load
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def recorded_pretrained():
+    """A list of the names of tensors that weights did not hold, of each transformers model that is loaded within."""
+    from transformers import PreTrainedModel
+
+    load, found = PreTrainedModel.__dict__["from_pretrained"], []
+
+    def load_and_record(model_class, *arguments, **options):
+        model, info = load.__func__(model_class, *arguments, **options | {"output_loading_info": True})
+        found.append([*info["missing_keys"], *(str(mismatch[0]) for mismatch in info["mismatched_keys"])])
+        return (model, info) if options.get("output_loading_info") else model
+
+    PreTrainedModel.from_pretrained = classmethod(load_and_record)
+    logging.disable(logging.WARNING)  # transformers' own table of every key
+    try:
+        yield found
+    finally:
+        PreTrainedModel.from_pretrained = load
+        logging.disable(logging.NOTSET)
+
+
+def check_filled(encoder, weights, missing, left_over):
+    """Raises BadInput if weights left tensors of a model unfilled, or hold tensors that it has not."""
+    source = f"the weights of {encoder.name}" + (f" in {weights}" if weights is not None else "")
+    for keys, problem in ((missing, "lack"), (left_over, "have, and the model has not,")):
+        if keys:
+            names = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise BadInput(f"{source} {problem} {len(keys)} tensors ({names}): they are not those of {encoder.spec}")
 
 
 def find_image_weights(encoder, weights):
@@ -273,12 +363,14 @@ def weights_digest(model):
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def cannot_load(encoder: Encoder, error: Exception) -> str:
-    """One line for a model whose weights are not to be had: what is missing and where to put it."""
+def cannot_load(encoder: Encoder, weights, error: Exception) -> str:
+    """One line for a model whose weights are not to be had, or do not fit: what is missing and where to put it."""
     import difflib
 
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    reason = reason[:120].rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:160].rstrip(".")
+    if weights is not None:
+        return f"--weights {encoder.name}={weights}: cannot be loaded into {encoder.spec}: {reason}"
     guess = difflib.get_close_matches(encoder.name, ENCODERS, n=1)
     hint = f" Did you mean {guess[0]}?" if guess and guess[0] != encoder.name else ""
     source = re.sub(r"^(timm|hf-hub):", "", encoder.spec)
@@ -388,12 +480,14 @@ class CustomVLM:
     """An image encoder and a text encoder whose vectors live in the image encoder's space.
 
     connector_args: (text width, [hidden widths], image width), or None for encoders that share a space already.
+    weights: {encoder name: local file or folder}, instead of the hub.
     """
 
-    def __init__(self, image_encoder_name, text_encoder_name, connector_args=None, device=None):
+    def __init__(self, image_encoder_name, text_encoder_name, connector_args=None, device=None, weights=None):
         self.device = pick_device(device)
-        self.image_encoder = ImageEncoder(image_encoder_name, self.device)
-        self.text_encoder = TextEncoder(text_encoder_name, self.device)
+        weights = weights or {}
+        self.image_encoder = ImageEncoder(image_encoder_name, self.device, weights.get(image_encoder_name))
+        self.text_encoder = TextEncoder(text_encoder_name, self.device, weights.get(text_encoder_name))
         self.connector = None
         if connector_args is not None:
             self.connector = init_modality_connector(*connector_args).to(self.device).eval().requires_grad_(False)
@@ -428,16 +522,24 @@ class CustomVLM:
         return map_text(self.connector, features.view(-1, features.shape[-1])).view(*features.shape[:-1], -1)
 
 
-def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None):
+def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None, weights=None):
     """The stitched model of a connector file, with nothing else present.
 
     The encoders are those of the file's name; encoders outside the registry are looked up in the `.json` card beside
-    the file. `image_encoder` and `text_encoder` replace them, with a local folder for example.
+    the file. `image_encoder` and `text_encoder` replace them, with a local folder for example; weights, {encoder name:
+    file or folder}, takes what `embed.py --weights` takes. Raises BadInput, one line, if the weights are not those that
+    the connector was trained on, as far as the card says which those were.
     """
     image, _, text, _ = read_connector(path)
-    image_encoder = image_encoder or encoder_of_connector(path, "image", image)
-    text_encoder = text_encoder or encoder_of_connector(path, "text", text)
-    vlm = CustomVLM(image_encoder, text_encoder, device=device)
+    names = {"image": image_encoder or encoder_of_connector(path, "image", image)}
+    names["text"] = text_encoder or encoder_of_connector(path, "text", text)
+    given = {}
+    for kind, name in (("image", image), ("text", text)):
+        if name in (weights or {}):
+            given[names[kind]] = weights[name]
+    vlm = CustomVLM(names["image"], names["text"], device=device, weights=given)
+    check_weights(path, image, vlm.image_encoder.model)
+    check_weights(path, text, vlm.text_encoder.model)
     vlm.load_connector_checkpoint(path)
     return vlm
 
@@ -446,14 +548,29 @@ def encoder_of_connector(path, kind, name):
     """What `find_encoder` takes for an encoder of a connector file's name: registered, or named by the file's card."""
     if name in ENCODERS:
         return name
-    card = Path(path).with_suffix(".json")
-    spec = read_json(card).get(f"{kind}_encoder") if card.is_file() else None
+    spec = read_card(path).get(f"{kind}_encoder")
     if spec is None:
         known = ", ".join(encoder.name for encoder in ENCODERS.values() if encoder.kind == kind)
         raise BadInput(
             f"{path}: unknown {kind} encoder {name!r}: no card beside the file names it, and the known ones are {known}"
         )
     return f"{name}={spec}"
+
+
+def read_card(path):
+    """The `.json` card beside a connector, {} where there is none."""
+    card = Path(path).with_suffix(".json")
+    return read_json(card) if card.is_file() else {}
+
+
+def check_weights(path, name, model):
+    """Raises BadInput if the card of a connector says that it was trained on other weights of an encoder than `model`'s."""
+    digests = read_card(path).get("weights_sha256") or {}
+    expected = digests.get(name)
+    if expected and weights_digest(model) != expected:
+        raise BadInput(
+            f"{path}: was trained on other weights of {name} than those loaded here (sha256 {expected[:12]}..., see its card)"
+        )
 
 
 # ----------------------------------------------------------------------------------------- the embedding folder

@@ -124,6 +124,10 @@ class Embeddings:
             return {name: sha256_file(self.folder / f"{name}.pt") for name in names}
         return {name: self.manifest["encoders"][name]["file_sha256"] for name in names}
 
+    def weights_sha256(self, name):
+        """The digest of the weights that an encoder's embeddings were made with, None where it is not known."""
+        return self.manifest["encoders"][name].get("weights_sha256") if self.manifest else None
+
 
 class RowStore:
     """The embeddings of several encoders, on the device if half its memory holds them, to take batches of rows from."""

@@ -120,6 +120,7 @@ def save_connector(out, data, layers, row, about):
         "activation": "relu",
         "dataset": data.manifest["dataset"] if data.manifest else data.folder.name,
         "embeddings_sha256": data.fingerprint([image.name, text.name]),
+        "weights_sha256": {encoder.name: data.weights_sha256(encoder.name) for encoder in (image, text)},
     }
     path = Path(out) / "connectors" / vlm.connector_name(image.name, hidden_layers, text.name)
     save_tensors(state, path)
