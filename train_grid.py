@@ -42,6 +42,7 @@ from hyma.training import (
     open_run_folder,
     pair_losses,
     parse_resumed_flags,
+    parse_with_defaults,
     print_results,
     recipe_of,
     resolve_training_flags,
@@ -74,6 +75,8 @@ def parse_flags():
     flags = parser.parse_args()
     if flags.resume:
         return [parse_resumed_flags(parser, folder) for folder in folders_to_resume(flags)]
+    if flags.from_run:
+        flags = parse_with_defaults(parser, flags_to_keep(flags.from_run, flags.data))
     check_training_flags(flags, "pairs_per_pass")
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
@@ -84,6 +87,37 @@ def parse_flags():
     if flags.halving and (flags.shard or flags.pairs_per_pass):
         raise BadInput("--halving: compares all pairs as it goes, so neither --shard nor --pairs-per-pass goes with it")
     return [(flags, None)]
+
+
+def flags_to_keep(run, data):
+    """The flags of the run in --from that hold for what starts from its connectors: its data, its split, its loss."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        if data is None:
+            raise BadInput(f"--from {run}: has no config.json; say with --data what its connectors were trained on")
+        return {}
+    config = read_json(path)
+    kept = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
+    return {name: config["flags"][name] for name in kept} | {"seeds": [config["seed"]]}
+
+
+def check_same_data(run, data, pairs, seeds):
+    """Raises BadInput if the run in --from was trained on other embeddings of these pairs' encoders than `data` holds, or
+    if a seed would choose by rows that the run was trained on."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    for name in unique(name for pair in pairs for name in pair):
+        trained_on = config["embeddings"].get(name)
+        if trained_on and data.fingerprint([name])[name] != trained_on:
+            raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")
+    has_split = any(row.get("split") for row in data.rows or [])
+    if not has_split and set(seeds) != {config["seed"]}:
+        raise BadInput(
+            f"--seeds {' '.join(map(str, seeds))}: {data.folder} has no split column, so another seed than {config['seed']} "
+            f"would choose by rows that {run} was trained on"
+        )
 
 
 def folders_to_resume(flags):
@@ -428,7 +462,8 @@ def plan_runs(flags, data, all_pairs, pairs, device):
     flags = resolve_training_flags(flags, "grid", device, row_count)
     if flags.closed_form:
         flags.connector = "mlp0"
-    if flags.from_run:  # a connector that is missing is missed now
+    if flags.from_run:  # what is missing or changed is noticed before anything is trained
+        check_same_data(flags.from_run, data, all_pairs, flags.seeds)
         for pair in all_pairs:
             connector_of_run(flags.from_run, *pair, int(flags.connector[-1]))
     dims = {name: encoder.dim for name, encoder in data.encoders.items()}

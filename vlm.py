@@ -430,11 +430,14 @@ def read_connector(path, image_dim=None, text_dim=None):
 
     layers = connector_keys(hidden_layers)
     keys = [layer + part for layer in layers for part in ("weight", "bias")]
-    if not isinstance(state, dict) or sorted(state) != sorted(keys):
+    if not isinstance(state, dict) or set(state) != set(keys):
         found = " ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise BadInput(f"{path}: expected the keys {' '.join(keys)}; found {found or 'none'}")
-    if not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise BadInput(f"{path}: expected tensors under the keys {' '.join(keys)}")
+    for key, tensor in state.items():
+        if not is_plain_tensor(tensor):
+            raise BadInput(f"{path}: expected tensors of floating-point numbers under the keys {' '.join(keys)}")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path}: {key} holds numbers that are not finite; the connector is of no use")
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
     text_dim = text_dim or registered_dim(text) or (first.shape[1] if first.dim() == 2 else 0)
@@ -445,6 +448,13 @@ def read_connector(path, image_dim=None, text_dim=None):
             if tuple(state[key].shape) != shape:
                 raise BadInput(f"{path}: {key} has shape {tuple(state[key].shape)}; expected {shape}")
     return image, hidden_layers, text, state
+
+
+def is_plain_tensor(value):
+    """Whether it is a dense tensor of floating-point numbers that are there: not sparse, quantised or without data."""
+    if not torch.is_tensor(value) or value.is_meta or value.is_quantized:
+        return False
+    return value.layout == torch.strided and value.is_floating_point()
 
 
 def registered_dim(name):

@@ -55,7 +55,8 @@ class Retrieval:
         text [n, D]: of the rows, of any length. image [n, D]: unit vectors, or their coordinates along orthonormal axes.
         """
         vectors = {"caption": F.normalize(text, dim=1), "image": image}
-        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"]).nan_to_num()  # [n]
+        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"])  # [n]
+        own = own.nan_to_num(nan=-torch.inf)
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
             rows = self.nearest_right_rows(own, query)  # [queries]

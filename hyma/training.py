@@ -69,11 +69,11 @@ def check_training_flags(flags, *positive):
     """Raises BadInput for a number out of its range. `positive`: further flags that must be above zero."""
     for name in ("rows", "epochs", "batch_size", "lr", "clip_norm", *positive):
         value = getattr(flags, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
     if not 1 <= flags.logit_scale <= 150:
         raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
-    if flags.warmup_steps < 0 or flags.weight_decay < 0:
+    if flags.warmup_steps < 0 or not 0 <= flags.weight_decay < math.inf:
         raise BadInput("--warmup-steps and --weight-decay must not be negative")
     if flags.batch_size == 1:
         raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
@@ -257,6 +257,11 @@ def validate(generator, store, retrieval, pairs):
         z, _ = connector_mlp(*generator(features, group))  # [n, sum D_p]
         mapped = z.split([store.dims[image] for image, _ in group], dim=1)
         for (image, _), texts in zip(group, mapped):
+            if not texts.isfinite().all():
+                raise BadInput(
+                    f"the last update made the connector of {image}:{text} give numbers that are not finite; what was saved "
+                    "before is kept; try a lower --lr"
+                )
             recalls[f"{image}:{text}"] = retrieval.recalls(texts, store.take(image, retrieval.rows))
     return recalls
 

@@ -122,10 +122,10 @@ def outer_grad_norm_sq(grad_out: Tensor, inputs: Tensor) -> Tensor:
 
 
 def true_rank(queries: Tensor, targets: Tensor, match: Tensor, *, block_bytes: int = 2**28, impl=None) -> Tensor:
-    """How many targets other than its match a query scores at least as high: [N] int64, 0 for a perfect query.
+    """How many targets other than its match a query does not score lower: [N] int64, 0 for a perfect query.
 
-    queries [N, D], targets [M, D], match [N] int64 in 0..M-1. Ties count against the match, so that a collapsed
-    connector ranks last and not first. The N x M scores are never held; torch holds blocks of block_bytes.
+    queries [N, D], targets [M, D], match [N] int64 in 0..M-1. Ties count against the match, and so do scores that are
+    NaN, so that a collapsed or broken connector ranks last and not first. The N x M scores are never held; torch holds blocks of block_bytes.
     """
     _check_matrix("queries", queries)
     _check_matrix("targets", targets, columns=queries.shape[1], like=queries)

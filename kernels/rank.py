@@ -54,7 +54,7 @@ def true_rank_kernel(
         target_mask = targets < n_targets
         s = scores(q_ptrs, t_ptr + targets[None, :] * width, row_mask, target_mask, width,
                    WIDEN, PRECISION, BLOCK, BLOCK, BLOCK_K)  # fmt: skip
-        ahead = (s >= own[:, None]) & (targets[None, :] != match[:, None]) & target_mask[None, :]
+        ahead = ~(s < own[:, None]) & (targets[None, :] != match[:, None]) & target_mask[None, :]
         rank += tl.sum(ahead.to(tl.int32), 1)
     tl.store(rank_ptr + split * n_queries + rows, rank, mask=row_mask)
 

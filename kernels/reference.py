@@ -153,12 +153,12 @@ def gram(a, block=2**16):
 
 
 def true_rank(queries, targets, match, block_bytes):
-    """How many targets other than the match score at least as high: a tie counts against the match."""
+    """How many targets other than the match do not score lower: a tie counts against the match, and so does a NaN."""
     scores_dtype = accumulator(queries.dtype)
     rows = max(1, block_bytes // (targets.shape[0] * torch.finfo(scores_dtype).bits // 8))
     ranks = []
     for start in range(0, queries.shape[0], rows):
         scores = (queries[start : start + rows] @ targets.T).to(scores_dtype)  # [rows, M]
         own = scores.gather(1, match[start : start + rows, None])  # [rows, 1]
-        ranks.append((scores >= own).sum(1) - 1)
+        ranks.append((~(scores < own)).sum(1) - 1)
     return torch.cat(ranks) if ranks else match.new_empty(0)
