@@ -31,17 +31,21 @@ from hyma.costs import flop_counter
 from hyma.datasets import read_corpus, usable_row, why_unusable
 from hyma.embeddings import (
     FORMAT_VERSION,
+    PartialShard,
     add_to_manifest,
+    has_unit_rows,
     hash_keys,
+    is_sound_shard,
     open_shards,
     read_manifest,
     row_keys,
     seal_folder,
     shard_path,
+    sound_record,
     unique,
     write_manifest,
 )
-from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.files import Signals, lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
 from vlm import BadInput
 
@@ -316,16 +320,18 @@ def embed_shards(name, encoder, folder, fixed, flags):
     for start in starts:
         part = rows[start : start + flags.shard_rows]
         total += len(part)
-        if not shard_path(folder, start).is_file():
+        if not is_sound_shard(shard_path(folder, start), (len(part), encoder.embed_dim), DTYPES[flags.dtype]):
             missing.append((start, part))
     done = total - sum(len(part) for _, part in missing)
     with (
         tqdm(total=total, initial=done, desc=name, unit="row") as progress,
         ThreadPoolExecutor(flags.workers) as pool,
+        Signals() as signals,
     ):
         for start, part in missing:
             if isinstance(encoder, vlm.ImageEncoder):
-                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool)  # [rows, dim]
+                partial = PartialShard(shard_path(folder, start), signals)
+                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool, partial)  # [rows, dim]
             else:
                 vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
             off_length = ~((vectors.norm(dim=1) - 1).abs() < 1e-3)  # [rows]; also true for NaN
@@ -336,9 +342,10 @@ def embed_shards(name, encoder, folder, fixed, flags):
                 )
             save_tensors(vectors.to(DTYPES[flags.dtype]), shard_path(folder, start))
             progress.update(len(part))
+            signals.leave_if_asked()
 
 
-def embed_images(encoder, root, rows, batch_size, pool):
+def embed_images(encoder, root, rows, batch_size, pool, partial):
     """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
     images = unique(row["image"] for row in rows)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
@@ -346,12 +353,16 @@ def embed_images(encoder, root, rows, batch_size, pool):
     def read_ahead(batch):
         return [pool.submit(load_pixels, encoder, root / image) for image in batch]
 
-    vectors = []
+    vectors = partial.load()  # of batches that are done
+    batches = batches[sum(map(len, vectors)) // batch_size :]
     ahead = read_ahead(batches[0])
     for following in [*batches[1:], []]:
         pixels = torch.stack([future.result() for future in ahead])  # [B, 3, H, W]
         ahead = read_ahead(following)  # the threads read the next batch while the encoder works on this one
         vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
+        if following:
+            partial.save_when_due(vectors)
+    partial.remove()
     place = {image: i for i, image in enumerate(images)}
     return torch.cat(vectors)[[place[row["image"]] for row in rows]]
 
@@ -373,7 +384,10 @@ def join_shards(name, encoder, folder, plan, fixed, shard_rows):
     if not all(shard.is_file() for shard in shards):
         return None
     path = fixed.out / f"{name}.pt"
-    save_tensors(torch.cat([vlm.load_tensors(shard) for shard in shards]), path)
+    vectors = torch.cat([vlm.load_tensors(shard) for shard in shards])  # [rows, dim]
+    if not has_unit_rows(vectors, (len(fixed.rows), encoder.embed_dim)):
+        raise BadInput(f"{folder}: its shards are damaged; run the same command again to make the bad ones anew")
+    save_tensors(vectors, path)
     record = dict(plan)
     flops = count_flops(name, encoder, fixed.rows)
     if flops is not None:
@@ -407,13 +421,16 @@ def count_flops(name, encoder, rows):
 
 
 def count_truncated(encoder, rows):
-    """How many captions are longer than the text encoder reads."""
-    limit = encoder.model.max_seq_length
-    if not limit:
-        return 0
+    """How many captions are longer than the text encoder reads, None where it cannot be counted."""
     captions = [row["caption"] for row in rows]
-    tokens = encoder.model.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
-    return sum(len(ids) > limit for ids in tokens)
+    try:
+        limit = encoder.model.max_seq_length
+        if not limit:
+            return 0
+        tokens = encoder.model.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > limit for ids in tokens)
+    except Exception:  # models without transformers' tokenizer; a statistic must not cost the embeddings
+        return None
 
 
 def main():
@@ -427,7 +444,7 @@ def main():
 
     unfinished = []
     for wanted in flags.encoders:
-        record = read_manifest(out)["encoders"].get(wanted.name)  # by now another process may have made it
+        record = sound_record(out, wanted.name)
         if record is None:
             record = embed_encoder(wanted, fixed, flags)
         elif record["spec"] != wanted.spec:

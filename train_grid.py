@@ -29,11 +29,12 @@ from tqdm import tqdm
 from hyma import closed_form
 from hyma.costs import connector_flops, flop_counter, logit_flops
 from hyma.embeddings import RowStore, seeded_generator, split_rows, unique
-from hyma.files import peak_bytes, run_script, save_tensors, write_jsonl
+from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.metrics import Retrieval, mean_recalls, rank_pairs
-from hyma.runs import find_run, write_results
+from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
 from hyma.training import (
     add_training_flags,
+    check_seeds,
     check_training_flags,
     draw_rows,
     learning_rate,
@@ -45,15 +46,18 @@ from hyma.training import (
     parse_with_defaults,
     print_results,
     recipe_of,
+    recorded_flags,
     resolve_training_flags,
+    resumed_line,
     separate_layers,
     split_for_training,
     training_dtype,
     validate,
 )
-from vlm import HIDDEN_DIM, BadInput, connector_name, load_tensors, pick_device, read_connector, read_json
+from vlm import HIDDEN_DIM, BadInput, connector_name, pick_device, read_connector, read_json
 
 VALIDATIONS = 5  # about so many, each with a checkpoint
+MOST_STEPS = 10**8
 
 
 def parse_flags():
@@ -80,6 +84,7 @@ def parse_flags():
     check_training_flags(flags, "pairs_per_pass")
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
+    check_seeds("--seeds", flags.seeds)
     if flags.shard and not flags.out:
         raise BadInput(f"--shard {flags.shard}: needs --out, the same for all shards")
     if flags.closed_form and flags.from_run:
@@ -205,15 +210,19 @@ def plan_steps(flags, pairs, dims, row_count):
     """How many updates the schedule has: the epochs', or what the FLOPs of another run pay for."""
     if flags.budget_of == "full":
         return flags.epochs * (row_count // flags.batch_size)
-    ledger = read_json(Path(flags.budget_of) / "ledger.json")
-    budget = ledger.get("flops") if isinstance(ledger, dict) else None
-    if not isinstance(budget, (int, float)) or budget <= 0:
+    budget = read_json(Path(flags.budget_of) / "ledger.json").get("flops")
+    if not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
         raise BadInput(f"--budget-of {flags.budget_of}: its ledger.json has no flops above zero")
     step_flops = logit_flops(flags.batch_size, [dims[image] for image, _ in pairs])
     for image, text in pairs:
         widths = [dims[text]] + [HIDDEN_DIM] * int(flags.connector[-1]) + [dims[image]]
         step_flops += connector_flops(flags.batch_size, list(zip(widths[1:], widths)))
-    return max(1, round(budget / step_flops))
+    steps = max(1, round(budget / step_flops))
+    if steps > MOST_STEPS:
+        raise BadInput(
+            f"--budget-of {flags.budget_of}: its {budget:.3g} FLOPs would be {steps:.3g} steps; is it damaged?"
+        )
+    return steps
 
 
 def halving_rungs(pair_count, steps):
@@ -249,7 +258,9 @@ COSTS = ("flops", "start_flops", "step_flops", "logit_flops", "seconds")  # that
 def new_state(pairs):
     """All that training changes beside the tensors. best: {pair: its best recalls, with the layers that reached them}."""
     updates = {":".join(pair): 0 for pair in pairs}
-    return {"step": 0, "updates": updates, "metrics": [], "best": {}, "peak_bytes": 0} | dict.fromkeys(COSTS, 0)
+    return {"step": 0, "updates": updates, "losses": [], "metrics": [], "best": {}, "peak_bytes": 0} | dict.fromkeys(
+        COSTS, 0
+    )
 
 
 def keep_best(state, name, six, layers, about):
@@ -292,8 +303,10 @@ def merge_lines(lines):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkpoint):
-    """Trains these pairs over the whole schedule. `checkpoint(state, tensors)` saves; `saved` is what it saved last."""
+def train(flags, identity, pairs, store, retrieval, train_rows, checkpoints, saved):
+    """Trains these pairs over the whole schedule. saved: the last checkpoint, {"done": states of the groups before this
+    one} and, where this one was interrupted, its state and tensors."""
+    seed, steps = identity["seed"], identity["steps"]
     connectors = FreeConnectors(pairs, store.dims, int(flags.connector[-1]), seed, flags.from_run).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
@@ -301,7 +314,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
         connectors.load_state_dict(saved["connectors"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
-        print(f"resumed: {flags.out} at step {state['step']} of {steps}")
+        print(resumed_line(flags.out, state["step"], steps))
 
     dtype = training_dtype(flags.precision)
     steps_per_epoch = len(train_rows) // flags.batch_size
@@ -310,8 +323,16 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
     alive = [pair for pair in pairs if state["updates"][":".join(pair)] == state["step"]]
     alive = pairs_that_go_on(alive, state, rungs.get(state["step"], len(alive)))
-    started, losses_seen = time.perf_counter() - state["seconds"], []
-    with tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step") as progress:
+    started = time.perf_counter() - state["seconds"]
+
+    def save_checkpoint():
+        tensors = {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoints.save({"done": saved["done"], "state": state} | tensors)
+        lines = [line for group in [*saved["done"], state] for line in group["metrics"]]
+        write_jsonl(flags.out / "metrics.jsonl", lines)
+
+    progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step")
+    with progress, Signals() as signals:
         for step in range(state["step"], steps):
             # A batch of rows, every pair's connector, a loss each.
             rows = draw_rows(step, seed, train_rows, flags.batch_size)  # [B]
@@ -330,7 +351,7 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             lr = learning_rate(step, steps, flags.lr, warmup_steps)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            losses_seen.append(losses.mean().item())
+            state["losses"].append(losses.mean().item())
 
             # What it cost.
             of_samples, _ = connectors.flops(flags.batch_size, alive)
@@ -339,26 +360,32 @@ def train(flags, seed, pairs, steps, store, retrieval, train_rows, saved, checkp
             state["logit_flops"] += of_logits
             for pair in alive:
                 state["updates"][":".join(pair)] += 1
+            state["step"] = step + 1
+            state["seconds"] = time.perf_counter() - started
+            state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
             progress.update()
-            is_last = step + 1 == steps
-            if (step + 1) % validation_period and not is_last and step + 1 not in rungs:
-                continue
 
-            # Validation: each pair's best state is kept, everything is saved, and halving gives up half of the pairs.
+            # Validation: each pair's best state is kept, and halving gives up half of the pairs. Everything is saved then,
+            # by the clock, and when a signal asks for it.
+            is_validation = (step + 1) % validation_period == 0 or step + 1 == steps or step + 1 in rungs
+            if not is_validation:
+                if checkpoints.due() or signals.arrived():
+                    save_checkpoint()
+                    signals.leave_if_asked()
+                continue
             recalls = validate(connectors, store, retrieval, alive)
             epoch = round((step + 1) / steps_per_epoch, 3)
             about = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
             for pair in alive:
                 keep_best(state, ":".join(pair), recalls[":".join(pair)], connectors.predict(*pair), about)
-            state["step"] = step + 1
             state["seconds"] = time.perf_counter() - started
-            state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
-            line = {"epoch": epoch, "step": step + 1, "loss": sum(losses_seen) / len(losses_seen), "lr": lr}
+            line = {"epoch": epoch, "step": step + 1, "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr}
             line |= {"val_recall10": mean_recall10(recalls), "seconds": state["seconds"], "recalls": recalls}
             state["metrics"].append(line)
-            losses_seen = []
+            state["losses"] = []
             progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{line['val_recall10']:.1%}", pairs=len(alive))
-            checkpoint(state, {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()})
+            save_checkpoint()
+            signals.leave_if_asked()
             alive = pairs_that_go_on(alive, state, rungs.get(step + 1, len(alive)))
     return state
 
@@ -417,6 +444,7 @@ def closed_form_maps(kind, store, image, text, rows, means, text_gram, factors):
 def main():
     runs = parse_flags()
     flags, config = runs[0]
+    typed = recorded_flags(flags)
     device = pick_device(flags.device)
 
     # The data, and this shard's pairs of it.
@@ -444,7 +472,8 @@ def main():
         else:
             identity |= {"seed": seed, "steps": steps}
         about = describe_run(flags, data, identity["seed"])
-        opened.append((flags, identity, open_run_folder(flags, config, identity, about, device)))
+        config = config or run_of_same_command(flags.out, typed)
+        opened.append((flags, identity, open_run_folder(flags, typed, config, identity, about, device)))
     for flags, identity, _ in opened:
         encoders = f"{len(images)} image and {len(texts)} text encoders"
         print(f"run: {flags.out}, seed {identity['seed']}, {len(pairs)} pairs of {encoders}")
@@ -503,22 +532,20 @@ def describe_run(flags, data, seed):
 
 def run_groups(flags, identity, pairs, store, retrieval, train_rows):
     """Trains the pairs, --pairs-per-pass at a time, or solves them. What is finished stays in the checkpoint."""
-    path = flags.out / "checkpoint.pt"
-    saved = load_tensors(path) if path.is_file() else {"done": []}
-    done, size = saved["done"], flags.pairs_per_pass or len(pairs)
-    if flags.closed_form and not done:
+    checkpoints = Checkpoints(flags.out)
+    saved = checkpoints.load("done") or {"done": []}
+    done = saved["done"]  # the states of the groups that are finished
+    if sum(len(state["updates"]) for state in done) == len(pairs):
+        print(resumed_line(flags.out, identity["steps"], identity["steps"]))
+        return merge_states(done, pairs)
+    if flags.closed_form:
         done.append(solve(flags, pairs, store, retrieval, train_rows))
-
-    def checkpoint(state, tensors):
-        save_tensors({"done": done, "state": state} | tensors, path)
-        write_jsonl(flags.out / "metrics.jsonl", [line for each in [*done, state] for line in each["metrics"]])
-
+    size = flags.pairs_per_pass or len(pairs)
     while sum(len(state["updates"]) for state in done) < len(pairs):
         group = pairs[size * len(done) :][:size]
-        steps, seed = identity["steps"], identity["seed"]
-        done.append(train(flags, seed, group, steps, store, retrieval, train_rows, saved, checkpoint))
-        saved = {}
-    save_tensors({"done": done}, path)
+        done.append(train(flags, identity, group, store, retrieval, train_rows, checkpoints, saved))
+        saved = {"done": done}
+    checkpoints.save({"done": done})
     return merge_states(done, pairs)
 
 
@@ -568,14 +595,15 @@ def merge_shards(flags, identity, data, pairs, retrieval, row_count, device):
     identity = identity | {"pairs": [":".join(pair) for pair in pairs], "embeddings": embeddings}
     config = read_json(out / "config.json") if (out / "config.json").is_file() else None
     about = describe_run(flags, data, identity["seed"])
-    lock = open_run_folder(flags, config, identity, about, device, wait=True)  # noqa: F841  another shard may be merging
+    typed = recorded_flags(flags)
+    lock = open_run_folder(flags, typed, config, identity, about, device, wait=True)  # noqa: F841  another shard may be merging
     if (out / "ledger.json").is_file():
         return
     states = []
     for shard in shards:
-        states += load_tensors(shard / "checkpoint.pt")["done"]
+        states += Checkpoints(shard).load("done")["done"]
     state = merge_states(states, pairs)
-    save_tensors({"done": [state]}, out / "checkpoint.pt")
+    Checkpoints(out).save({"done": [state]})
     print(f"\nall {count} shards are finished; merged into {out}")
     export(flags, data, state, retrieval, row_count)
 

@@ -28,12 +28,13 @@ from tqdm import tqdm
 from hyma import closed_form
 from hyma.costs import flop_counter, logit_flops
 from hyma.embeddings import RowStore, choose_pairs, seeded_generator, unique
-from hyma.files import peak_bytes, run_script, save_tensors, write_jsonl
+from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
 from hyma.metrics import Retrieval, expected_recall10, rank_pairs
-from hyma.runs import find_run, write_results
+from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
 from hyma.training import (
     add_training_flags,
+    check_seeds,
     check_training_flags,
     draw_rows,
     learning_rate,
@@ -45,7 +46,9 @@ from hyma.training import (
     parse_with_defaults,
     print_results,
     recipe_of,
+    recorded_flags,
     resolve_training_flags,
+    resumed_line,
     split_for_training,
     training_dtype,
     validate,
@@ -85,6 +88,7 @@ def parse_flags():
     if flags.add_encoder:
         flags = parse_with_defaults(parser, flags_to_keep(flags.from_run))
     check_training_flags(flags, "width", "rank", "pairs_per_step")
+    check_seeds("--seed", [flags.seed])
     for name in ("width", "rank"):
         value = getattr(flags, name)
         if value is not None and DEFAULTS[flags.generator][name] is None:
@@ -206,6 +210,7 @@ def new_state(pairs):
         "updates": {":".join(pair): 0 for pair in pairs.untrained + pairs.trained},
         "fold_recall10": {},  # of the closed form, see `cross_validate`
         "fold_rows": 0,
+        "losses": [],  # of the steps since the last validation
         "metrics": [],
         "best": None,  # the best validation: score, epoch, recalls, weights
     }
@@ -249,6 +254,7 @@ def update(generator, optimizer, moments, count, lr, flags):
 
 def main():
     flags, config = parse_flags()
+    typed = recorded_flags(flags)
     device = pick_device(flags.device)
 
     # The data: rows to train on and to choose by, and the pairs.
@@ -267,7 +273,8 @@ def main():
         "embeddings": data.fingerprint(pairs.images + pairs.texts),
     }
     about = describe_run(flags, len(train_rows), len(val_rows))
-    lock = open_run_folder(flags, config, identity, about, device)  # noqa: F841  held until the process ends
+    config = config or run_of_same_command(flags.out, typed)
+    lock = open_run_folder(flags, typed, config, identity, about, device)  # noqa: F841  held until the process ends
 
     # The hypernetwork and its optimiser.
     torch.manual_seed(flags.seed)
@@ -286,13 +293,13 @@ def main():
     steps = flags.epochs * steps_per_epoch
     validation_period = math.ceil(flags.epochs / VALIDATIONS) * steps_per_epoch
     state, counter, started = new_state(pairs), flop_counter(), time.perf_counter()
-    if config is not None and (flags.out / "checkpoint.pt").is_file():
-        saved = load_tensors(flags.out / "checkpoint.pt")
+    checkpoints = Checkpoints(flags.out)
+    if saved := checkpoints.load("generator", "optimizer", "moments", "state"):
         generator.load_state_dict(saved["generator"])
         optimizer.load_state_dict(saved["optimizer"])
         moments = [moment.to(device) for moment in saved["moments"]]
         state |= saved["state"]
-        print(f"resumed: {flags.out} at step {state['step']} of {steps}")
+        print(resumed_line(flags.out, state["step"], steps))
     elif generator.starts_from_closed_form:
         folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
         with counter:
@@ -311,19 +318,19 @@ def main():
     dtype = training_dtype(flags.precision)
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")  # the start needs every bit
 
-    losses_seen = []  # since the last validation
-    with tqdm(total=steps, initial=state["step"], desc="train", unit="step") as progress:
+    progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step")
+    with progress, Signals() as signals:
         for step in range(state["step"], steps):
             # A batch of rows and a few pairs, their connectors, their mean loss.
             rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
             drawn = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
             losses = pair_losses(generator, store, rows, drawn, dtype, flags.logit_scale)  # [P]
             loss = losses.mean()
-            losses_seen.append(loss.item())
-            if not math.isfinite(losses_seen[-1]):
+            state["losses"].append(loss.item())
+            if not math.isfinite(state["losses"][-1]):
                 bad = ":".join(drawn[losses.isfinite().long().argmin().item()])
                 raise BadInput(
-                    f"step {step}: the loss of {bad} is {losses_seen[-1]}; stopped before the update; try a lower --lr"
+                    f"step {step}: the loss of {bad} is {state['losses'][-1]}; stopped before the update; try a lower --lr"
                 )
 
             # The update.
@@ -340,28 +347,32 @@ def main():
             state["logit_flops"] += of_logits
             for pair in drawn:
                 state["updates"][":".join(pair)] += 1
+            state["step"] = step + 1
+            state["seconds"] = time.perf_counter() - started
             progress.update()
-            is_last = step + 1 == steps
-            if (step + 1) % validation_period and not is_last:
-                continue
 
-            # Validation: the best state is kept, and everything is saved.
+            # Validation: the best state is kept. Everything is saved then, by the clock, and when a signal asks for it.
+            is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
+            if not is_validation:
+                if checkpoints.due() or signals.arrived():
+                    checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
+                    signals.leave_if_asked()
+                continue
             recalls = dict(pairs.earlier["best"]["recalls"]) if pairs.earlier else {}
             recalls |= validate(generator, store, retrieval, pairs.scored)
             score = mean_recall10({":".join(pair): recalls[":".join(pair)] for pair in pairs.trained})
             epoch = round((step + 1) / steps * flags.epochs)
             if message := keep_best(state, generator, score, epoch, recalls, retrieval.chance[2]):
                 progress.write(message)
-            state["step"] = step + 1
             state["seconds"] = time.perf_counter() - started
-            line = {"epoch": epoch, "step": step + 1, "loss": sum(losses_seen) / len(losses_seen), "lr": lr}
+            line = {"epoch": epoch, "step": step + 1, "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr}
             line |= {"val_recall10": score, "seconds": state["seconds"], "recalls": recalls}
             state["metrics"].append(line)
-            losses_seen = []
+            state["losses"] = []
             progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
-            tensors = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(), "moments": moments}
-            save_tensors(tensors | {"state": state}, flags.out / "checkpoint.pt")
+            checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
             write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+            signals.leave_if_asked()
 
     state["peak_bytes"] = peak_bytes(device)
     export(flags, data, generator, state, retrieval)
@@ -386,6 +397,16 @@ def describe_run(flags, train_count, val_count):
     }
 
 
+def checkpoint_of(generator, optimizer, moments, state):
+    """All that a resumed run needs."""
+    return {
+        "generator": generator.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "moments": moments,
+        "state": state,
+    }
+
+
 def keep_best(state, generator, score, epoch, recalls, chance):
     """Keeps these weights if none before scored as high. Returns a line if they have collapsed to chance, else None."""
     best = state["best"]
@@ -401,6 +422,7 @@ def keep_best(state, generator, score, epoch, recalls, chance):
 def export(flags, data, generator, state, retrieval):
     """Writes the best state's connectors, ranking.csv and ledger.json, and prints the ranking."""
     best = state["best"]
+    write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
     generator.load_state_dict(best["weights"])
     trained = [tensor for tensor in generator.parameters() if tensor.requires_grad] + list(generator.buffers())
     state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import sys
 import urllib.parse
 import warnings
@@ -33,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 HIDDEN_DIM = 1024  # of every hidden layer of a connector
+MAX_ASPECT_RATIO = 50  # of a picture: encoders scale its shorter side to theirs, and a thin one would fill the memory
 MAPPED_AT_ONCE = 8192  # texts that go through a connector at a time, to bound the memory
 
 
@@ -77,6 +79,11 @@ ENCODERS = {encoder.name: encoder for encoder in PAPER_ENCODERS + SAMPLE_ENCODER
 IMAGE_PREFIXES = ("timm:", "hf-hub:", "local-dir:", "random:")
 
 
+def is_encoder_name(name):
+    """Whether a short name can stand in file names and in pairs, IMAGE:TEXT."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)) and not re.search(r"_mlp\d_", name)
+
+
 def find_encoder(text: str) -> Encoder:
     """A short name of the registry, `NAME=SPEC`, or a bare SPEC, which gets a short name made from it.
 
@@ -90,7 +97,7 @@ def find_encoder(text: str) -> Encoder:
     if not equals:
         spec = text
         name = re.sub(r"[^\w.]+", "-", Path(text.rstrip("/")).name.rpartition(":")[2], flags=re.ASCII).strip("-._")
-    if not spec or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or re.search(r"_mlp\d_", name):
+    if not spec or not is_encoder_name(name):
         raise BadInput(f"encoder {text!r}: give a short name of letters, digits, '.', '_' and '-', as NAME=SPEC")
     if spec in ENCODERS:  # a second name for a registered encoder
         return ENCODERS[spec]._replace(name=name)
@@ -109,6 +116,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         device = torch.device(device)
     except RuntimeError:
         raise BadInput(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {device}: use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {device}: torch sees no GPU here; use --device cpu")
     return device
@@ -124,6 +133,10 @@ def open_image(source):
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused just below
     with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(
+                f"{image.width} x {image.height} pixels: more than {MAX_ASPECT_RATIO} times as long as wide"
+            )
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels: a decompression bomb?")
         image.load()
@@ -198,7 +211,7 @@ class TextEncoder:
         dimension = getattr(self.model, "get_embedding_dimension", None)  # the name from version 6 on
         self.embed_dim = (dimension or self.model.get_sentence_embedding_dimension)()
         self.full_name = encoder.spec
-        self.config = {"max_seq_length": self.model.max_seq_length}
+        self.config = describe_text_model(self.model)
 
     def to(self, device):
         self.device = pick_device(device)
@@ -208,10 +221,34 @@ class TextEncoder:
     @torch.no_grad()
     def encode_text(self, sentences, batch_size=32):
         """A sentence to a unit vector [D], or a list of B sentences to unit vectors [B, D]."""
-        features = self.model.encode(sentences, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+        options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        features = self.model.encode(self.as_text(sentences), **options)
         return F.normalize(features.to(self.device).float(), dim=-1)
 
     __call__ = encode_text
+
+    def as_text(self, sentences):
+        """Sentences as a multimodal model takes them for text: it would fetch one that is a picture's address, and open one
+        that is a picture's path."""
+        if list(getattr(self.model, "modalities", ["text"])) == ["text"]:
+            return sentences
+        if isinstance(sentences, str):
+            return {"text": sentences}
+        return [{"text": sentence} for sentence in sentences]
+
+
+def describe_text_model(model):
+    """What of a sentence-transformers model its vectors depend on beside its weights."""
+    modules = {}
+    for module in model:
+        settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+        modules[type(module).__name__] = {name: value for name, value in settings.items() if "path" not in name}
+    return {
+        "max_seq_length": model.max_seq_length,
+        "prompts": getattr(model, "prompts", {}),
+        "default_prompt_name": getattr(model, "default_prompt_name", None),
+        "modules": modules,
+    }
 
 
 def create_image_model(encoder, weights):
@@ -454,7 +491,10 @@ def is_plain_tensor(value):
     """Whether it is a dense tensor of floating-point numbers that are there: not sparse, quantised or without data."""
     if not torch.is_tensor(value) or value.is_meta or value.is_quantized:
         return False
-    return value.layout == torch.strided and value.is_floating_point()
+    if value.layout != torch.strided or not value.is_floating_point():
+        return False
+    # A view can have any number of elements over a file of a few bytes.
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def registered_dim(name):
@@ -559,12 +599,22 @@ def encoder_of_connector(path, kind, name):
     if name in ENCODERS:
         return name
     spec = read_card(path).get(f"{kind}_encoder")
+    if spec is not None and is_local(spec):
+        raise BadInput(
+            f"{path}: its card names a local {kind} encoder, {spec}; if you trust it, pass {kind}_encoder={name}={spec}"
+        )
     if spec is None:
         known = ", ".join(encoder.name for encoder in ENCODERS.values() if encoder.kind == kind)
         raise BadInput(
             f"{path}: unknown {kind} encoder {name!r}: no card beside the file names it, and the known ones are {known}"
         )
     return f"{name}={spec}"
+
+
+def is_local(spec):
+    """Whether an encoder's SPEC is a folder of this machine: loading one may run what is in it, so that a card, which a
+    stranger may have written, is no authority for it."""
+    return spec.startswith(("local-dir:", "/", ".", "~")) or Path(spec).exists()
 
 
 def read_card(path):
@@ -609,18 +659,33 @@ class EmbeddingDataset(torch.utils.data.Dataset):
 # -------------------------------------------------------------------------------------------------- safe readers
 
 
+def check_regular(path):
+    """Raises BadInput for what is no regular file: a pipe would be waited for without end."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{path}: is no regular file")
+
+
 def read_json(path):
+    """The object of a JSON file. Raises BadInput, one line, if it cannot be read or is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        check_regular(path)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def load_tensors(path, mmap=False):
     """torch.load of tensors alone: never runs code from the file. With mmap=False every byte is checked (CRC)."""
     try:
-        if not mmap and zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise BadInput(f"{path}: is damaged (checksum of {damaged}); copy or make it again")
+        check_regular(path)
+        if zipfile.is_zipfile(path):
+            check_archive(path, checksums=not mmap)
         return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -629,3 +694,14 @@ def load_tensors(path, mmap=False):
     except Exception as error:  # a cut or foreign file raises any of half a dozen types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: cannot be read as a torch file of plain tensors: {reason[:160]}") from None
+
+
+def check_archive(path, checksums):
+    """Raises BadInput for a torch file that is damaged, or whose members are compressed: torch never writes such ones, and
+    a small one can take any amount of memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise BadInput(f"{path}: is compressed, as no torch file is; it is not opened")
+        damaged = archive.testzip() if checksums else None
+    if damaged:
+        raise BadInput(f"{path}: is damaged (checksum of {damaged}); copy or make it again")

@@ -22,8 +22,12 @@ SHARED_RMS = 0.1  # of the shared axes' coordinates: smaller, and training moves
 
 
 def regularised(gram, strength):
-    """A Gram matrix [D, D] with `strength` times its mean eigenvalue added to its diagonal."""
-    return gram + strength * gram.trace() / len(gram) * torch.eye(len(gram)).to(gram)
+    """A Gram matrix [D, D] with `strength` times its mean eigenvalue added to its diagonal.
+
+    The mean eigenvalue of rows that are all the same is zero: what is added then is just enough to invert.
+    """
+    smallest = torch.finfo(gram.dtype).tiny ** 0.5
+    return gram + (strength * gram.trace() / len(gram)).clamp(min=smallest) * torch.eye(len(gram)).to(gram)
 
 
 def without_mean_direction(weight, mean):
@@ -149,13 +153,18 @@ def share_axes(store, folds, images, texts, width, axes_of):
 
 def leading_axes(texts, width):
     """Coordinates s [n, width] along the principal axes of several encoders' texts [n, D_t], side by side."""
-    beside = torch.cat([x / x.norm() for x in texts], dim=1)  # [n, sum D_t]
+    beside = torch.cat([x / at_least_tiny(x.norm()) for x in texts], dim=1)  # [n, sum D_t]
     count = min(width, *beside.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         axes = torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [sum D_t, count]
     s = (beside @ axes)[:, torch.arange(width) % count]  # few narrow texts: axes stand twice
-    return s * (SHARED_RMS * s.numel() ** 0.5 / s.norm())
+    return s * (SHARED_RMS * s.numel() ** 0.5 / at_least_tiny(s.norm()))
+
+
+def at_least_tiny(norm):
+    """A norm to divide by: zeros, of texts that are all the same, stay zeros."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)
 
 
 class ImageMap(NamedTuple):
@@ -180,7 +189,7 @@ def image_map(product, shared, pictures, rank):
         filled = torch.cat([weight, torch.eye(len(weight), rank).to(weight)], dim=1)
         axes = torch.linalg.qr(filled[:, :rank]).Q
     weight = axes.T @ weight
-    weight /= (shared.rows @ weight.T).norm(dim=1).mean()
+    weight /= at_least_tiny((shared.rows @ weight.T).norm(dim=1).mean())
     return ImageMap(axes, weight, -weight @ shared.mean)
 
 

@@ -13,14 +13,15 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from hyma.files import read_jsonl, sha256_file, write_json
-from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, read_json
+from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, read_jsonl, save_tensors, sha256_file, write_json
+from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, is_encoder_name, load_tensors, read_json
 
 FORMAT_VERSION = 1
 SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
@@ -58,6 +59,8 @@ class Embeddings:
             self.row_count, keys_sha256 = self.manifest["rows"], self.manifest["keys_sha256"]
             self.encoders = {}
             for name, record in self.manifest["encoders"].items():
+                if not is_encoder_name(name):
+                    raise BadInput(f"{path}: {name!r} is no name of an encoder: use letters, digits, '.', '_' and '-'")
                 self.encoders[name] = Encoder(name, record["kind"], record["spec"], record["dim"])
                 if (record["rows"], record["keys_sha256"]) != (self.row_count, keys_sha256):
                     raise BadInput(f"{path}: {name} was embedded from other rows than the folder's; {MAKE_AGAIN}")
@@ -282,14 +285,71 @@ def seal_folder(folder):
 def open_shards(folder, plan):
     """Makes the folder of an encoder's shards: empty, unless it holds shards that were made by the same plan."""
     plan_file = folder / "plan.json"
+    make_folder(folder.parent)
     if folder.is_dir() and not (plan_file.is_file() and read_json(plan_file) == plan):
         print(f"{folder.name}: an earlier run made shards with other weights or flags; starting over")
         shutil.rmtree(folder)
     if not folder.is_dir():
-        folder.mkdir(parents=True)
+        make_folder(folder)
         write_json(plan_file, plan)
 
 
 def shard_path(folder, start):
     """The file of the shard whose first row is `start`."""
     return folder / f"{start:09d}.pt"
+
+
+class PartialShard:
+    """The batches of a shard so far, saved by the clock and when a signal asks for it: a shard can take minutes."""
+
+    def __init__(self, path, signals):
+        self.path, self.signals = path.with_suffix(".partial.pt"), signals
+        self.saved = time.monotonic()
+
+    def load(self):
+        """The vectors [pictures, dim] of the first pictures, [] where there are none."""
+        try:
+            return [load_tensors(self.path)] if self.path.is_file() else []
+        except BadInput:  # damaged: they are made again
+            return []
+
+    def save_when_due(self, vectors):
+        if self.signals.arrived() or time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+            save_tensors(torch.cat(vectors), self.path)
+            self.saved = time.monotonic()
+            self.signals.leave_if_asked()
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
+def is_sound_shard(path, shape, dtype):
+    """Whether a shard can be read and holds unit vectors of that shape; what cannot be used is made again."""
+    try:
+        vectors = load_tensors(path) if path.is_file() else None
+    except BadInput:
+        return False
+    return torch.is_tensor(vectors) and vectors.dtype == dtype and has_unit_rows(vectors, shape)
+
+
+def has_unit_rows(vectors, shape):
+    """Whether vectors [rows, dim] have that shape and each row the length 1, as far as its dtype can tell."""
+    if tuple(vectors.shape) != tuple(shape):
+        return False
+    return bool(((vectors.float().norm(dim=1) - 1).abs() < 1e-2).all())
+
+
+def sound_record(out, name):
+    """The manifest's record of an encoder that is done, None if it has none or if its file is not what was recorded."""
+    with lock_folder(out, wait=True):
+        manifest = read_manifest(out)
+        record = manifest["encoders"].get(name)  # by now another process may have made it
+        if record is None:
+            return None
+        path = out / f"{name}.pt"
+        if path.is_file() and sha256_file(path) == record["file_sha256"]:
+            return record
+        print(f"{path}: is missing or is not what was embedded (sha256); embedding it again")
+        del manifest["encoders"][name]
+        write_manifest(out, manifest)
+        return None

@@ -1,4 +1,4 @@
-"""Files that survive a kill and a full disk: atomic writes, locks, provenance, and errors of one line."""
+"""Files that survive a kill and a full disk: atomic writes, locks, signals, provenance, and errors of one line."""
 
 import contextlib
 import csv
@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import resource
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from vlm import BadInput
+from vlm import BadInput, check_regular
 
 
 def sha256_file(path) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -30,14 +33,26 @@ def atomic_file(path):
     """A file to write to: `path` holds either all of what is written or what was there before, whatever happens."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        # O_EXCL: a link that somebody has put there is not followed
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder):
+    """Makes a folder of our own inside another, and refuses a link in its place: what is behind it is not ours to write."""
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise BadInput(f"{folder}: is a link, and nothing is written through links; remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_text(path, text):
@@ -73,21 +88,91 @@ def save_tensors(value, path):
 
 
 def read_jsonl(path):
+    """The objects of a file of JSON lines. Raises BadInput, one line, if it cannot be read or holds anything else."""
     try:
+        check_regular(path)
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
+            rows = [json.loads(line) for line in file]
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"{path}: cannot be read as JSON lines: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}: line {number}: expected a JSON object, found {type(row).__name__}")
+    return rows
 
 
 def lock_folder(folder, wait=False):
-    """Keeps other processes out of `folder` until the returned file is closed or this process is gone."""
-    handle = open(Path(folder) / ".lock", "w")  # noqa: SIM115
+    """Keeps other processes out of `folder` until the returned file is closed or this process is gone. What a killed
+    process left half-written there is removed."""
+    path = Path(folder) / ".lock"
+    try:
+        handle = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb+")  # noqa: SIM115
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise BadInput(f"{path}: is a link or no file; remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        raise BadInput(f"{path}: is no regular file; remove it")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         raise BadInput(f"{folder}: another process is writing here; wait for it, or choose another --out") from None
+    if not wait:  # others that wait for their turn may be writing
+        for left in Path(folder).glob(".*.tmp"):
+            left.unlink(missing_ok=True)
     return handle
+
+
+CHECKPOINT_SECONDS = 60  # between two saves of long work at most, if a step of it takes no longer
+
+
+class Signals:
+    """Signals of schedulers and of Ctrl-C, noticed between two steps of work so that everything can be saved first.
+
+    SIGTERM, SIGINT and SIGXCPU (a batch system's limit of CPU time): save and leave, with exit status 128 + the signal's
+    number (143, 130, 152). SIGUSR1: save and continue. A second signal to leave is obeyed at once.
+
+        with Signals() as signals:
+            for step in ...:
+                ...
+                if signals.arrived():
+                    save()
+                    signals.leave_if_asked()
+    """
+
+    LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU)
+
+    def __enter__(self):
+        self.save = False
+        self.leave = None
+        self.earlier = {number: signal.signal(number, self.handle) for number in (*self.LEAVE, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _):
+        if number in self.LEAVE and self.leave is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.save = True
+        if number in self.LEAVE:
+            self.leave = number
+
+    def arrived(self):
+        """Whether a signal asks to save. Asking forgets one that asked for no more than that."""
+        arrived, self.save = self.save, self.leave is not None
+        return arrived
+
+    def leave_if_asked(self):
+        """Ends the process, its work being saved, if a signal asked for it."""
+        if self.leave is not None:
+            name = signal.Signals(self.leave).name
+            print(f"\n{Path(sys.argv[0]).name}: {name}: saved; run the same command again to resume", file=sys.stderr)
+            sys.exit(128 + self.leave)
 
 
 def provenance(device) -> dict:
@@ -129,15 +214,28 @@ def peak_bytes(device) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+OUT_OF_MEMORY = (
+    "out of memory; lower --batch-size, --pairs-per-step or --pairs-per-pass, as far as the script has them; "
+    "what was saved is kept"
+)
+
+
 def run_script(main):
     """Runs a script's main. What the user can mend ends as one line on stderr and exit status 1."""
     script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `Signals` there is nothing to save
     try:
         main()
     except BadInput as error:
         sys.exit(f"{script}: {error}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(f"{script}: {OUT_OF_MEMORY}")
+    except RuntimeError as error:
+        if "alloc" not in str(error):
+            raise
+        sys.exit(f"{script}: {OUT_OF_MEMORY}")
     except OSError as error:  # a full disk, a read-only folder
         sys.exit(f"{script}: {error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"\n{script}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

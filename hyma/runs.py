@@ -2,7 +2,7 @@
 
     runs/<name>/config.json      every flag, what the method is, versions, device, commit; written first
                 metrics.jsonl    a line each time that the pairs are validated
-                checkpoint.pt    all that a resumed run needs
+                checkpoint.pt    all that a resumed run needs; the one before it beside it
                 connectors/      <image>_mlp<C>_<text>.pt and, of the same stem, a .json card that says what made it
                 ranking.csv      the pairs, best first
                 ledger.json      what it cost; written last: a folder without it is not finished
@@ -12,42 +12,124 @@ its own (`create_run`) and in the ledger (`write_results`).
 """
 
 import csv
+import os
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import vlm
-from hyma.files import lock_folder, provenance, save_tensors, write_csv, write_json
-from vlm import BadInput, read_json
+from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, provenance, save_tensors, write_csv, write_json
+from vlm import BadInput, load_tensors, read_json
 
 # ---------------------------------------------------------------------------------------------- created and resumed
 
 
-def create_run(out, flags, identity, about, device, wait=False):
+def create_run(out, flags, typed, identity, about, device, wait=False):
     """Makes the folder of a new run and writes its config.json. Returns the lock that keeps other processes out.
 
-    flags: {name: value} as typed. identity: what a resumed run must find again, {"pairs": [...], "embeddings": {encoder:
+    flags: {name: value}, resolved. typed: the same before that, by which the same command is recognised. identity: what a resumed run must find again, {"pairs": [...], "embeddings": {encoder:
     sha256 of its file}} and whatever else decides the result. about: {"method": a name for tables, "recipe": the flags
     that make the method (runs that share it differ in their seed alone), "full_grid": whether every pair was trained from
     nothing, with the whole budget, on all rows, "hidden_layers", "rows": how many were used to train and to choose,
     "starts_from": another run whose cost is not in this one's, "seed"}.
     """
     if (out / "config.json").exists():
-        raise BadInput(f"--out {out}: holds a run already; choose another, or go on with it: --resume --out {out}")
-    (out / "connectors").mkdir(parents=True, exist_ok=True)
+        raise BadInput(f"--out {out}: holds a run already; choose another, or resume it: --resume --out {out}")
+    check_run_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out, wait)
-    config = {"script": Path(sys.argv[0]).name, "flags": flags} | identity | about | provenance(device)
+    make_folder(out / "connectors")
+    config = {"script": Path(sys.argv[0]).name, "flags": flags, "typed": typed} | identity | about | provenance(device)
     write_json(out / "config.json", config)
     return lock
+
+
+def check_run_folder(out):
+    """Raises BadInput for a folder that holds what is no run's: a home, a repository, the root of the disk."""
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    others = sorted(held - {".lock", "connectors"})
+    if others:
+        raise BadInput(f"--out {out}: is a folder with other files in it ({others[0]}); choose a new one")
 
 
 def reopen_run(out, config, identity, wait=False):
     """Locks the folder of an interrupted run. Raises BadInput if its pairs or embeddings are no longer the same."""
     for key, value in identity.items():
-        if config[key] != value:
+        if config.get(key) != value:
             data = config["flags"]["data"]
             raise BadInput(f"--resume: the embeddings in {data} are no longer those that {out} was started with")
     return lock_folder(out, wait)
+
+
+def run_of_same_command(out, typed):
+    """The configuration of the run in `out` if the same command made it, None if there is no run.
+
+    Raises BadInput for a run of another command, naming the first flag that differs.
+    """
+    if not (out / "config.json").is_file():
+        return None
+    config = read_json(out / "config.json")
+    if config.get("script") != Path(sys.argv[0]).name:
+        raise BadInput(f"--out {out}: holds a run already, of {config.get('script')}; choose another")
+    for name, value in config.get("typed", {"out": None}).items():
+        if typed.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(
+                f"--out {out}: holds a run already, made with {flag} {value} and not {typed.get(name)}; choose another, or "
+                f"resume it: --resume --out {out}"
+            )
+    return config
+
+
+def interrupted_run(typed):
+    """The newest folder in runs/ that this same command has left unfinished, or None."""
+    configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in configs:
+        config = read_json(path)
+        same = config.get("script") == Path(sys.argv[0]).name and config.get("typed") == typed
+        if same and not (path.parent / "ledger.json").is_file():
+            return path.parent
+    return None
+
+
+class Checkpoints:
+    """The last two checkpoints of a run folder, so that one that is damaged has a predecessor."""
+
+    def __init__(self, folder):
+        self.newest = folder / "checkpoint.pt"
+        self.previous = folder / "checkpoint.previous.pt"
+        self.next = folder / "checkpoint.next.pt"  # whole, and about to become the newest
+        self.saved = time.monotonic()
+
+    def load(self, *keys):
+        """The newest checkpoint that can be read and has these keys, or None if there is none. Prints which are damaged."""
+        damaged = None
+        for path in (self.next, self.newest, self.previous):
+            if not path.exists():
+                continue
+            try:
+                found = load_tensors(path)
+                if not isinstance(found, dict) or not found.keys() >= set(keys):
+                    raise BadInput(f"{path}: is no checkpoint of this script")
+                return found
+            except BadInput as error:
+                damaged = str(error)
+                print(f"{damaged}; taking the one before it", file=sys.stderr)
+        if damaged:
+            raise BadInput(f"{damaged}; there is no other checkpoint: start the run again in another --out")
+        return None
+
+    def due(self):
+        """Whether the last one was saved so long ago that much work would be lost."""
+        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+
+    def save(self, value):
+        save_tensors(value, self.next)
+        if self.newest.exists():
+            os.replace(self.newest, self.previous)
+        os.replace(self.next, self.newest)
+        self.saved = time.monotonic()
 
 
 def find_run(out=None):

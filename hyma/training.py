@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows, unique
 from hyma.metrics import mean_recalls
-from hyma.runs import create_run, reopen_run
+from hyma.runs import create_run, interrupted_run, reopen_run
 from kernels import Layer, clip_loss, connector_mlp
 from vlm import BadInput, read_json
 
@@ -79,14 +79,23 @@ def check_training_flags(flags, *positive):
         raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
 
 
+def check_seeds(flag, seeds):
+    """Raises BadInput for a seed that torch cannot take."""
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise BadInput(f"{flag} {seed}: must be from 0 to 2^63 - 1")
+
+
 def resolve_training_flags(flags, name, device, row_count):
     """A copy of the flags with values for those whose default depends on data and device, so that config.json has them."""
+    typed = recorded_flags(flags)
     flags = argparse.Namespace(**vars(flags))
     flags.data = flags.data or SAMPLE
     flags.batch_size = flags.batch_size or max(2, min(512, row_count))
     if row_count < flags.batch_size:
         raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
-    flags.out = flags.out or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    if flags.out is None:
+        flags.out = interrupted_run(typed) or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
     return flags
@@ -168,12 +177,19 @@ def split_for_training(data, seed, count):
     return train_rows, val_rows
 
 
-def open_run_folder(flags, config, identity, about, device, wait=False):
-    """Makes the run folder, or, with the configuration of an interrupted run, sees that it is still the same. Returns the
-    lock of the folder. Other arguments: see `create_run`."""
+def open_run_folder(flags, typed, config, identity, about, device, wait=False):
+    """Makes the run folder, or, with the configuration of an earlier start, sees that it is still the same. Returns the lock
+    of the folder. Other arguments: see `create_run`."""
     if config is not None:
         return reopen_run(flags.out, config, identity, wait)
-    return create_run(flags.out, recorded_flags(flags), identity, about, device, wait)
+    return create_run(flags.out, recorded_flags(flags), typed, identity, about, device, wait)
+
+
+def resumed_line(out, step, steps):
+    """What is printed of a run that was started before."""
+    if step == steps:
+        return f"{out}: is finished; nothing is left to train"
+    return f"resumed: {out} at step {step} of {steps}"
 
 
 # ---------------------------------------------------------------------------------------------- schedule and batches

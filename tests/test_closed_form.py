@@ -180,3 +180,16 @@ def test_folds_keep_a_pictures_captions_together(planted):
     again, other = (fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
     assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
     assert [len(fold) for fold in fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]
+
+
+def test_rows_that_are_all_the_same_have_maps_without_nan():
+    """A constant encoder, one caption for all: their covariance is zero, and so are their maps."""
+    same, varied = torch.ones(40, 6), torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    constant, other = Covariance(same, 0.3), Covariance(varied, 3.0)
+    axes = leading_axes([constant.rows], 4)
+    assert torch.equal(axes, torch.zeros(40, 4))
+    found = whitened_map(other.rows.T @ constant.rows, constant, other)
+    assert torch.equal(found, torch.zeros(8, 6))
+    shared = Covariance(axes, 0.3)
+    mapped = image_map(other.rows.T @ shared.rows, shared, other, rank=3)
+    assert all(part.isfinite().all() for part in mapped)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import vlm
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, write_json
+from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
 
@@ -284,7 +285,9 @@ def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path)
     path.with_suffix(".json").write_text(
         json.dumps({"image_encoder": f"local-dir:{folder}", "text_encoder": "all-MiniLM-L6-v2"})
     )
-    model = vlm.get_vlm_from_checkpoint(path, "cpu", text_encoder=str(weights["minilm_l6"]))
+    with pytest.raises(BadInput, match="its card names a local image encoder"):  # a stranger may have written it
+        vlm.get_vlm_from_checkpoint(path, "cpu", text_encoder=str(weights["minilm_l6"]))
+    model = vlm.get_vlm_from_checkpoint(path, "cpu", f"x=local-dir:{folder}", str(weights["minilm_l6"]))
     pixels = model.transform(vlm.open_image(corpus.parent / "0.webp"))[None]
     assert (model.encode_image(pixels) @ data.load("x")[0].float()).item() > 0.9995
     assert model.encode_text("a dog").shape == (1280,)
@@ -333,3 +336,58 @@ def test_the_sample_fits(run):
     assert all(r["label"] and r["split"] in ("train", "val", "test") for r in shipped.rows)
     assert all(os.path.isfile(ROOT / "sample" / r["image"]) for r in table)
     assert max(Image.open(ROOT / "sample" / r["image"]).size[0] for r in table[::50]) <= 128
+
+
+# --------------------------------------------------------------------------------------- damage and interruptions
+
+
+def test_a_file_that_was_lost_or_cut_is_embedded_again(run, corpus, tmp_path):
+    """A sealed folder is not taken at its word: a file that is not what was recorded is made anew, with the same bytes."""
+    flags = (*TINY, "--data", corpus, "--out", "e")
+    assert run("embed.py", *flags).code == 0
+    path = tmp_path / "e" / "tiny.pt"
+    whole = path.read_bytes()
+    for damage in (lambda: path.write_bytes(whole[:-100]), path.unlink):
+        damage()
+        result = run("embed.py", *flags)
+        assert result.code == 0 and "tiny.pt: is missing or is not what was embedded" in result.out
+        assert path.read_bytes() == whole
+    Embeddings(tmp_path / "e").load("tiny")
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "zero", "nan"])
+def test_a_bad_shard_is_made_again(run, spawn, corpus, tmp_path, damage):
+    flags = (*TINY, "--data", corpus, "--batch-size", "4", "--shard-rows", "8", "--dtype", "float32")
+    assert run("embed.py", *flags, "--out", "whole").code == 0
+    assert run("embed.py", *flags, "--out", "e", "--shard", "0/2").code == 0
+    shard = sorted((tmp_path / "e" / ".shards" / "tiny").glob("0*.pt"))[0]
+    vectors = torch.load(shard, weights_only=True)
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:100])
+    else:
+        bad = {"short": vectors[1:], "zero": vectors * 0, "nan": vectors * torch.nan}[damage]
+        torch.save(bad, shard)
+    assert run("embed.py", *flags, "--out", "e").code == 0
+    assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
+
+
+def test_a_signal_saves_the_batches_of_a_shard(run, spawn, pictures, tmp_path):
+    """One shard of many batches: SIGTERM leaves with 143 after the batch, and the rest ends with the same bytes."""
+    folder, rows = pictures
+    write_csv(folder / "captions.csv", [rows[k % 40] | {"caption": f"caption {k}"} for k in range(40)])
+    flags = ("--encoder", "control", "--device", "cpu", "--data", folder / "captions.csv", "--batch-size", "1")
+    assert run("embed.py", *flags, "--out", "whole").code == 0
+    process = spawn("embed.py", *flags, "--out", "stopped")
+    plan, partial = (
+        tmp_path / "stopped" / ".shards" / "control" / name for name in ("plan.json", "000000000.partial.pt")
+    )
+    until = time.time() + 120
+    while process.poll() is None and time.time() < until and not plan.exists():
+        time.sleep(0.005)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
+    assert code == 143 or (tmp_path / "stopped" / "manifest.json").exists()  # or it was quicker than the signal
+    assert partial.exists() or code != 143
+    assert run("embed.py", *flags, "--out", "stopped").code == 0
+    assert (tmp_path / "stopped" / "control.pt").read_bytes() == (tmp_path / "whole" / "control.pt").read_bytes()

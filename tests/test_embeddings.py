@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Rows
+from helpers import Rows, make_embedding_folder
 
 import vlm
 from hyma.embeddings import Embeddings, choose_pairs, seeded_generator, split_rows
+from hyma.files import write_json
 from vlm import BadInput
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -137,3 +138,13 @@ def test_generators_of_other_parts_are_others():
     assert len({seeded_generator(*each).initial_seed() for each in parts}) == len(parts)
     again = [torch.rand(4, generator=seeded_generator("rows", 1, 2)) for _ in range(2)]
     assert torch.equal(*again)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/absolute", "a:b", "x/y", ""])
+def test_an_encoder_of_a_manifest_has_a_name_that_can_be_a_files(planted, tmp_path, name):
+    folder = make_embedding_folder(tmp_path / "e", [{} for _ in range(4)], mpnet=torch.randn(4, 768))
+    manifest = vlm.read_json(folder / "manifest.json")
+    manifest["encoders"][name] = manifest["encoders"].pop("mpnet")
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(BadInput, match="is no name of an encoder"):
+        Embeddings(folder)

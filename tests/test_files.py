@@ -1,19 +1,26 @@
 """hyma/files.py: atomic writes, locks, readers, and errors of one line."""
 
+import os
 import resource
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 import vlm
 from hyma.files import (
+    Signals,
     atomic_file,
     lock_folder,
+    make_folder,
     provenance,
     read_jsonl,
     run_script,
     save_tensors,
+    sha256_file,
     write_csv,
     write_jsonl,
     write_text,
@@ -80,7 +87,7 @@ def interrupted():
     [
         (bad_input, 1, "embed.py: --rows 0: must be positive"),
         (full_disk, 1, "embed.py: runs/x/ledger.json: No space left on device"),
-        (interrupted, 130, "embed.py: interrupted; run the same command again to go on"),
+        (interrupted, 130, "embed.py: interrupted; run the same command again to resume"),
     ],
 )
 def test_an_error_that_the_user_can_mend_is_one_line(monkeypatch, capsys, main, code, message):
@@ -102,3 +109,83 @@ def test_provenance_names_versions_and_device():
     found = provenance("cpu")
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["device"].startswith("cpu") and found.keys() >= {"commit", "started"}
+
+
+# ------------------------------------------------------------------------------------------- links, pipes and signals
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """A lock that is a link would truncate what it points to; a folder that is one would put files elsewhere."""
+    precious, folder = tmp_path / "precious", tmp_path / "folder"
+    precious.write_text("kept")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(precious)
+    with pytest.raises(BadInput, match=".lock: is a link"):
+        lock_folder(folder)
+    (folder / ".x.json.1.tmp").symlink_to(precious)
+    write_text(folder / "x.json", "new")
+    (folder / "connectors").symlink_to(tmp_path)
+    with pytest.raises(BadInput, match="connectors: is a link"):
+        make_folder(folder / "connectors")
+    assert precious.read_text() == "kept" and not (folder / "x.json").is_symlink()
+
+
+@pytest.mark.parametrize("read", [vlm.read_json, vlm.load_tensors, read_jsonl, sha256_file])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(BadInput, match="pipe.pt: is no regular file"):
+        read(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize(
+    "text, read, message",
+    [
+        ("[1, 2]", vlm.read_json, "expected a JSON object, found list"),
+        ("[" * 100_000, vlm.read_json, "cannot be read as JSON"),
+        ('{"a": 1}\n[2]\n', read_jsonl, "line 2: expected a JSON object, found list"),
+        ("[" * 100_000, read_jsonl, "cannot be read as JSON lines"),
+    ],
+)
+def test_json_of_another_shape_is_one_line(tmp_path, text, read, message):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(BadInput, match=message) as error:
+        read(tmp_path / "x")
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.123.tmp").write_text("half")
+    lock_folder(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_signals_are_noticed_between_steps(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        assert not signals.arrived()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.arrived() and not signals.arrived()  # saved once, and the work continues
+        signals.leave_if_asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.arrived()
+        with pytest.raises(SystemExit) as stop:
+            signals.leave_if_asked()
+    assert stop.value.code == 143 and "run the same command again to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_is_obeyed_at_once():
+    script = "import os, signal; from hyma.files import Signals\nwith Signals():\n"
+    script += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and not done.stdout
+
+
+def test_running_out_of_memory_names_the_flags(monkeypatch, capsys):
+    def main():
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(sys, "argv", ["train_hyma.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert "out of memory" in str(stop.value.code) and "--batch-size" in str(stop.value.code)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import CPU, Rows
 from sklearn.metrics import ndcg_score
 
+from hyma.embeddings import Embeddings
 from hyma.metrics import Retrieval, expected_recall10, fidelity, rank_pairs, resample
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -144,3 +145,16 @@ def test_bootstrap_draws_rows_alike_for_all_pairs():
     assert drawn["b"].std() == pytest.approx((p * (1 - p) / 400) ** 0.5, rel=0.05)
     other = resample({"b": units}, 2000, "elsewhere")
     assert abs(np.corrcoef(other["b"].ravel(), drawn["b"].ravel())[0, 1]) < 0.1
+
+
+def test_a_connector_that_gives_nan_ranks_last(planted):
+    """A NaN loses every comparison: counted as a score that is no lower, it would be the best of all."""
+    data = Embeddings(planted)
+    retrieval = Retrieval(data, torch.arange(50), CPU)
+    images = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert retrieval.recalls(images, images) == [1.0] * 6
+    assert retrieval.recalls(torch.full((50, 8), torch.nan), images) == [0.0] * 6
+    broken = images.clone()
+    broken[7] = torch.nan
+    found = retrieval.recalls(broken, images)  # one broken text is found by nobody, and is in everybody's way
+    assert found[0] == 49 / 50 and found[3] == 0.0 and found[4] == 49 / 50

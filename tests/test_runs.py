@@ -34,7 +34,7 @@ ABOUT = {
 
 
 def create(out, data="planted"):
-    return create_run(out, {"data": str(data), "lr": 0.1}, IDENTITY, ABOUT, CPU)
+    return create_run(out, {"data": str(data), "lr": 0.1}, {"lr": 0.1}, IDENTITY, ABOUT, CPU)
 
 
 def finish(out, data):

@@ -1,6 +1,7 @@
 """train_grid.py by its command line: the run folder, pairs by themselves, resume, shards, budgets, closed forms, faults."""
 
 import argparse
+import shutil
 
 import pytest
 import torch
@@ -330,7 +331,7 @@ def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     refused("train_grid.py", "--resume", says="no run in runs/")
     assert not (tmp_path / "runs").exists()
     assert run("train_grid.py", *base, "--closed-form", "ridge", "--out", "x").code == 0
-    refused("train_grid.py", *base, "--closed-form", "ridge", "--out", "x", says="holds a run already")
+    refused("train_grid.py", *base, "--closed-form", "whitened", "--out", "x", says=["holds a run already", "ridge"])
     refused("train_grid.py", "--resume", "--out", "x", "--lr", "1", says="contradicts")
     refused("train_hyma.py", "--resume", "--out", "x", says="was not made by train_hyma.py")
 
@@ -339,3 +340,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(refused, planted, tmp
     flags = ("--lr", "1e30", "--warmup-steps", "0", "--clip-norm", "1e9")
     refused("train_grid.py", "--data", planted, "--out", "x", *QUICK, *flags, says=["the loss of", "nan", "--lr"])
     assert not read_connectors(tmp_path / "x")
+
+
+def test_from_takes_the_data_and_the_split_of_its_run(run, refused, planted, tmp_path):
+    """Without --data it is the run's and not the sample's; another seed would choose by rows that the run trained on."""
+    flags = ("--data", planted, "--seed", "3", "--epochs", "2", "--batch-size", "128", "--device", "cpu")
+    assert run("train_hyma.py", *flags, "--connector", "mlp0", "--out", "x").code == 0
+    refine = ("--from", "x", "--pairs", "efflite1:mpnet", "--epochs", "1", "--device", "cpu")
+    result = run("train_grid.py", *refine, "--out", "y")
+    assert result.code == 0 and "y, seed 3, 1 pairs" in result.out and "810 training" in result.out, result.err
+    config = vlm.read_json(tmp_path / "y" / "config.json")
+    assert config["flags"]["data"] == str(planted) and config["flags"]["batch_size"] == 128
+    assert config["hidden_layers"] == 0 and config["starts_from"] == "x"
+    refused(
+        "train_grid.py",
+        *refine,
+        "--seeds",
+        "1",
+        "--out",
+        "z",
+        says=["--seeds 1", "no split column", "x was trained on"],
+    )
+    shutil.copytree(planted, tmp_path / "other")
+    torch.save(torch.load(planted / "mpnet.pt", weights_only=True).flip(0), tmp_path / "other" / "mpnet.pt")
+    refused("train_grid.py", *refine, "--data", "other", "--out", "z", says=["another mpnet.pt", "sha256"])
+
+
+def test_a_budget_that_is_no_number_is_refused(run, refused, planted, tmp_path):
+    flags = ("--data", planted, "--budget-of", "x", "--device", "cpu")
+    (tmp_path / "x").mkdir()
+    for text, message in (('{"flops": NaN}', "no flops"), ('{"flops": 1e300}', "is it damaged"), ("[]", "JSON object")):
+        (tmp_path / "x" / "ledger.json").write_text(text)
+        refused("train_grid.py", *flags, says=message)

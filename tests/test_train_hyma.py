@@ -3,11 +3,22 @@
 import argparse
 import math
 import shutil
+import signal
+import time
 from collections import Counter
 
 import pytest
 import torch
-from helpers import CPU, count_lines, kill_when, read_connectors, read_ledger, read_ranking, recall10
+from helpers import (
+    CPU,
+    count_lines,
+    kill_when,
+    make_embedding_folder,
+    read_connectors,
+    read_ledger,
+    read_ranking,
+    recall10,
+)
 
 import vlm
 from hyma.embeddings import Embeddings, RowStore, split_rows
@@ -219,7 +230,7 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     text = run("train_hyma.py", "--add-encoder", "mpnet", "--from", "one", "--out", "two")
     assert text.code == 0 and len(read_ranking(tmp_path / "two")) == 6, text.err
     refused("train_hyma.py", "--add-encoder", "efflite1", says="--from")
-    refused("train_hyma.py", *add, "--out", "y", says="holds a run already")
+    refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.0001 and not 0.1"])
     refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
     refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
     refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="nowhere")
@@ -316,3 +327,103 @@ def test_the_main_job_on_the_sample(run, tmp_path):
     assert len(rows) == 8 and [row["image"] for row in rows[-2:]] == ["control", "control"]
     assert float(rows[5]["val_recall10"]) > 1.5 * float(rows[6]["val_recall10"])
     assert read_ledger(tmp_path / "x")["peak_bytes"] < 4e9
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+
+
+def wait_until(process, condition, seconds=120):
+    """Waits for a condition, or until the process has ended."""
+    until = time.time() + seconds
+    while process.poll() is None and time.time() < until and not condition():
+        time.sleep(0.01)
+    assert process.poll() is None and condition()
+
+
+def test_a_terminated_run_resumes_by_the_same_command_to_the_same_bits(run, spawn, planted, tmp_path, monkeypatch):
+    """SIGUSR1 saves and continues; SIGTERM saves and leaves with 143; the same command resumes it, with or without --out."""
+    flags = ("--data", planted, *QUICK, "--epochs", "40", "--pairs", "*:minilm_l6")
+    assert run("train_hyma.py", *flags, "--out", "whole").code == 0
+    for out in (("--out", "stopped"), ()):
+        folder = tmp_path / "stopped" if out else None
+        process = spawn("train_hyma.py", *flags, *out)
+        if folder is None:
+            wait_until(process, lambda: list((tmp_path / "runs").glob("*/metrics.jsonl")))
+            (folder,) = (tmp_path / "runs").iterdir()
+        wait_until(process, lambda where=folder: (where / "metrics.jsonl").exists())
+        before = (folder / "checkpoint.pt").stat().st_mtime_ns
+        process.send_signal(signal.SIGUSR1)
+        wait_until(process, lambda where=folder, then=before: (where / "checkpoint.pt").stat().st_mtime_ns > then)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143 and not (folder / "ledger.json").exists()
+        result = run("train_hyma.py", *flags, *out)
+        assert result.code == 0 and f"resumed: {folder.relative_to(tmp_path)} at step" in result.out, result.err
+        assert_same_connectors(tmp_path / "whole", folder)
+        same = [read_jsonl(run_folder / "metrics.jsonl") for run_folder in (tmp_path / "whole", folder)]
+        for one, two in zip(*same):
+            assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    finished = run("train_hyma.py", *flags, "--out", "stopped")
+    assert finished.code == 0 and "stopped: is finished" in finished.out
+
+
+def test_a_damaged_checkpoint_has_a_predecessor(run, refused, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6")
+    assert run("train_hyma.py", *flags, "--out", "whole").code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    newest, previous = (tmp_path / "damaged" / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (tmp_path / "damaged" / "metrics.jsonl").unlink()
+    (tmp_path / "damaged" / "ledger.json").unlink()
+    result = run("train_hyma.py", "--resume", "--out", "damaged")
+    assert result.code == 0 and "checkpoint.pt" in result.err and "taking the one before it" in result.err
+    assert_same_connectors(tmp_path / "whole", tmp_path / "damaged")
+    assert len(read_jsonl(tmp_path / "damaged" / "metrics.jsonl")) == 3
+    for path in (newest, previous):
+        torch.save({}, path)
+    refused("train_hyma.py", "--resume", "--out", "damaged", says=["is no checkpoint of this script", "another --out"])
+
+
+def test_the_last_update_is_checked(refused, planted, tmp_path):
+    """One step whose update overflows: its loss was finite, and there is no next one to notice."""
+    flags = ("--lr", "1e38", "--warmup-steps", "0", "--epochs", "1", "--batch-size", "810", "--device", "cpu")
+    for script in ("train_hyma.py", "train_grid.py"):
+        out = script.removesuffix(".py")
+        refused(script, "--data", planted, *flags, "--out", out, says=["not finite", "--lr"])
+        assert not list((tmp_path / out / "connectors").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["one caption", "a constant encoder", "five rows"])
+def test_degenerate_data_end_with_a_ranking_or_one_line(run, tmp_path, kind):
+    random = torch.Generator().manual_seed(0)
+    count = 5 if kind == "five rows" else 60
+    vectors = {
+        "efflite0": torch.randn(count, 1280, generator=random),
+        "efflite1": torch.randn(count, 1280, generator=random),
+        "mpnet": torch.randn(count, 768, generator=random),
+        "minilm_l6": torch.randn(count, 384, generator=random),
+    }
+    if kind == "a constant encoder":
+        vectors["efflite0"] = torch.ones(count, 1280)
+    rows = [{"caption": "a caption"} for _ in range(count)] if kind == "one caption" else [{} for _ in range(count)]
+    folder = make_embedding_folder(tmp_path / "e", rows, **vectors)
+    for script, more in (
+        ("train_hyma.py", ()),
+        ("train_grid.py", ()),
+        ("train_grid.py", ("--closed-form", "whitened")),
+    ):
+        result = run(
+            script, "--data", folder, "--epochs", "2", "--device", "cpu", "--out", f"{script}{len(more)}", *more
+        )
+        assert "Traceback" not in result.err
+        assert "ranking on" in result.out if result.code == 0 else result.err.splitlines()[-1].startswith(script)
+
+
+def test_a_run_is_not_written_among_other_files(refused, planted, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    refused("train_hyma.py", "--data", planted, *QUICK, "--out", "home", says=["--out home", "letter.txt", "new one"])
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["letter.txt"]
+    refused("train_hyma.py", "--data", planted, *QUICK, "--out", ".", says="choose a new one")
+    refused("train_hyma.py", "--data", planted, *QUICK, "--seed", str(2**64), says=f"--seed {2**64}")
+    refused("train_hyma.py", "--data", planted, *QUICK, "--weight-decay", "nan", says="--weight-decay")
+    refused("train_hyma.py", "--data", planted, "--device", "meta", says="--device meta")

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,8 +158,7 @@ def test_what_is_reported_has_passed_through_what_is_delivered(sample_ridge, wei
     texts, images = text_inputs(task, "minilm_l6"), image_inputs(task, "efflite0")
     reported = score(task, texts, images, vlm.load_connector(path))
 
-    text_encoder = f"minilm_l6={weights['minilm_l6']}"
-    model = vlm.get_vlm_from_checkpoint(path, "cpu", "efflite0=random:tf_efficientnet_lite0", text_encoder)
+    model = vlm.get_vlm_from_checkpoint(path, "cpu", weights=weights)
     delivered = model.encode_text([task.data.rows[row]["caption"] for row in task.rows.tolist()])
     mapped = vlm.map_text(vlm.load_connector(path), F.normalize(texts.float(), dim=1))
     assert (F.cosine_similarity(delivered, mapped) > 0.999).all()
@@ -239,8 +239,9 @@ except ImportError:
 else:
     sys.exit("the repository is importable here")
 import torch, vlm
-model = vlm.get_vlm_from_checkpoint(sys.argv[1], "cpu")
-pixels = torch.stack([model.transform(vlm.open_image(path)) for path in sys.argv[2:]])
+name, image_encoder, text_encoder, *paths = sys.argv[1:]
+model = vlm.get_vlm_from_checkpoint(name, "cpu", image_encoder, text_encoder)
+pixels = torch.stack([model.transform(vlm.open_image(path)) for path in paths])
 torch.save({"image": model.encode_image(pixels), "text": model.encode_text(["a dog", "a red car"])}, "vectors.pt")
 ours = sorted(name for name in sys.modules if name.split(".")[0] in ("hyma", "kernels"))
 print(json.dumps({"vlm": vlm.__file__, "ours": ours}))
@@ -250,7 +251,7 @@ print(json.dumps({"vlm": vlm.__file__, "ours": ours}))
 def test_vlm_works_alone_beside_a_connector(tmp_path, weights, hub_folder):
     """Copied beside a connector and its card, with the repository out of reach: it loads and encodes as it does here."""
     torch.manual_seed(0)
-    name = "mine_mlp1_words.pt"  # encoders outside the registry: only the card names them
+    name = "mine_mlp1_words.pt"  # encoders outside the registry, from folders of this machine
     card = {"image_encoder": f"local-dir:{hub_folder}", "text_encoder": str(weights["minilm_l6"])}
     folder = tmp_path / "alone"
     folder.mkdir()
@@ -262,14 +263,14 @@ def test_vlm_works_alone_beside_a_connector(tmp_path, weights, hub_folder):
 
     paths = [str(SAMPLE / row["image"]) for row in sample_captions()[:2]]
     # -E and -s: neither PYTHONPATH nor the user's packages; with -c, the folder itself is the first of sys.path.
-    command = [sys.executable, "-E", "-s", "-c", ALONE, name, *paths]
+    command = [sys.executable, "-E", "-s", "-c", ALONE, name, *card.values(), *paths]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert os.path.samefile(report["vlm"], folder / "vlm.py") and report["ours"] == []
 
-    here = vlm.get_vlm_from_checkpoint(folder / name, "cpu")
+    here = vlm.get_vlm_from_checkpoint(folder / name, "cpu", card["image_encoder"], card["text_encoder"])
     vectors = torch.load(folder / "vectors.pt", weights_only=True)
     pixels = torch.stack([here.transform(vlm.open_image(path)) for path in paths])
     torch.testing.assert_close(vectors["image"], here.encode_image(pixels))
@@ -331,7 +332,7 @@ def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
         "bit.png": (Image.new("1", (1, 1), 1), (255, 255, 255)),
         "palette.gif": (palette, (10, 20, 30)),
         "cmyk.jpg": (Image.new("CMYK", (8, 8), (0, 0, 0, 0)), (255, 255, 255)),
-        "thin.png": (Image.new("RGB", (1, 3000), (1, 2, 3)), (1, 2, 3)),
+        "thin.png": (Image.new("RGB", (1, 50), (1, 2, 3)), (1, 2, 3)),
     }
     for name, (image, expected) in cases.items():
         image.save(tmp_path / name)
@@ -345,3 +346,57 @@ def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
     Image.new("RGB", (4, 2)).save(tmp_path / "other.tiff")
     with pytest.raises(OSError):
         vlm.open_image(tmp_path / "other.tiff")
+
+
+# ------------------------------------------------------------------------------------------- files that strangers write
+
+
+def state_of(path, **changes):
+    state = vlm.init_modality_connector(384, [], 512).state_dict() | changes
+    torch.save(state, path)
+    return path
+
+
+def test_connectors_that_are_no_plain_numbers_are_refused(tmp_path):
+    path = tmp_path / "control_mlp0_minilm_l6.pt"
+    weight = torch.zeros(512, 384)
+    for change, message in (
+        ({"weight": weight + torch.nan}, "weight holds numbers that are not finite"),
+        ({"bias": torch.full((512,), torch.inf)}, "bias holds numbers that are not finite"),
+        ({"weight": weight.to_sparse()}, "expected tensors of floating-point numbers"),
+        ({"weight": weight.to("meta")}, "control_mlp0_minilm_l6.pt"),
+        ({"weight": weight.long()}, "expected tensors of floating-point numbers"),
+        ({"weight": torch.zeros(1).expand(512, 384)}, "expected tensors of floating-point numbers"),
+        ({0: weight}, "expected the keys weight bias; found weight bias 0"),
+    ):
+        state = vlm.init_modality_connector(384, [], 512).state_dict() | change
+        torch.save(state, path)
+        with pytest.raises(BadInput, match=message) as error:
+            vlm.load_connector(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_compressed_archive_is_not_opened(tmp_path):
+    """torch stores without compression; a member that inflates could take any amount of memory."""
+    plain, small = state_of(tmp_path / "plain.pt"), tmp_path / "control_mlp0_minilm_l6.pt"
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as copy:
+        for member in archive.namelist():
+            copy.writestr(member, archive.read(member))
+    with pytest.raises(BadInput, match="is compressed"):
+        vlm.load_connector(small)
+
+
+def test_a_thin_picture_is_refused_before_it_fills_the_memory(tmp_path):
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "thin.png")
+    with pytest.raises(ValueError, match="50 times as long as wide"):
+        vlm.open_image(tmp_path / "thin.png")
+
+
+def test_captions_are_text_to_a_multimodal_model(weights):
+    """Such a model fetches a string that is a picture's address, and opens one that is a picture's path."""
+    encoder = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
+    captions = ["a dog", "https://example.org/dog.jpg"]
+    assert encoder.as_text(captions) == captions
+    encoder.model = type("Multimodal", (), {"modalities": ["text", "image"]})()
+    assert encoder.as_text(captions) == [{"text": caption} for caption in captions]
+    assert encoder.as_text("a dog") == {"text": "a dog"}
