@@ -214,7 +214,7 @@ def evaluate(run):
     report("the newest run", "report", "--selector-rows", 0)
     several = ("runs/mlp0", "runs/paper", "runs/halving", "runs/ridge", "runs/grid-s0", "runs/grid-s1")
     report("several runs", "report-several", *several, "--selector-rows", 300)
-    flags = ("runs/from", "--oracle", "runs/budget", "--selector-rows", 0)
+    flags = ("runs/from", "--oracle", "runs/seed", "--selector-rows", 0)
     report("a named oracle", "report-oracle", *flags)
     weights = ("--weights", "minilm_l6=weights/minilm_l6", "--selector-rows", 0)
     tasks = ("--task", "own=e", "--task", "asked=questions")
@@ -354,7 +354,7 @@ def contents(folder):
 
 
 def content(path):
-    if path.name == "checkpoint.pt":
+    if path.name.startswith("checkpoint."):
         return "is there"  # it holds seconds
     match path.suffix:
         case ".pt":
