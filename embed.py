@@ -272,12 +272,17 @@ def sort_rows(corpus, reasons):
 # --------------------------------------------------------------------------------------------------------- embedding
 
 
-def embed_encoder(wanted, fixed, flags):
-    """Makes `<encoder>.pt`. Returns its manifest record, or None if other processes have not finished their shards."""
+def build_encoder(wanted, flags):
+    """The encoder with its weights. Raises BadInput if they cannot be had or are another model's."""
     build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
     encoder = build(f"{wanted.name}={wanted.spec}", flags.device, flags.weights.get(wanted.name))
     if wanted.dim not in (None, encoder.embed_dim):
         raise BadInput(f"{wanted.name}: gives vectors of width {encoder.embed_dim}; the registry says {wanted.dim}")
+    return encoder
+
+
+def embed_encoder(wanted, encoder, fixed, flags):
+    """Makes `<encoder>.pt`. Returns its manifest record, or None if other processes have not finished their shards."""
     plan = make_plan(wanted, encoder, fixed, flags)
     folder = fixed.out / ".shards" / wanted.name
     with lock_folder(fixed.out, wait=True):
@@ -442,11 +447,17 @@ def main():
     if repeated:
         print(f"{out}: {repeated} captions repeat an earlier one; training treats each as a mismatch of the other")
 
-    unfinished = []
+    unfinished, failures = [], []
     for wanted in flags.encoders:
         record = sound_record(out, wanted.name)
         if record is None:
-            record = embed_encoder(wanted, fixed, flags)
+            try:
+                encoder = build_encoder(wanted, flags)
+            except BadInput as error:  # the others are embedded all the same
+                failures.append(error)
+                print(f"{wanted.name}: left out: {error}")
+                continue
+            record = embed_encoder(wanted, encoder, fixed, flags)
         elif record["spec"] != wanted.spec:
             raise BadInput(f"{out}: {wanted.name} stands for {record['spec']} there; give {wanted.spec} another NAME")
         if record is None:
@@ -456,6 +467,10 @@ def main():
         truncated = f", {record['truncated_captions']} captions truncated" if record.get("truncated_captions") else ""
         print(f"{wanted.name}: {record['full_name']}, {record['rows']} x {record['dim']} {record['dtype']}{truncated}")
 
+    if failures:
+        if len(failures) == 1:
+            raise failures[0]
+        raise BadInput(f"{len(failures)} encoders could not be loaded, for the reasons above; the first: {failures[0]}")
     if unfinished:
         print(f"{out}: not sealed: other --shard processes have not finished their shards of {', '.join(unfinished)}")
         return

@@ -89,13 +89,15 @@ def find_encoder(text: str) -> Encoder:
 
     SPEC is an image encoder if it is a timm model name or starts with `timm:`, `hf-hub:`, `local-dir:` (a folder with
     config.json and weights) or `random:` (a timm architecture with random weights: a control); anything else is a
-    sentence-transformers name or folder. Raises BadInput for a name that cannot be part of a file name.
+    sentence-transformers name or folder. The hub's own spellings of timm's models (`timm/NAME`, `hf_hub:timm/NAME`, a
+    page's address) are theirs. Raises BadInput for a name that cannot be part of a file name.
     """
     if text in ENCODERS:
         return ENCODERS[text]
     name, equals, spec = text.partition("=")
+    spec = without_hub_spelling(spec if equals else text)
     if not equals:
-        spec = text
+        text = spec
         name = re.sub(r"[^\w.]+", "-", Path(text.rstrip("/")).name.rpartition(":")[2], flags=re.ASCII).strip("-._")
     if not spec or not is_encoder_name(name):
         raise BadInput(f"encoder {text!r}: give a short name of letters, digits, '.', '_' and '-', as NAME=SPEC")
@@ -106,6 +108,13 @@ def find_encoder(text: str) -> Encoder:
     import timm
 
     return Encoder(name, "image" if timm.is_model(spec) else "text", spec, None)
+
+
+def without_hub_spelling(spec):
+    """A SPEC without the ways in which the hub writes it: a page's address, `hf_hub:`, `timm/` before a timm model."""
+    spec = re.sub(r"^(https?://)?(huggingface\.co|hf\.co)/", "", spec)
+    spec = re.sub(r"^hf_hub:", "hf-hub:", spec)
+    return re.sub(r"^timm/", "timm:", spec)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -402,23 +411,36 @@ def weights_digest(model):
 
 def cannot_load(encoder: Encoder, weights, error: Exception) -> str:
     """One line for a model whose weights are not to be had, or do not fit: what is missing and where to put it."""
-    import difflib
-
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:160].rstrip(".")
     if weights is not None:
         return f"--weights {encoder.name}={weights}: cannot be loaded into {encoder.spec}: {reason}"
-    guess = difflib.get_close_matches(encoder.name, ENCODERS, n=1)
-    hint = f" Did you mean {guess[0]}?" if guess and guess[0] != encoder.name else ""
+    hint = did_you_mean(encoder)
     source = re.sub(r"^(timm|hf-hub):", "", encoder.spec)
     if encoder.spec.startswith("local-dir:"):
         return f"cannot load {encoder.name} from {source[10:]}: {reason}"
     if "/" not in source:
         source = ("timm/" if encoder.kind == "image" else "sentence-transformers/") + source
     return (
-        f"cannot load the weights of {encoder.name} ({source}): {reason}.{hint} Without a network, copy the files of "
-        f"huggingface.co/{source} into a folder and pass --weights {encoder.name}=FOLDER"
+        f"cannot load the weights of {encoder.name} ({encoder.kind} encoder, {source}): {reason}.{hint} Without a network, "
+        f"copy the files of huggingface.co/{source} into a folder and pass --weights {encoder.name}=FOLDER (in Python: "
+        f"weights=FOLDER)"
     )
+
+
+def did_you_mean(encoder):
+    """A question that names a known encoder or timm model which is spelt much like this one, or nothing."""
+    import difflib
+
+    import timm
+
+    asked = re.sub(r"^timm:", "", encoder.spec)
+    known = {name.lower(): name for name in [*timm.list_models(), *timm.list_pretrained(), *ENCODERS]}
+    if "/" in asked or asked in known.values():
+        return ""
+    guess = difflib.get_close_matches(asked.lower(), known, n=1, cutoff=0.75)
+    guess = guess or difflib.get_close_matches(encoder.name.lower(), known, n=1, cutoff=0.75)
+    return f" Did you mean {known[guess[0]]}?" if guess and known[guess[0]] not in (asked, encoder.name) else ""
 
 
 # ----------------------------------------------------------------------------------- the stitched model (VLM)

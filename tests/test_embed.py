@@ -391,3 +391,24 @@ def test_a_signal_saves_the_batches_of_a_shard(run, spawn, pictures, tmp_path):
     assert partial.exists() or code != 143
     assert run("embed.py", *flags, "--out", "stopped").code == 0
     assert (tmp_path / "stopped" / "control.pt").read_bytes() == (tmp_path / "whole" / "control.pt").read_bytes()
+
+
+def test_encoders_that_can_be_loaded_are_embedded_beside_those_that_cannot(run, refused, corpus, tmp_path):
+    """Without a network every missing encoder is named, and nothing else is lost."""
+    flags = (
+        "--encoder",
+        "vit_s16",
+        "tiny=random:test_vit",
+        "roberta",
+        "--device",
+        "cpu",
+        "--data",
+        corpus,
+        "--out",
+        "e",
+    )
+    result = refused("embed.py", *flags, says=["2 encoders could not be loaded", "the first", "vit_s16"])
+    assert "vit_s16: left out" in result.out and "roberta: left out" in result.out
+    assert (tmp_path / "e" / "tiny.pt").is_file() and not (tmp_path / "e" / "manifest.json").exists()
+    again = run("embed.py", "--encoder", "tiny=random:test_vit", *flags[4:])
+    assert again.code == 0 and (tmp_path / "e" / "manifest.json").is_file()

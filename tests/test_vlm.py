@@ -290,6 +290,10 @@ def test_vlm_works_alone_beside_a_connector(tmp_path, weights, hub_folder):
         ("resnet18.a1_in1k", "resnet18.a1_in1k", "image", "resnet18.a1_in1k"),
         ("hf-hub:timm/test_vit.r160_in1k", "test_vit.r160_in1k", "image", "hf-hub:timm/test_vit.r160_in1k"),
         ("x=local-dir:/some/folder", "x", "image", "local-dir:/some/folder"),
+        ("timm/resnet18.a1_in1k", "resnet18.a1_in1k", "image", "timm:resnet18.a1_in1k"),
+        ("hf_hub:timm/test_vit", "test_vit", "image", "hf-hub:timm/test_vit"),
+        ("https://huggingface.co/timm/resnet18", "resnet18", "image", "timm:resnet18"),
+        ("https://hf.co/BAAI/bge-small-en-v1.5", "bge-small-en-v1.5", "text", "BAAI/bge-small-en-v1.5"),
         ("random:resnet18", "resnet18", "image", "random:resnet18"),
         ("BAAI/bge-small-en-v1.5", "bge-small-en-v1.5", "text", "BAAI/bge-small-en-v1.5"),
         ("t=/folders/my model", "t", "text", "/folders/my model"),
@@ -400,3 +404,19 @@ def test_captions_are_text_to_a_multimodal_model(weights):
     encoder.model = type("Multimodal", (), {"modalities": ["text", "image"]})()
     assert encoder.as_text(captions) == [{"text": caption} for caption in captions]
     assert encoder.as_text("a dog") == {"text": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "name, guess",
+    [
+        ("resnet1800", "Did you mean resnet18"),
+        ("timm:ViT_Base_Patch16_224", "Did you mean vit_base_patch16_224?"),
+        ("resnet18.a1_in1", "Did you mean resnet18.a1_in1k?"),
+        ("vit_s61", "Did you mean vit_s16?"),
+    ],
+)
+def test_a_name_that_is_spelt_wrong_is_guessed(name, guess):
+    build = vlm.ImageEncoder if vlm.find_encoder(name).kind == "image" else vlm.TextEncoder
+    with pytest.raises(BadInput, match="cannot load the weights of") as error:
+        build(name, "cpu")
+    assert guess in str(error.value) and "(in Python: weights=FOLDER)" in str(error.value)
