@@ -334,6 +334,14 @@ def test_true_rank(impl, n, m, d):
     assert torch.equal(kernels.true_rank(queries, targets, match, block_bytes=5 * m, impl=impl), rank)
     collapsed = targets[:1].expand(m, d)
     assert (kernels.true_rank(queries, collapsed, match, impl=impl) == m - 1).all()
+    broken = torch.full_like(targets, torch.nan)  # a NaN is no lower than anything
+    assert (kernels.true_rank(queries, broken, match, impl=impl) == m - 1).all()
+    broken = targets.clone()
+    broken[0] = torch.nan
+    ahead = (match != 0).long()  # in the way of every query but its own, which it takes to the last place
+    expected = torch.where(match == 0, m - 1, kernels.true_rank(queries, targets, match) + ahead)
+    was_ahead = (scores[:, 0] >= scores.gather(1, match[:, None])[:, 0]).long() * ahead
+    assert torch.equal(kernels.true_rank(queries, broken, match, impl=impl), expected - was_ahead)
 
 
 @pytest.mark.gpu
