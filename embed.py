@@ -336,7 +336,11 @@ def embed_shards(name, encoder, folder, fixed, flags):
         for start, part in missing:
             if isinstance(encoder, vlm.ImageEncoder):
                 partial = PartialShard(shard_path(folder, start), signals)
-                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool, partial)  # [rows, dim]
+                shown = progress.n
+                vectors = embed_images(
+                    encoder, fixed.root, part, flags.batch_size, pool, partial, progress
+                )  # [rows, dim]
+                progress.update(shown - progress.n)  # pictures were counted, and a shard counts rows
             else:
                 vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
             off_length = ~((vectors.norm(dim=1) - 1).abs() < 1e-3)  # [rows]; also true for NaN
@@ -350,7 +354,7 @@ def embed_shards(name, encoder, folder, fixed, flags):
             signals.leave_if_asked()
 
 
-def embed_images(encoder, root, rows, batch_size, pool, partial):
+def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
     """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
     images = unique(row["image"] for row in rows)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
@@ -365,6 +369,7 @@ def embed_images(encoder, root, rows, batch_size, pool, partial):
         pixels = torch.stack([future.result() for future in ahead])  # [B, 3, H, W]
         ahead = read_ahead(following)  # the threads read the next batch while the encoder works on this one
         vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
+        progress.update(len(pixels))
         if following:
             partial.save_when_due(vectors)
     partial.remove()

@@ -57,14 +57,18 @@ class Embeddings:
             raise BadInput(f"{path}: format version {version}; this program reads {FORMAT_VERSION}")
         try:
             self.row_count, keys_sha256 = self.manifest["rows"], self.manifest["keys_sha256"]
+            self.dataset = str(self.manifest["dataset"])
             self.encoders = {}
             for name, record in self.manifest["encoders"].items():
                 if not is_encoder_name(name):
                     raise BadInput(f"{path}: {name!r} is no name of an encoder: use letters, digits, '.', '_' and '-'")
                 self.encoders[name] = Encoder(name, record["kind"], record["spec"], record["dim"])
+                bytes.fromhex(record["file_sha256"])
                 if (record["rows"], record["keys_sha256"]) != (self.row_count, keys_sha256):
                     raise BadInput(f"{path}: {name} was embedded from other rows than the folder's; {MAKE_AGAIN}")
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
             raise BadInput(f"{path}: is damaged ({error} is missing or wrong); {MAKE_AGAIN}") from None
         path = self.folder / "rows.jsonl"
         self.rows = read_jsonl(path)
@@ -98,7 +102,7 @@ class Embeddings:
             "checked",
             file=sys.stderr,
         )
-        self.rows, self.manifest = None, None
+        self.rows, self.manifest, self.dataset = None, None, self.folder.name
 
     def names(self, kind):
         """Short names of the folder's image or text encoders, in the manifest's order."""

@@ -200,7 +200,7 @@ def save_connector(out, data, layers, row, about):
         "maps": f"unit vectors of {text.name} [{text.dim}] to the space of {image.name} [{image.dim}]; normalise after",
         "hidden_layers": hidden_layers,
         "activation": "relu",
-        "dataset": data.manifest["dataset"] if data.manifest else data.folder.name,
+        "dataset": data.dataset,
         "embeddings_sha256": data.fingerprint([image.name, text.name]),
         "weights_sha256": {encoder.name: data.weights_sha256(encoder.name) for encoder in (image, text)},
     }
