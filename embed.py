@@ -6,8 +6,10 @@
     python embed.py --encoder all --data coco:/data/coco              # a standard set, from its published files
     python embed.py --encoder control --out embeddings/try            # needs no network, a minute on a CPU
 
-One scan fixes the rows before the first encoder runs. A picture that cannot be read or a row without a caption goes to
-quarantine.jsonl with the reason, and no encoder embeds it. Each encoder then writes `<encoder>.pt`, one tensor
+One scan fixes the rows before the first encoder runs, and prints what it understood of them. A picture that cannot be
+read or a row without a caption goes to quarantine.jsonl with the reason, and no encoder embeds it; if many rows are bad,
+the scan stops (--allow-bad). Rows without a split are split here, by their pictures' bytes: train 80 %, val and test 10 %
+each, at most 5,000. Each encoder then writes `<encoder>.pt`, one tensor
 [rows, dim] of unit vectors in row order, shard by shard. Rerun an interrupted command to resume at the first missing
 shard; the files get the same bytes. manifest.json is written last and seals the folder.
 """
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 import vlm
 from hyma.costs import flop_counter
-from hyma.datasets import read_corpus, usable_row, why_unusable
+from hyma.datasets import read_corpus
 from hyma.embeddings import (
     FORMAT_VERSION,
     PartialShard,
@@ -38,7 +40,6 @@ from hyma.embeddings import (
     is_sound_shard,
     open_shards,
     read_manifest,
-    row_keys,
     seal_folder,
     shard_path,
     sound_record,
@@ -46,12 +47,14 @@ from hyma.embeddings import (
     write_manifest,
 )
 from hyma.files import Signals, lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
+from hyma.splits import known_split
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
+from hyma.tables import unpack_pictures
 from vlm import BadInput
 
 SAMPLE = Path(__file__).parent / "sample" / "captions.csv"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-SCANNED_AT_ONCE = 256  # rows between two writes of the scan's journal
 COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
 
@@ -85,6 +88,13 @@ def parse_flags():
         metavar="NAME=PATH",
         help="local file or folder of an encoder's weights, instead of the hub",
     )
+    add(
+        "--allow-bad",
+        type=float,
+        default=0.05,
+        metavar="FRACTION",
+        help="stop if more of the rows than this cannot be used (default: %(default)s)",
+    )
     add("--batch-size", type=int, default=64, help="rows in a forward pass (default: %(default)s)")
     add("--shard-rows", type=int, default=1024, help="rows in a shard, the unit of saving (default: %(default)s)")
     add(
@@ -110,6 +120,8 @@ def resolve_flags(flags):
     for name in ("batch_size", "shard_rows", "workers"):
         if getattr(flags, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    if not 0 <= flags.allow_bad <= 1:
+        raise BadInput(f"--allow-bad {flags.allow_bad}: expected a share of the rows, from 0 to 1")
     if flags.shard_rows % flags.batch_size:
         raise BadInput(f"--shard-rows {flags.shard_rows}: must be a multiple of --batch-size {flags.batch_size}")
     index, _, count = flags.shard.partition("/")
@@ -182,30 +194,61 @@ def open_folder(flags):
     with lock_folder(out, wait=True):
         if flags.standard_set:  # its pictures may have to be unpacked into the folder
             corpus = read_standard_set(flags.standard_set, flags.data, out)
-        return fix_rows(corpus, out, flags)
+        elif corpus.packed:
+            corpus = corpus._replace(root=unpack_pictures(corpus.packed, out))
+        for note in corpus.notes:
+            print(printable(note))
+        fixed = fix_rows(corpus, out, flags)
+    print(describe_rows(corpus.source, fixed.rows))
+    if fixed.quarantined:
+        print(describe_quarantine(out, len(corpus.rows)))
+    return fixed
 
 
 def fix_rows(corpus, out, flags):
-    """The rows that an earlier run has fixed, or those that a scan of every picture finds usable."""
+    """The rows that an earlier run has fixed, or those that a scan of every picture finds usable.
+
+    As long as no encoder is finished, the pictures that were refused are looked at again: they may have been mended.
+    """
     listing = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
     manifest = read_manifest(out)
+    journal = out / ".scan.jsonl"
+    fixed = None
     if manifest:
         if manifest.get("source_sha256") != listing:
             raise BadInput(f"{out}: holds embeddings of other rows than {flags.data} has now; choose another --out")
         rows = read_jsonl(out / "rows.jsonl")
         if hash_keys(rows) != manifest["keys_sha256"]:
             raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
-        return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
-
-    if any(out.glob("*.pt")):
+        fixed = FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
+        if not (manifest["quarantined"] and journal.is_file()):
+            return fixed
+    elif any(out.glob("*.pt")):
         raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
-    reasons = scan(corpus, listing, out / ".scan.jsonl", flags.workers)
-    rows, quarantine = sort_rows(corpus, reasons)
+
+    pictures = scan_corpus(corpus, listing, journal, flags.workers)
+    rows, quarantine, lines = sort_rows(corpus, pictures)
+    if fixed:
+        if rows == fixed.rows:
+            return fixed
+        if manifest["encoders"]:
+            print(
+                f"{out}: pictures that the scan refused can be used now, but {', '.join(manifest['encoders'])} is embedded "
+                "without them; choose another --out to use them"
+            )
+            return fixed
+        print(f"{out}: pictures that the scan refused can be used now")
     write_jsonl(out / "quarantine.jsonl", quarantine)
+    check_bad(corpus, quarantine, out, flags.allow_bad)
+    for line in lines:
+        print(printable(f"{corpus.source}: {line}"))
     write_jsonl(out / "rows.jsonl", rows)
     manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
     if corpus.protocol:
-        manifest["protocol"] = corpus.protocol
+        left_out = f", {len(quarantine):,} rows left out" if quarantine else ""
+        manifest["protocol"] = corpus.protocol + left_out
+    if any(row.get("split") == "test" for row in rows) and not any(has_test_split(row) for row in corpus.rows):
+        manifest["test_set_aside"] = True
     manifest |= {
         "root": os.path.relpath(corpus.root, out),
         "source_sha256": listing,
@@ -215,58 +258,12 @@ def fix_rows(corpus, out, flags):
         "encoders": {},
     }
     write_manifest(out, manifest)
-    (out / ".scan.jsonl").unlink()
     return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], len(quarantine))
 
 
-def scan(corpus, listing, journal, workers):
-    """Decodes every picture once. Returns, for each row, the reason why it cannot be used, or None.
-
-    The journal holds the hash of the rows, then one reason a line, so that an interrupted scan can be resumed.
-    """
-    reasons = read_journal(journal, listing)
-    write_jsonl(journal, [listing, *reasons])
-    total = len(corpus.rows)
-    with (
-        tqdm(total=total, initial=len(reasons), desc="scan", unit="row") as progress,
-        open(journal, "a") as file,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for start in range(len(reasons), total, SCANNED_AT_ONCE):
-            part = corpus.rows[start : start + SCANNED_AT_ONCE]
-            found = list(pool.map(lambda row: why_unusable(corpus.root, row), part))
-            file.writelines(json.dumps(reason) + "\n" for reason in found)
-            file.flush()
-            reasons += found
-            progress.update(len(found))
-    return reasons
-
-
-def read_journal(journal, listing):
-    """The reasons that an interrupted scan of the same rows has found so far."""
-    if not journal.is_file():
-        return []
-    lines = journal.read_text().split("\n")[:-1]  # a line without its end was cut off
-    if not lines or json.loads(lines[0]) != listing:
-        return []
-    return [json.loads(line) for line in lines[1:]]
-
-
-def sort_rows(corpus, reasons):
-    """(rows that can be used, [{key, reason}] of the others)."""
-    keys = row_keys(str(row["image"]) for row in corpus.rows)
-    usable = []
-    quarantine = []
-    for key, row, reason in zip(keys, corpus.rows, reasons):
-        if reason:
-            # A path that is not UTF-8 cannot be written as it is.
-            quarantine.append({"key": key.encode(errors="replace").decode(), "reason": reason})
-        else:
-            usable.append(usable_row(key, row))
-    if not usable:
-        first = quarantine[0]
-        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
-    return usable, quarantine
+def has_test_split(row):
+    """Whether a row of the source is marked as a test row."""
+    return known_split(row.get("split")) == "test"
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -481,6 +478,7 @@ def main():
         return
     with lock_folder(out, wait=True):
         seal_folder(out)
+        (out / ".scan.jsonl").unlink(missing_ok=True)
     if flags.standard_set:
         following = f"evaluate.py RUN --task {out.name}={out}"
     else:

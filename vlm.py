@@ -15,6 +15,7 @@ is built; until then `import vlm` costs what `import torch` costs.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -135,13 +136,15 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 def open_image(source):
     """Any picture as upright RGB on white. `source` is a path or a file; returns a PIL image [H, W, 3].
 
-    Refuses, before decoding, what Pillow calls a decompression bomb (over 89 million pixels), and any format but
-    JPEG, PNG, WebP, GIF and BMP. Raises whatever Pillow raises for an unreadable file.
+    The bytes tell the format and not the name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF where this Pillow reads it, HEIC
+    where pillow-heif is installed. Refuses, before decoding, what Pillow calls a decompression bomb (over 89 million
+    pixels) and very thin pictures. Raises whatever Pillow raises for an unreadable file.
     """
     from PIL import Image, ImageOps
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused just below
-    with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as image:
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata
+    with Image.open(source, formats=read_formats()) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
                 f"{image.width} x {image.height} pixels: more than {MAX_ASPECT_RATIO} times as long as wide"
@@ -149,13 +152,31 @@ def open_image(source):
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels: a decompression bomb?")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # broken metadata of a picture whose pixels are whole
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("pixels are floating-point numbers, whose black and white are not known")
         if image.mode.startswith("I"):  # 16-bit greys: PIL's own conversion clips them to white
             image = image.point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+@functools.cache
+def read_formats():
+    """The formats of pictures that are read, by Pillow's names."""
+    from PIL import Image, PngImagePlugin
+
+    Image.init()
+    # a picture is not refused for the sake of a long text or colour profile in it, as long as these are bounded
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF") if name in Image.OPEN)
 
 
 class ImageEncoder(nn.Module):

@@ -5,33 +5,32 @@ A row is a dict with these keys; the first two are always there:
     image       path of the picture, from the corpus's root
     caption     text
     label       class, for zero-shot classification
-    split       train, val or test
+    split       train, val or test, as the source spells it
     question, answer, choices    of a multiple-choice question; the choices are a list
     fault       why the row cannot be used, if the reader already knows
 
-To add a kind of table, extend TABLE_SUFFIXES and `read_records`; to add a layout of folders, extend `read_folder`.
+To add a kind of table, see `hyma/tables.py`; to add a layout of folders, extend `read_folder`.
 """
 
-import csv
 import hashlib
-import json
+import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm import BadInput, open_image
+from hyma.columns import QUESTION_COLUMNS, choose_columns, is_empty, is_known, make_rows, named, type_labels
+from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
+from hyma.splits import known_split, split_of_file
+from hyma.tables import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, read_table, read_text
+from vlm import BadInput
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder
+CAPTION_SUFFIXES = (".txt", ".caption")
+NO_CAPTION_FOLDERS = ("labels", "annotations")  # their texts hold boxes
 
-# Of the columns that a table has, the first one of each list is read.
-IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "img")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "blip_caption", "conversations")
-LABEL_COLUMNS = ("label", "class", "category")
-QUESTION_COLUMNS = ("question", "answer", "choices")
-
-SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
+HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
 
 
 class Corpus(NamedTuple):
@@ -41,240 +40,326 @@ class Corpus(NamedTuple):
     dataset: str  # short name: of the embedding folder, by default
     rows: list[dict]  # as above
     protocol: str | None = None  # of a standard set: which files were read, and how; reported with every score
+    source: str = ""  # what was read, for messages
+    notes: tuple[str, ...] = ()  # what had to be found out about it, a line each
+    packed: tuple[Path, ...] = ()  # parquet files that hold the pictures themselves
 
 
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
     if not data.exists():
         raise BadInput(f"--data {data}: no such file or folder")
-    table = find_table(data) if data.is_dir() else data
-    if table is None:
-        return Corpus(data, data.resolve().name, read_folder(data))
-    records = read_table(table)
-    if not records:
-        raise BadInput(f"--data {table}: has no rows")
-    if lacks_captions(records[0], caption_column):
-        caption_column = "caption"
-        for record in records:
-            record["caption"] = f"{record['question']} {record['answer']}"
-    columns = choose_columns(table, records[0], image_column, caption_column)
-    rows = [make_row(record, columns) for record in records]
-    name = table.resolve().parent.name if table.stem in UNNAMED_STEMS else table.stem
-    return Corpus(find_root(table, rows), name, rows)
+    if data.is_file():
+        return read_tables(data.parent, [data], image_column, caption_column)
+    if not data.is_dir():
+        raise BadInput(f"--data {data}: is no regular file and no folder")
+    if (data / "manifest.json").exists():
+        raise BadInput(f"--data {data}: is a folder of embeddings; embed.py needs the images and captions themselves")
+    notes = []
+    tables = find_tables(data, [path for path in sorted(data.iterdir()) if is_file(path)])
+    if not tables:
+        files, notes = list_files(data)
+        tables = find_tables(data, files)
+    if tables:
+        corpus = read_tables(data, tables, image_column, caption_column)
+    else:
+        corpus = read_folder(data, files)
+    return corpus._replace(notes=(*notes, *corpus.notes))
+
+
+# ----------------------------------------------------------------------------------------------- which files are read
+
+
+def list_files(root):
+    """(all files below a folder, sorted; lines about what was passed over). Hidden files and folders are not there.
+
+    Links to folders are followed, each folder once: a link that leads back is a loop and is passed over.
+    """
+    files = []
+    links = []
+    seen = set()
+
+    def list_folder(folder):
+        seen.add(os.path.realpath(folder))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith(".") or entry.name.casefold() in HIDDEN:
+                continue
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                list_folder(path)
+            elif entry.is_dir():
+                links.append(path)
+            elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is a missing file
+                files.append(path)
+
+    list_folder(root)
+    passed_over = []
+    while links:
+        link = links.pop(0)
+        if os.path.realpath(link) in seen:
+            passed_over.append(str(link.relative_to(root)))
+        else:
+            list_folder(link)
+    notes = []
+    if passed_over:
+        notes.append(f"links to folders that are read already: {named(passed_over)}")
+    return sorted(files), notes
+
+
+def find_tables(root, files):
+    """The tables that a folder's rows are read from, or none: its own, else those below it.
+
+    Of several, those named in TABLE_STEMS; else those named after splits; else all parts of one table.
+    """
+    pictures = {path.with_suffix("") for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    found = []
+    for path in files:
+        # img2dataset writes a .json about each picture and another about each shard
+        about_pictures = path.with_suffix("") in pictures or path.stem.endswith("_stats")
+        if path.suffix.lower() in TABLE_SUFFIXES and not about_pictures:
+            found.append(path)
+    own = [path for path in found if path.parent == root]
+    for stem in TABLE_STEMS:
+        for path in own:
+            if path.stem == stem:
+                return [path]
+    tables = own or [path for path in found if path.stem in TABLE_STEMS] or found
+    if len(tables) < 2 or len({path.parent for path in tables}) == len(tables):
+        return tables
+    if all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables):
+        return tables
+    if {path.suffix.lower() for path in tables} == {".parquet"}:
+        return tables
+    found = named([path.relative_to(root) for path in tables])
+    raise BadInput(f"--data {root}: holds several tables ({found}); name one of them")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def find_table(folder):
-    """The table of a folder, or None if it holds none."""
-    if (folder / "manifest.json").exists():
-        raise BadInput(f"--data {folder}: is a folder of embeddings; embed.py needs the images and captions themselves")
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()]
-    for stem in TABLE_STEMS:
-        for table in tables:
-            if table.stem == stem:
-                return table
-    if len(tables) > 1:
-        found = ", ".join(table.name for table in tables)
-        raise BadInput(f"--data {folder}: holds several tables ({found}); name one of them")
-    return tables[0] if tables else None
+def read_tables(root, paths, image_column, caption_column):
+    """The Corpus of one or several tables."""
+    rows = []
+    notes = []
+    packed = []
+    several = len(paths) > 1
+
+    def is_known_or_asked(name, part=None):
+        asked = [image_column] if part == "image" else [image_column, caption_column]
+        return name in asked or is_known(name, part)
+
+    for path in paths:
+        table = read_table(path, is_known_or_asked)
+        if not table.records:
+            raise BadInput(f"--data {path}: has no rows")
+        columns = choose_columns(path, table.records, image_column, caption_column)
+        found = []
+        for number, record in enumerate(table.records):
+            found += make_rows(record, columns, table.faults.get(number))
+        if columns.image is None:
+            name_by_key(path, found)
+        notes.append(f"{path.relative_to(root)}: {columns}{'; ' + table.note if table.note else ''}")
+        notes += type_labels(path, found, table.class_names.get(columns.label))
+        if not columns.split:
+            split = split_of_path(path.relative_to(root)) if several else None
+            for row in found if split else []:
+                row["split"] = split
+        if table.packed:
+            packed.append(path)
+        folder = find_root(path, found, root)
+        if several and not table.packed:
+            prefix_images(found, os.path.relpath(folder, root))
+        rows += found
+    source = named([path.relative_to(root) for path in paths])
+    if several:
+        return Corpus(root, root.resolve().name, rows, None, source, tuple(notes), tuple(packed))
+    name = paths[0].resolve().parent.name if paths[0].stem in UNNAMED_STEMS else paths[0].stem
+    return Corpus(folder, name, rows, None, source, tuple(notes), tuple(packed))
 
 
-def read_table(path):
-    """The records of a table, as dicts."""
-    try:
-        records = read_records(path)
-    except BadInput:
-        raise
-    except Exception as error:  # json, csv and arrow raise types of their own
-        raise BadInput(f"--data {path}: cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise BadInput(f"--data {path}: expected a list of records such as {{'image': 'a.jpg', 'caption': 'a dog'}}")
-    return records
+def name_by_key(table, rows):
+    """Gives rows of img2dataset's table, NNNNN.parquet, the pictures of the folder NNNNN that have their keys."""
+    folder = table.with_suffix("")
+    names = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    for row in rows:
+        row["image"] = f"{folder.name}/{names.get(row['image'], row['image'] + '.jpg')}"
 
 
-def read_records(path):
-    """What a table holds, as its suffix says. Raises whatever the readers raise."""
-    match path.suffix.lower():
-        case ".csv":
-            return read_csv(path)
-        case ".tsv":
-            return read_csv(path, delimiter="\t")
-        case ".jsonl":
-            with open(path, encoding="utf-8-sig") as file:
-                return [json.loads(line) for line in file if line.strip()]
-        case ".json":
-            return json.loads(path.read_text(encoding="utf-8-sig"))
-        case ".parquet":
-            try:
-                import pyarrow.parquet as parquet
-            except ImportError:
-                raise BadInput(f"--data {path}: parquet files need pyarrow: pip install pyarrow") from None
-            return parquet.read_table(path).to_pylist()
-        case _:
-            raise BadInput(f"--data {path}: expected {' '.join(sorted(TABLE_SUFFIXES))} or a folder")
+def find_root(table, rows, root):
+    """The folder that a table's image paths start from: where most of its pictures are.
+
+    Its own, or, as in LLaVA's layout, images/ beside it; the same of the folder that --data names.
+    """
+    some = rows[:: max(1, len(rows) // 500)]
+    best = table.parent
+    most = 0
+    for base in (table.parent, root):
+        for folder in (base, base / "images", base / "Images"):
+            there = sum(is_file(folder / row["image"]) for row in some if row["image"]) if folder.is_dir() else 0
+            if there > most:
+                best, most = folder, there
+    return best
 
 
-def read_csv(path, **dialect):
-    """The records of a text table with a header."""
-    csv.field_size_limit(2**27)
-    # A byte that is not UTF-8 must cost its own row and not the file: the scan finds it again and rejects the row.
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        return list(csv.DictReader(file, **dialect))
+def prefix_images(rows, folder):
+    """Lets the paths of a table below the corpus's root start from the root."""
+    for row in rows:
+        image = row["image"]
+        if folder != "." and image and not re.match(r"[A-Za-z]+:|~|/", image):
+            row["image"] = f"{folder}/{image}"
 
 
-def lacks_captions(record, caption_column):
-    """Whether a table has questions and no captions: then question and answer together are the caption."""
-    if any(column in record for column in (caption_column, *CAPTION_COLUMNS)):
-        return False
-    return all(column in record for column in QUESTION_COLUMNS)
-
-
-def choose_columns(path, record, image_column, caption_column):
-    """Which column of the table each part of a row comes from: {part: column}, by the table's first record."""
-    columns = {
-        "image": pick_column(path, "image", image_column, record, IMAGE_COLUMNS),
-        "caption": pick_column(path, "caption", caption_column, record, CAPTION_COLUMNS),
-    }
-    label = first_column(LABEL_COLUMNS, record)
-    if label is not None:
-        columns["label"] = label
-    for part in ("split", *QUESTION_COLUMNS):
-        if part in record:
-            columns[part] = part
-    return columns
-
-
-def pick_column(path, part, asked, record, known):
-    """The column that the flag asks for, else the first known one. Raises BadInput where there is none."""
-    if asked and asked not in record:
-        raise BadInput(f"--{part}-column {asked}: {path} has the columns {', '.join(map(str, record))}")
-    column = asked or first_column(known, record)
-    if column is None:
-        raise BadInput(
-            f"--data {path}: no {part} column among {', '.join(map(str, record))}; name it with --{part}-column"
-        )
-    return column
-
-
-def first_column(known, record):
-    """The first of the known columns that the record has, or None."""
-    for column in known:
-        if column in record:
-            return column
-    return None
-
-
-def make_row(record, columns):
-    """The row of a table's record."""
-    row = {part: record.get(column) for part, column in columns.items()}
-    if columns["caption"] == "conversations":
-        row["caption"] = first_answer(row["caption"])
-    choices = row.get("choices")
-    if isinstance(choices, str) and choices.strip():  # a .csv holds the list as JSON
-        try:
-            row["choices"] = json.loads(choices)
-        except ValueError:
-            row["fault"] = "choices are not a JSON list"
-    # csv puts fields without a column under None: half of a caption, cut at its comma.
-    if None in record:
-        row["fault"] = "more fields than columns; a caption with a comma needs quotes"
-    return row
-
-
-def first_answer(conversation):
-    """The caption of a LLaVA conversation: the first thing that the model is to answer, or None."""
-    for turn in conversation or []:
-        if turn.get("from") == "gpt":
-            return turn.get("value")
-    return None
-
-
-def find_root(table, rows):
-    """The folder that the table's image paths start from: its own, or, as in LLaVA's layout, images/ beside it."""
-    images = table.parent / "images"
-    if images.is_dir() and not any((table.parent / str(row["image"])).is_file() for row in rows[:100]):
-        return images
-    return table.parent
+def split_of_path(path):
+    """The split that a table's folders, or else its name, say it is of; None if they do not."""
+    for part in path.parent.parts:
+        if known_split(part):
+            return known_split(part)
+    return split_of_file(path.stem)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def read_folder(root):
-    """Rows of a folder without a table: a.jpg with a.txt, or pictures in folders named after their classes."""
-    images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def read_folder(root, files):
+    """The Corpus of a folder without a table: a.jpg with a.txt, or pictures in folders named after their classes."""
+    images = []
+    others = Counter()
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
+            images.append(path)
+        elif suffix in CAPTION_SUFFIXES or suffix in TABLE_SUFFIXES:
+            continue
+        elif holds_picture(path):
+            images.append(path)
+        else:
+            others[suffix or "without a suffix"] += 1
+    archives = [path.name for path in files if path.suffix.lower() in ARCHIVE_SUFFIXES]
+    if not images and archives:
+        raise BadInput(
+            f"--data {root}: holds archives ({named(archives)}); unpack them, and give the folder with what was in"
+        )
     if not images:
         raise BadInput(f"--data {root}: holds no table ({' '.join(sorted(TABLE_SUFFIXES))}) and no pictures")
-    if any(path.with_suffix(".txt").is_file() for path in images):
-        return read_text_files(root, images)
-    if any(path.parent == root for path in images):
+    notes = [f"passed over, no pictures: {named([f'{n:,} {kind}' for kind, n in others.items()])}"] if others else []
+    captions = find_caption_files(root, files, images)
+    if captions:
+        rows, how = read_text_files(root, images, captions)
+    elif all(path.parent == root for path in images):
         raise BadInput(
             f"--data {root}: pictures need a caption each: a.txt beside a.jpg, a table, or folders named after classes"
         )
-    return read_class_folders(root, images)
+    else:
+        rows, how = read_class_folders(root, images)
+    return Corpus(root, root.resolve().name, rows, None, str(root), (*notes, how))
 
 
-def read_text_files(root, images):
-    """Rows of a.jpg and a.txt. A picture without a text gets an empty caption, and so a place in the quarantine."""
+def find_caption_files(root, files, images):
+    """{picture: text file}: the text beside it, or, where no picture has one, the text of that name in another folder."""
+    texts = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
+    by_path = {path.with_suffix(""): path for path in texts}
+    beside = {image: by_path[image.with_suffix("")] for image in images if image.with_suffix("") in by_path}
+    if beside:
+        return beside
+    by_stem = {path.stem: path for path in texts if path.parent.name.casefold() not in NO_CAPTION_FOLDERS}
+    return {image: by_stem[image.stem] for image in images if image.stem in by_stem}
+
+
+def read_text_files(root, images, captions):
+    """(rows, a line about them) of pictures and texts, a caption a line. A picture without a text has an empty caption."""
     rows = []
     for path in images:
-        text = path.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8", errors="surrogateescape") if text.is_file() else ""
-        rows.append({"image": str(path.relative_to(root)), "caption": caption})
-    return rows
+        text = read_text(captions[path]) if path in captions else ""
+        lines = [line for line in text.split("\n") if line.strip()]
+        for line in lines or [""]:
+            row = {"image": str(path.relative_to(root)), "caption": line}
+            folders = path.relative_to(root).parent.parts
+            split = next((known_split(part) for part in folders if known_split(part)), None)
+            if split:
+                row["split"] = split
+            rows.append(row)
+    return rows, f"{root}: {len(captions):,} text files, a caption a line"
 
 
 def read_class_folders(root, images):
-    """Rows of an ImageFolder tree, <class>/a.jpg or <split>/<class>/a.jpg: the classes are captions and labels."""
-    paths = [path.relative_to(root) for path in images]
-    has_splits = all(path.parts[0] in SPLIT_FOLDERS and len(path.parts) > 2 for path in paths)
+    """(rows, a line about them) of a tree <class>/a.jpg, with folders named after splits above or below the classes.
+
+    The classes are captions and labels. Folders that hold everything and are no split are passed over.
+    """
+    folders = [path.relative_to(root).parent.parts for path in images]
+    level = find_split_level(folders)
+    splits = [None] * len(folders)
+    if level is not None:
+        splits = [parts[level] if len(parts) > level else "" for parts in folders]
+        folders = [parts[:level] + parts[level + 1 :] for parts in folders]
+    if not any(folders):
+        raise BadInput(
+            f"--data {root}: its pictures lie in folders of splits and have no captions: give a.txt beside a.jpg, a table, "
+            "or folders named after classes"
+        )
+    while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
+        folders = [parts[1:] for parts in folders]
     rows = []
-    for path in paths:
-        label = path.parts[1] if has_splits else path.parts[0]
-        row = {"image": str(path), "caption": label.replace("_", " "), "label": label}
-        if has_splits:
-            row["split"] = path.parts[0]
+    for path, parts, split in zip(images, folders, splits):
+        label = parts[0] if parts else ""
+        row = {"image": str(path.relative_to(root)), "caption": label.replace("_", " "), "label": label}
+        if not parts:
+            row["fault"] = "in no folder of a class"
+        if split is not None:
+            row["split"] = split
         rows.append(row)
-    return rows
+    classes = sorted({row["label"] for row in rows if row["label"]})
+    how = f"{root}: {len(classes):,} folders are classes ({named(classes)})"
+    if level is not None:
+        how += f"; folders of splits: {named(sorted({split for split in splits if split}))}"
+    return rows, how
+
+
+def find_split_level(folders):
+    """How deep the folders lie that are named after splits, or None. All pictures must be in such a folder.
+
+    A class may itself be called train. So a level counts if all its names are splits, or two different splits at least.
+    """
+    for level in range(max(map(len, folders))):
+        if not all(len(parts) > level for parts in folders):
+            return None
+        names = {parts[level] for parts in folders}
+        known = {known_split(name) for name in names}
+        if None not in known or len(known - {None}) > 1:
+            return level
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- which rows are used
 
 
-def why_unusable(root, row):
-    """The reason why a row cannot be used, or None."""
+def row_fault(row):
+    """The reason why a row cannot be used, whatever its picture is, or None."""
     if "fault" in row:
         return row["fault"]
-    if not isinstance(row["caption"], str) or not row["caption"].strip():
+    if not isinstance(row["caption"], str) or is_empty(row["caption"]):
         return "empty caption"
+    texts = [row.get(part, "") for part in ("image", "caption", "label", "split", "question", "answer")]
+    texts += row.get("choices", [])
     try:
-        f"{row['image']} {row['caption']}".encode()
+        "".join(map(str, texts)).encode()
     except UnicodeEncodeError:
-        return "not UTF-8"
+        return "not UTF-8 (save the table as UTF-8)"
     if not row["image"]:
         return "no image path"
-    path = root / str(row["image"])
-    try:
-        open_image(path)
-    except FileNotFoundError:
-        return "missing file"
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
-        reason = str(error).replace(str(path), "file")
-        return f"unreadable image: {reason.splitlines()[0]}"
     return None
 
 
-def usable_row(key, row):
-    """The row as rows.jsonl holds it."""
-    found = {"key": key, "image": str(row["image"]), "caption": " ".join(row["caption"].split())}
+def usable_row(key, row, picture):
+    """The row as rows.jsonl holds it. picture: the `Picture` that the scan has found."""
+    found = {"key": key, "image": picture.image, "caption": " ".join(row["caption"].split())}
     for part in ("label", "split"):
         if row.get(part) not in (None, ""):
             found[part] = str(row[part])
     for part in QUESTION_COLUMNS:
         if row.get(part):
             found[part] = row[part]
+    found["image_sha256"] = picture.sha256
     return found
 
 

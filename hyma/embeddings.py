@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, read_jsonl, save_tensors, sha256_file, write_json
+from hyma.splits import known_split
 from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, is_encoder_name, load_tensors, read_json
 
 FORMAT_VERSION = 1
@@ -154,11 +155,17 @@ class RowStore:
 
 
 def hash_keys(rows) -> str:
-    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split, a question)."""
+    """sha256 over the ordered rows: what each row is (key) and what it says (caption, label, split, a question).
+
+    The picture, by its path and by the digest of its bytes, is part of it in every row that has the digest; rows of
+    earlier versions have none.
+    """
     digest = hashlib.sha256()
     for row in rows:
         parts = [str(row.get(part, "")) for part in ("key", "caption", "label", "split")]
         parts += [row[part] for part in ("question", "answer", "choices") if part in row]
+        if "image_sha256" in row:
+            parts += [row["image"], row["image_sha256"]]
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -168,15 +175,18 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
 
     count: only so many rows, both kinds in proportion, drawn by the seed; a smaller draw is part of every larger one.
 
-    A `split` column decides where there is one: train, or none, is trained on; val, valid, validation, dev choose;
-    any other name (test) is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a
-    picture together, so that no validation picture is trained on.
+    The `split` of the rows decides where there is one: train, or none, is trained on; val chooses; test and any other
+    name is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a picture together,
+    so that no validation picture is trained on. Raises BadInput if there is nothing to train on or to choose by.
     """
     splits = [row.get("split") for row in data.rows] if data.rows else []
     if any(splits):
         train, validation = split_by_column(data, splits)
     else:
         train, validation = split_by_picture(data, seed, fraction, most)
+    for kind, rows in (("train", train), ("val", validation)):
+        if len(rows) == 0:
+            raise BadInput(no_rows_to(kind, data, splits))
     share = (count or math.inf) / (len(train) + len(validation))
     if share < 1:
         random = seeded_generator("part of the rows", seed)
@@ -187,12 +197,21 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
 
 def split_by_column(data, splits):
     """(train, validation) by the values of the split column."""
-    train = [i for i, split in enumerate(splits) if split in ("train", "training", None, "")]
-    validation = [i for i, split in enumerate(splits) if split in ("val", "valid", "validation", "dev")]
-    if not validation:
-        found = sorted(set(map(str, splits)))
-        raise BadInput(f"{data.folder}/rows.jsonl: the split column has no val rows to choose by; it holds {found}")
-    return torch.tensor(train), torch.tensor(validation)
+    train = [i for i, split in enumerate(splits) if split in (None, "") or known_split(split) == "train"]
+    validation = [i for i, split in enumerate(splits) if known_split(split) == "val"]
+    return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
+
+
+def no_rows_to(kind, data, splits):
+    """Why nothing can be trained or chosen, in a line."""
+    purpose = {"train": "train on", "val": "choose by"}[kind]
+    if not any(splits):
+        return f"{data.folder}: one picture leaves no {kind} rows to {purpose}; at least two pictures are needed"
+    counts = ", ".join(f"{split} {count:,}" for split, count in Counter(map(str, splits)).items())
+    return (
+        f"{data.folder}/rows.jsonl: there are no {kind} rows to {purpose} among its splits ({counts} rows); embed more "
+        "pictures, or a table with train and val rows, into a new --out"
+    )
 
 
 def split_by_picture(data, seed, fraction, most):
@@ -204,7 +223,7 @@ def split_by_picture(data, seed, fraction, most):
     held_out = {different[i] for i in order[:count]}
     train = [i for i, picture in enumerate(pictures) if picture not in held_out]
     validation = [i for i, picture in enumerate(pictures) if picture in held_out]
-    return torch.tensor(train), torch.tensor(validation)
+    return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
 
 
 def draw_share(rows, share, random):

@@ -4,18 +4,32 @@ To add a set, write a reader and enter it in STANDARD_SETS. A reader takes the f
 embedding folder, in which it may unpack pictures. It returns a `Source`. Rows are as in `hyma/datasets.py`.
 """
 
-import csv
 import functools
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.datasets import IMAGE_SUFFIXES, Corpus, draw_distractors, read_csv
+from hyma.columns import is_known
+from hyma.datasets import Corpus, draw_distractors
+from hyma.pictures import IMAGE_SUFFIXES
+from hyma.tables import read_text, read_text_table
 from vlm import BadInput, read_json
 
 CHOICES = "most frequent answer among 3 such answers to other questions with the same first word"
+# Pictures, or of the sets with questions the rows, of each set: what has fewer is reported as a part of it.
+WHOLE = {
+    "imagenet1k": 50_000,
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+    "coco": 5_000,
+    "flickr8k": 1_000,
+    "flickr30k": 1_000,
+    "okvqa": 5_046,
+    "textvqa": 5_000,
+}
 
 
 class Source(NamedTuple):
@@ -57,7 +71,15 @@ def read_standard_set(name, data, out):
         raise BadInput(f"--data {name}:{data}: its files hold no row of this set")
     # All rows are test rows, so that nothing is ever trained on them.
     rows = [row | {"split": "test"} for row in source.rows]
-    return Corpus(source.root, name, rows, source.protocol)
+    return Corpus(source.root, name, rows, source.protocol + not_whole(name, rows), f"{name}:{data}")
+
+
+def not_whole(name, rows):
+    """What a protocol adds for a set of which a part is missing: nothing for a whole one."""
+    has_questions = any("question" in row for row in rows)
+    counted = "questions" if has_questions else "pictures"
+    count = len(rows) if has_questions else len({row["image"] for row in rows})
+    return f", NOT WHOLE: {count:,} of its {WHOLE[name]:,} {counted}" if count < WHOLE[name] else ""
 
 
 def published(data, *names):
@@ -160,7 +182,7 @@ def flickr_json(table):
 def flickr_annotations(table):
     """Rows of the test split in a table with one picture a line, its captions as a JSON list."""
     rows = []
-    for record in read_csv(table):
+    for record in read_text_table(table, is_known).records:
         if record["split"] == "test":
             for caption in json.loads(record["raw"]):
                 rows.append({"image": record["filename"], "caption": caption})
@@ -169,16 +191,24 @@ def flickr_annotations(table):
 
 def flickr_captions(table):
     """Rows of `image,caption`. A caption with a comma is quoted; one that was not is cut, and has no use."""
+    found = read_text_table(table, is_known)
     rows = []
-    for record in read_csv(table):
-        rows.append({"image": record["image"], "caption": None if None in record else record["caption"]})
+    for number, record in enumerate(found.records):
+        row = {"image": record["image"], "caption": record.get("caption")}
+        if number in found.faults:
+            row["fault"] = found.faults[number]
+        rows.append(row)
     return rows
 
 
 def flickr_results(table):
     """Rows of `image_name| comment_number| comment`. The caption is None where a `|` is missing."""
-    records = read_csv(table, delimiter="|", skipinitialspace=True, quoting=csv.QUOTE_NONE)
-    return [{"image": record["image_name"], "caption": record["comment"]} for record in records]
+    rows = []
+    for line in read_text(table).splitlines()[1:]:
+        image, _, numbered = line.partition("|")
+        _, _, caption = numbered.partition("|")
+        rows.append({"image": image.strip(), "caption": caption.strip() or None})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------- multiple choice
@@ -195,7 +225,7 @@ def read_okvqa(data, out):
     for asked in table["questions"]:
         image = f"COCO_val2014_{asked['image_id']:012d}.jpg"
         number = asked["question_id"]
-        questions.append(Question(number, image, asked["question"], answers[number]))
+        questions.append(Question(number, image, asked["question"], answers.get(number, [])))
     return Source(published(data, "val2014"), multiple_choice(questions), f"OK-VQA val2014, {CHOICES}")
 
 
@@ -214,19 +244,30 @@ def multiple_choice(questions):
 
     The distractors are the most frequent answers to other questions that begin with the same word (to any question,
     where those are too few). None of them was given to this question. The question's number alone seeds the draw.
+    Answers are compared and shown as the VQA evaluation normalises them. A question without a text or an answer is a row
+    with a fault.
     """
-    best = [Counter(question.answers).most_common(1)[0][0] for question in questions]
+    answers = [[normalise_answer(str(answer)) for answer in question.answers] for question in questions]
+    best = []  # the most frequent answer to each question, None where it cannot be asked
     pool_of_word = defaultdict(dict)  # first word -> its answers; dicts keep the order of the questions
     pool_of_all = {}
-    for question, answer in zip(questions, best):
-        pool_of_word[first_word(question)][answer] = None
-        pool_of_all[answer] = None
+    for question, given in zip(questions, answers):
+        answer = Counter(given).most_common(1)[0][0] if given and question.text.strip() else None
+        best.append(answer)
+        if answer is not None:
+            pool_of_word[first_word(question)][answer] = None
+            pool_of_all[answer] = None
     rows = []
-    for question, answer in zip(questions, best):
+    for question, answer, given in zip(questions, best, answers):
+        if answer is None:
+            lacks = "answers" if question.text.strip() else "text"
+            fault = f"question without {lacks}: number {question.number}"
+            rows.append({"image": question.image, "caption": None, "fault": fault})
+            continue
         pool = pool_of_word[first_word(question)]
-        if len(pool.keys() - question.answers) < 3:
+        if len(pool.keys() - given) < 3:
             pool = pool_of_all
-        distractors = draw_distractors(question.number, list(pool), set(question.answers), 3)
+        distractors = draw_distractors(question.number, list(pool), set(given), 3)
         rows.append(
             {
                 "image": question.image,
@@ -241,6 +282,27 @@ def multiple_choice(questions):
 
 def first_word(question):
     return question.text.lower().split()[0]
+
+
+NUMBERS = dict(
+    zip(
+        ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
+    )
+)
+
+
+def normalise_answer(answer):
+    """An answer as the VQA evaluation compares it: small letters, no articles and punctuation, numbers as digits.
+
+    Its list of contractions (dont for don't) is not needed: apostrophes stay. What would be empty stays as it is.
+    """
+    plain = " ".join(answer.lower().split())
+    plain = re.sub(r"(?<=\d),(?=\d)", "", plain)
+    plain = re.sub(r"(?<!\d)\.|\.(?!\d)", "", plain)
+    plain = re.sub(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]", " ", plain)
+    words = [NUMBERS.get(word, word) for word in plain.split() if word not in ("a", "an", "the")]
+    return " ".join(words) or answer.strip().lower()
 
 
 STANDARD_SETS = {

@@ -94,10 +94,13 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
 def choose_rows(data, run_seed):
     """The rows to evaluate: (which they are, in words; row numbers [n]).
 
-    Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all.
+    Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all. A test
+    split that embed.py has set aside itself counts for that folder's own runs alone: others have seen none of its rows.
     """
     published = (data.manifest or {}).get("protocol")  # a standard set says itself which rows it has
     test = [i for i, row in enumerate(data.rows or []) if row.get("split") == "test"]
+    if run_seed is None and (data.manifest or {}).get("test_set_aside"):
+        return published or "all rows", torch.arange(data.row_count)
     if test:
         return published or "test split", torch.tensor(test)
     if run_seed is not None:

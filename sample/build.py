@@ -317,14 +317,26 @@ def write_sample(rows, out, size, quality):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
     def write(row, record):
-        (out / record[0]).write_bytes(webp(thumbnail(row["picture"], size), quality))
+        data = webp(thumbnail(row["picture"], size), quality)
+        (out / record[0]).write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write, rows, records))
+        digests = list(pool.map(write, rows, records))
+    records = drop_repeated(records, digests, out)
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image", "caption", "label", "split"])
         table.writerows(sorted(records))
+
+
+def drop_repeated(records, digests, out):
+    """The records without those whose picture, as written, has the bytes of an earlier one; removes these pictures."""
+    first = {}  # digest -> its first record
+    for record, digest in zip(records, digests):
+        if first.setdefault(digest, record) is not record:
+            (out / record[0]).unlink()
+    return list(first.values())
 
 
 def webp(image, quality):

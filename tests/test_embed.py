@@ -55,6 +55,7 @@ def test_pictures_in_a_folder_beside_the_table(run, pictures):
 def test_labels_splits_and_several_captions(run, pictures):
     folder, rows = pictures
     table = [{"image": r["image"], "caption": r["caption"], "label": "a", "split": "train"} for r in rows[:3]]
+    table[1]["split"], table[2]["split"] = "val", "test"
     table.append(table[0] | {"caption": "another, with a comma"})
     write_csv(folder / "captions.csv", table)
     assert run("embed.py", *TINY, "--data", folder, "--out", "e").code == 0
@@ -73,7 +74,7 @@ def test_quarantine(run, pictures):
     (folder / "cut.webp").write_bytes(whole[: len(whole) // 2])
     Image.new("L", (11000, 9000)).save(folder / "warn.png")  # Pillow only warns of this one
     Image.new("1", (20000, 20000)).save(folder / "bomb.png")
-    Image.new("RGB", (4, 4)).save(folder / "foreign.jpg", format="TIFF")
+    Image.new("RGB", (16, 16)).save(folder / "foreign.jpg", format="ICO")
     bad = ["zero.png", "html.jpg", "cut.webp", "warn.png", "bomb.png", "foreign.jpg", "missing.jpg"]
     table = list(rows)
     for k, name in enumerate(bad):
@@ -82,17 +83,17 @@ def test_quarantine(run, pictures):
     path = write_csv(folder / "captions.csv", table)
     with open(path, "ab") as file:
         file.write(b"3.webp,unquoted, comma\n" + b"4.webp,caf\xe9\n" + b",no picture\n" + b"5.webp\n")
-    result = run("embed.py", *TINY, "--data", path, "--out", "e")
+    result = run("embed.py", *TINY, "--data", path, "--out", "e", "--allow-bad", "0.3")
     assert result.code == 0 and "40 rows; 12 more are in quarantine.jsonl" in result.out, result.out + result.err
     assert [r["image"] for r in rows_of(folder.parent / "e")] == [r["image"] for r in rows]
     reasons = [(q["key"].partition("#")[0], q["reason"]) for q in read_jsonl(folder.parent / "e" / "quarantine.jsonl")]
-    assert {name for name, _ in reasons} == {*bad, "1.webp", "3.webp", "4.webp", "", "5.webp"}
+    assert {name for name, _ in reasons} == {*bad, "1.webp", "3.webp", "4.webp", "row 51", "5.webp"}
     expected = {
         "missing.jpg": "missing",
         "1.webp": "empty caption",
         "3.webp": "quotes",
         "4.webp": "UTF-8",
-        "": "no image",
+        "row 51": "no image",
         "5.webp": "empty",
         "bomb.png": "pixels",
         "warn.png": "bomb",

@@ -63,7 +63,7 @@ def test_coco_has_five_captions_of_a_picture(files, embed):
     ]
     assert list(tasks) == ["retrieval"]
     assert (
-        "val2017, the first 5 captions of a picture; 3 pictures, 15 different captions, 5 a picture"
+        "val2017, the first 5 captions of a picture, NOT WHOLE: 3 of its 5,000 pictures; 3 pictures, 15 different captions, 5 a picture"
         in tasks["retrieval"].protocol
     )
 
@@ -83,7 +83,10 @@ def test_flickr_by_karpathys_split(files, embed, name):
     assert [(r["image"], r["caption"]) for r in rows] == [
         (f"{k}.jpg", f"a dog, a cat {k} {j}") for k in (1, 3) for j in range(5)
     ]
-    assert f"{name}, Karpathy's test split; 2 pictures, 10 different" in tasks["retrieval"].protocol
+    assert (
+        f"{name}, Karpathy's test split, NOT WHOLE: 2 of its 1,000 pictures; 2 pictures, 10 different"
+        in tasks["retrieval"].protocol
+    )
 
 
 def test_flickr8k_captions_with_quoted_commas_stay_whole(files, embed, tmp_path):
@@ -204,7 +207,8 @@ def test_imagenet_classes_have_names_that_are_all_different(files, embed, below)
     assert tasks["zeroshot"].texts == ("a photo of a crane", "a photo of a crane bird", "a photo of a tench")
     assert (
         "retrieval" not in tasks
-        and "ImageNet-1k validation, torchvision's class names; 6 pic" in tasks["zeroshot"].protocol
+        and "ImageNet-1k validation, torchvision's class names, NOT WHOLE: 6 of its 50,000 pictures; 6 pic"
+        in tasks["zeroshot"].protocol
     )
 
 
@@ -249,7 +253,9 @@ def test_cifar_is_unpickled_only_as_published(run, embed, monkeypatch, tmp_path,
     picture = np.asarray(vlm.open_image(tmp_path / "embeddings" / name / "images" / rows[4]["image"]))
     assert np.array_equal(picture, pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
     assert tasks["zeroshot"].texts[0] == "a photo of a aquarium fish"
-    assert tasks["zeroshot"].protocol.startswith(f"CIFAR-{name[5:]} test; 6 pictures, 3 classes")
+    assert tasks["zeroshot"].protocol.startswith(
+        f"CIFAR-{name[5:]} test, NOT WHOLE: 6 of its 10,000 pictures; 6 pictures, 3 classes"
+    )
     (folder / kind.meta["filename"]).write_bytes(b"other")  # what is not as published is never unpickled
     again = run("embed.py", *TINY, "--data", f"{name}:{tmp_path / 'set'}", "--out", "e")
     assert again.code == 1 and "expected cifar-10" in again.err and "Traceback" not in again.err

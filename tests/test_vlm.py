@@ -347,9 +347,9 @@ def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
     assert levels.min() == 0 and levels.max() == 255 and 120 < levels.mean() < 135
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
     assert vlm.open_image(tmp_path / "turned.jpg").size == (2, 4)
-    Image.new("RGB", (4, 2)).save(tmp_path / "other.tiff")
+    Image.new("RGB", (16, 16)).save(tmp_path / "other.ico")
     with pytest.raises(OSError):
-        vlm.open_image(tmp_path / "other.tiff")
+        vlm.open_image(tmp_path / "other.ico")
 
 
 # ------------------------------------------------------------------------------------------- files that strangers write

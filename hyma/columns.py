@@ -1,0 +1,323 @@
+"""What the columns of a table mean: which holds the picture, the captions, the label; a record as rows.
+
+To add a name that people give to a column, extend the lists below.
+"""
+
+import ast
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+from hyma.pictures import IMAGE_SUFFIXES
+from hyma.tables import read_text
+from vlm import BadInput
+
+# Of the columns that a table has, the first of each list that is filled is read. Upper and lower case are the same.
+IMAGE_COLUMNS = (
+    *("image", "image_path", "file_name", "filename", "filepath", "file_path", "file", "path", "img", "img_path"),
+    *("image_name", "image_file", "images", "jpg", "png", "webp"),
+)
+CAPTION_COLUMNS = (
+    *("caption", "captions", "text", "title", "sentence", "sentences", "description", "blip_caption", "conversations"),
+    *("messages", "raw", "alt_text", "alt"),
+)
+LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name")
+QUESTION_COLUMNS = ("question", "answer", "choices")
+COLUMNS = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
+NUMBERED_CAPTION = re.compile(r"(caption|text|sentence|description|comment|raw)[ _-]?\d+")
+
+CLASS_FILES = ("classes.txt", "labels.txt")  # beside a table: the names of its numbers, one a line
+
+EMPTY = ("", "nan", "NaN", "None", "null", "NULL", "<NA>")  # what other programs write for a cell that holds nothing
+TEXT_ONLY = "conversation without a picture"  # LLaVA's mixes have them by design: left out, but not faults
+
+
+class RowFault(Exception):
+    """Why a record makes no row."""
+
+
+class Columns(NamedTuple):
+    """Which columns of a table the parts of a row come from."""
+
+    image: str | None  # None: img2dataset's table, which names no file but its key
+    captions: list[str]  # several: a row each
+    label: str | None
+    split: str | None
+    questions: dict[str, str]  # question, answer, choices: those that there are
+
+    def __str__(self):
+        parts = [f"image {self.image or 'key'!r}"]
+        parts.append(f"caption {' '.join(map(repr, self.captions)) or 'from question and answer'}")
+        parts += [f"{part} {column!r}" for part, column in (("label", self.label), ("split", self.split)) if column]
+        return ", ".join(parts)
+
+
+def is_known(name, part=None):
+    """Whether a column has a name that is read, as any part of a row or as this one."""
+    name = str(name).strip().casefold()
+    if part:
+        return name in COLUMNS[part]
+    return any(name in names for names in COLUMNS.values()) or name in ("split", *QUESTION_COLUMNS)
+
+
+def choose_columns(path, records, image_column, caption_column):
+    """The Columns of a table, decided over all its records. Raises BadInput where there is no picture or no caption."""
+    names = {}  # as they are compared -> as they are written
+    filled = set()
+    for record in records:
+        for name, value in record.items():
+            plain = str(name).strip().casefold()
+            names.setdefault(plain, name)
+            if value is not None and value != "":
+                filled.add(plain)
+    if not any(map(is_known, names)) and not (image_column or caption_column):
+        explain_unknown(path, list(names.values()))
+
+    def pick(part, asked):
+        if asked:
+            if asked.strip().casefold() not in names:
+                raise BadInput(f"--{part}-column {asked}: {path} has the columns {named(names.values(), 20)}")
+            return names[asked.strip().casefold()]
+        known = COLUMNS[part]
+        here = [name for name in known if name in filled] or [name for name in known if name in names]
+        return names[here[0]] if here else None
+
+    image = pick("image", image_column)
+    if image is None and not ("key" in names and path.with_suffix("").is_dir()):
+        raise BadInput(f"--data {path}: {no_column('image', names)}")
+    questions = {part: names[part] for part in QUESTION_COLUMNS if part in names}
+    caption = pick("caption", caption_column)
+    captions = [caption] if caption is not None else []
+    if not caption_column:
+        captions += [name for plain, name in names.items() if NUMBERED_CAPTION.fullmatch(plain)]
+    if not captions and len(questions) < 3:
+        raise BadInput(f"--data {path}: {no_column('caption', names)}")
+    return Columns(image, captions, pick("label", None), names.get("split"), questions)
+
+
+def no_column(part, names):
+    return f"no {part} column among {named(names.values(), 20)}; name it with --{part}-column"
+
+
+def explain_unknown(path, names):
+    """Raises BadInput for a table of which no column is known: its header is missing, or names what we cannot guess."""
+    first = next((str(name) for name in names if Path(str(name)).suffix.lower() in IMAGE_SUFFIXES), None)
+    if first:
+        raise BadInput(
+            f"--data {path}: its first line should name the columns and names {first}; put image,caption there"
+        )
+    raise BadInput(
+        f"--data {path}: {no_column('image', dict(enumerate(names)))}, and the caption with --caption-column"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- a record as rows
+
+
+def make_rows(record, columns, fault=None):
+    """The rows of a record: one for each of its captions, or one with the reason why there is none."""
+    row = {"image": "", "caption": None}
+    try:
+        if columns.image is None:
+            row["image"] = as_text(record.get("key"))
+        else:
+            row["image"] = picture_path(record.get(columns.image))
+        if fault:
+            raise RowFault(fault)
+        if not row["image"]:
+            is_conversation = columns.captions and columns.captions[0].casefold() in ("conversations", "messages")
+            raise RowFault(TEXT_ONLY if is_conversation else "no image path")
+        if columns.label is not None:
+            row["label"] = record.get(columns.label)
+        if columns.split is not None:
+            row["split"] = as_text(record.get(columns.split))
+        if columns.questions:
+            row |= read_question(record, columns.questions)
+        if columns.captions:
+            captions = read_captions(record, columns.captions)
+        else:
+            captions = [f"{row['question']} {row['answer']}"]
+    except RowFault as error:
+        return [row | {"fault": str(error)}]
+    return [row | {"caption": caption} for caption in captions]
+
+
+def is_empty(value):
+    """Whether a cell holds nothing."""
+    if isinstance(value, float) and math.isnan(value):
+        return True
+    return value is None or (isinstance(value, str) and value.strip() in EMPTY)
+
+
+def as_text(value):
+    """A cell as text: numbers are text, an empty cell is "". Raises RowFault for what holds several values."""
+    return "" if is_empty(value) else as_written(value)
+
+
+def as_written(value):
+    """A cell as text, "none" and "nan" too, as these may be answers to a question."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise RowFault(f"not a text: {type(value).__name__} {str(value)[:40]}")
+    return str(value)
+
+
+def picture_path(value):
+    """The path of a record's picture. Raises RowFault if there are several."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise RowFault(f"several pictures in one row: {len(value)}")
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        value = value.get("path") or value.get("file_name")
+    return as_text(value)
+
+
+def read_captions(record, columns):
+    """The captions of a record, one at least. Raises RowFault if it has none."""
+    captions = []
+    for column in columns:
+        value = record.get(column)
+        if column.casefold() in ("conversations", "messages"):
+            value = first_answer(value)
+        for caption in as_list(value):
+            if isinstance(caption, dict):  # Karpathy's sentences
+                caption = caption.get("raw") or caption.get("caption") or caption.get("text")
+            text = as_text(caption)
+            if text.strip():
+                captions.append(text)
+    if not captions:
+        raise RowFault("empty caption")
+    return captions
+
+
+def as_list(value):
+    """A cell's values: of a list, or of a text that is a list as JSON or Python writes it."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                values = read(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(values, list) and all(isinstance(item, str | dict) for item in values):
+                return values
+    return [value]
+
+
+def first_answer(turns):
+    """The caption of a conversation, LLaVA's or another's: the first thing that the model is to answer."""
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            raise RowFault("broken conversation: not a list of turns") from None
+    if is_empty(turns):
+        raise RowFault("empty caption: a conversation without turns")
+    if not isinstance(turns, list):
+        raise RowFault("broken conversation: not a list of turns")
+    for turn in turns:
+        if isinstance(turn, list) and len(turn) == 2:
+            speaker, text = turn
+        elif isinstance(turn, dict):
+            speaker = turn.get("from") or turn.get("role")
+            text = next((turn[name] for name in ("value", "content", "text") if turn.get(name)), None)
+        else:
+            raise RowFault(f"broken conversation: a turn is {type(turn).__name__}")
+        if str(speaker).casefold() in ("gpt", "assistant", "model", "bot"):
+            if isinstance(text, list):  # content in parts
+                text = " ".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+            return text
+    raise RowFault("empty caption: no answer in the conversation")
+
+
+def read_question(record, columns):
+    """The question, answer and choices of a record. Raises RowFault unless the three are there and fit."""
+    if len(columns) < 3:
+        return {}
+    question = as_written(record.get(columns["question"])).strip()
+    answer = as_written(record.get(columns["answer"])).strip()
+    choices = record.get(columns["choices"])
+    if not question:
+        raise RowFault("no question")
+    if not answer:
+        raise RowFault("no answer")
+    if isinstance(choices, str) and choices.strip():  # a .csv holds the list as JSON
+        try:
+            choices = json.loads(choices)
+        except (ValueError, RecursionError):
+            choices = None
+    if not isinstance(choices, list) or not choices:
+        raise RowFault("choices are not a JSON list")
+    choices = [as_written(choice).strip() for choice in choices]
+    if answer not in choices:
+        raise RowFault(f"answer not among the choices: {answer[:40]!r}")
+    return {"question": question, "answer": answer, "choices": choices}
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def type_labels(table, rows, names):
+    """Makes the rows' labels texts: numbers become the set's own names, and what is no label goes. Returns lines.
+
+    names: what the numbers stand for, from the table itself; None: from a file of CLASS_FILES beside it, if there is one.
+    """
+    names = dict(enumerate(names)) if names else read_class_file(table.parent)
+    left_out = defaultdict(Counter)  # reason -> labels
+    unnamed = f"are numbers without names (write these to {CLASS_FILES[0]} beside the table, a line each)"
+    for row in rows:
+        label = row.get("label")
+        number = as_number(label)
+        if is_empty(label):
+            row.pop("label", None)
+        elif number is None and not isinstance(label, list | dict):
+            row["label"] = str(label)
+        elif names and number in names:
+            row["label"] = names[number]
+        else:
+            del row["label"]
+            if number is None:
+                left_out["are lists"][json.dumps(label, default=str)] += 1
+            else:
+                left_out["are numbers that have no name" if names else unnamed][number] += 1
+    lines = []
+    for reason, labels in left_out.items():
+        shown = named([str(label)[:40] for label in labels])
+        lines.append(f"{table.name}: {sum(labels.values()):,} labels {reason}, and are left out: {shown}")
+    return lines
+
+
+def as_number(label):
+    """The integer that a label is or spells (3, 3.0, "3", true), or None."""
+    if isinstance(label, bool | int):
+        return int(label)
+    if isinstance(label, float):
+        return int(label) if math.isfinite(label) and label == int(label) else None
+    if isinstance(label, str) and re.fullmatch(r"\s*[+-]?\d{1,9}(\.0+)?\s*", label):
+        return int(float(label))
+    return None
+
+
+def read_class_file(folder):
+    """{number: name} of a file of names: a name a line, counted from 0, or `number name` lines. None without a file."""
+    for name in CLASS_FILES:
+        if (folder / name).is_file():
+            lines = [line.strip() for line in read_text(folder / name).splitlines() if line.strip()]
+            numbered = [re.fullmatch(r"(\d+)\s+(.+)", line) for line in lines]
+            if lines and all(numbered):
+                return {int(match[1]): match[2] for match in numbered}
+            return dict(enumerate(lines))
+    return None
+
+
+def named(names, most=5):
+    """Some names for a message, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(" ".join(str(name).split()) for name in list(names)[:most]) + more

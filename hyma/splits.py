@@ -1,0 +1,142 @@
+"""Which pictures train, which choose and which judge: names of splits, and the split that embed.py makes.
+
+A split is a name, `train`, `val` or `test`, in `rows.jsonl`. Rows train the connectors; val chooses among them; test is
+read once, by evaluate.py.
+"""
+
+import re
+from collections import Counter, defaultdict
+
+from vlm import BadInput
+
+SPELLINGS = {
+    "train": ("train", "training", "trn", "restval"),  # restval: Karpathy's COCO, whose authors train on it
+    "val": ("val", "valid", "validation", "validate", "dev", "development"),
+    "test": ("test", "testing", "tst"),
+}
+SPLIT_OF = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
+
+IN_TWO_SPLITS = "in two splits"  # how the reason of a row begins that is left out for its picture's sake
+HELD_OUT = 0.1  # of the pictures, for each of val and test
+MOST_HELD_OUT = 5000
+
+
+def known_split(name):
+    """train, val or test for a name as people write it (Train, val2014, test-images), None for any other."""
+    plain = str(name).strip().casefold()
+    plain = re.sub(r"[-_ ]?(\d{4}|images|imgs|set|split|data)$", "", plain)
+    return SPLIT_OF.get(plain)
+
+
+def split_of_file(stem):
+    """The split that the name of a table begins with: train.csv, train-00000-of-00002.parquet. None if there is none."""
+    return known_split(re.split(r"[-_.]", stem)[0])
+
+
+def give_splits(rows, picture_of, source):
+    """Writes the split of every row. Returns (lines that say what was done, rows that must not be used -> the reason).
+
+    rows: dicts that may have a `split`, as their source spells it. picture_of(row): the digest of its picture. source: their
+    name, for messages.
+
+    Rows keep the split that they come with, and a row without one trains where others have one. Where training rows
+    have no val or no test beside them, pictures are set aside from them. A row whose picture is held out elsewhere does
+    not count, else that picture would be trained on. Raises BadInput if no row's split has a known name.
+    """
+    lines = read_names(rows, source)
+    refused = refuse_held_out(rows, picture_of)
+    used = [row for number, row in enumerate(rows) if number not in refused]
+    lines += set_aside(used, picture_of)
+    return lines, refused
+
+
+def read_names(rows, source):
+    """Replaces the splits' names by train, val and test; those of unknown names stay. Returns lines about them."""
+    unknown = Counter()
+    unnamed = 0
+    known = False
+    for row in rows:
+        name = row.get("split")
+        if name in (None, ""):
+            unnamed += 1
+        elif known_split(name):
+            row["split"] = known_split(name)
+            known = True
+        else:
+            unknown[str(name)] += 1
+    counts = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(5))
+    if unknown and not known:
+        raise BadInput(
+            f"{source}: the splits are named {counts}, and none of these is train, val or test; rename them, or leave the split "
+            "column out to have the rows split by picture"
+        )
+    lines = []
+    if unknown:
+        lines.append(f"splits of unknown names, which neither train, choose nor judge: {counts}; known: {spellings()}")
+    if known and unnamed:
+        lines.append("1 row has no split and trains" if unnamed == 1 else f"{unnamed:,} rows have no split and train")
+    for row in rows:
+        if row.get("split") in (None, ""):
+            row["split"] = "train"
+    return lines
+
+
+def spellings():
+    """The known names of splits, for a message."""
+    return "; ".join(" ".join(names) for names in SPELLINGS.values())
+
+
+def refuse_held_out(rows, picture_of):
+    """{row number: reason} of the training rows whose picture is in val or test, and the val rows whose is in test."""
+    splits_of_picture = defaultdict(set)
+    for row in rows:
+        splits_of_picture[picture_of(row)].add(row["split"])
+    refused = {}
+    for number, row in enumerate(rows):
+        others = splits_of_picture[picture_of(row)]
+        held_out = None
+        if row["split"] in ("train", "val") and "test" in others:
+            held_out = "test"
+        elif row["split"] == "train" and "val" in others:
+            held_out = "val"
+        if held_out:
+            refused[number] = f"{IN_TWO_SPLITS}: the same picture is in {held_out}, and this row is in {row['split']}"
+    return refused
+
+
+def set_aside(rows, picture_of):
+    """Moves training rows to val and to test where these are empty: all rows of a picture together.
+
+    The digest of a picture alone says where it belongs, so that the split stays as it is when rows are added or are in
+    another order. Returns lines about what was moved.
+    """
+    found = {row["split"] for row in rows}
+    if "train" not in found:
+        return []
+    training = {picture_of(row) for row in rows if row["split"] == "train"}
+    place = {picture: place_of(picture) for picture in training}
+    least = 1 if len(training) < 10 else 2  # of one picture any other is as good
+    most = min(MOST_HELD_OUT, max(least, len(training) // 5))
+    moved = {}
+    for split, first in (("val", HELD_OUT), ("test", 0)):
+        left = [picture for picture in training if picture not in moved]
+        if split in found or len(left) < 2:
+            continue
+        inside = [picture for picture in left if first <= place[picture] < first + HELD_OUT]
+        # in a small corpus too few may be inside: then those that are next
+        outside = sorted(set(left).difference(inside), key=lambda picture: (place[picture] < first, place[picture]))
+        chosen = sorted(inside, key=place.get) + outside[: max(0, least - len(inside))]
+        moved |= dict.fromkeys(chosen[:most], split)
+    for row in rows:
+        if row["split"] == "train":
+            row["split"] = moved.get(picture_of(row), "train")
+    counts = Counter(moved.values())
+    if not counts:
+        return []
+    parts = [f"{split} {counts[split]:,}" for split in ("val", "test") if counts[split]]
+    return [f"set aside by picture content from {len(training):,} training pictures: {', '.join(parts)}"]
+
+
+def place_of(digest):
+    """A number from 0 to 1 for a picture, spread evenly, from the digest of its bytes alone."""
+    return int(digest[:13], 16) / 16**13

@@ -1,0 +1,344 @@
+"""Table files as records: text tables, JSON, parquet. What their columns mean is in `hyma/datasets.py`.
+
+A row of a file that cannot be read costs itself and no other row. To add a kind of table, extend TABLE_SUFFIXES and
+`read_table`.
+"""
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from hyma.files import make_folder
+from hyma.pictures import format_of
+from vlm import BadInput, check_regular
+
+TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
+ARCHIVE_SUFFIXES = {".tar", ".zip", ".gz", ".tgz", ".zst", ".7z", ".rar"}
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+PARQUET_ROWS = 256  # that are in memory at once: each may hold a picture
+SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+
+
+class Table(NamedTuple):
+    """The rows of a file."""
+
+    records: list[dict]  # column -> value; empty where there is a fault
+    faults: dict[int, str] = {}  # record's number -> why it cannot be used
+    class_names: dict[str, list[str]] = {}  # column of numbers -> the names that they stand for
+    packed: bool = False  # whether pictures are in the file itself: see `unpack_pictures`
+    note: str = ""  # how it was read, where that had to be found out
+
+
+def read_table(path, is_known) -> Table:
+    """The Table of a file. is_known(name): whether a column's name is one that a table of pictures has.
+
+    Raises BadInput if the file cannot be read at all.
+    """
+    check_regular(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            return read_text_table(path, is_known)
+        if suffix in (".jsonl", ".json"):
+            return read_json_table(path, is_known)
+        if suffix == ".parquet":
+            return read_parquet(path)
+    except (BadInput, OSError):
+        raise
+    except (RecursionError, Exception) as error:  # json, csv and arrow raise types of their own
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"--data {path}: cannot be read: {line}") from None
+    if suffix in ARCHIVE_SUFFIXES:
+        raise BadInput(f"--data {path}: is an archive; unpack it, and give what is in it (a folder or a table)")
+    raise BadInput(f"--data {path}: expected {' '.join(sorted(TABLE_SUFFIXES))} or a folder")
+
+
+def read_text(path):
+    """The text of a file: UTF-16 where it begins with the mark of that, else UTF-8.
+
+    A byte that is not UTF-8 must cost its own row and not the file: it is kept as a surrogate, and the row is refused.
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig", errors="surrogateescape")
+
+
+# ------------------------------------------------------------------------------------------------------- text tables
+
+
+def read_text_table(path, is_known):
+    """The Table of a text table with a header."""
+    lines = list(io.StringIO(read_text(path), newline=""))
+    if not lines:
+        return Table([])
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = choose_delimiter(lines[0], usual, is_known)
+    note = "" if delimiter == usual else f"separated by {DELIMITERS[delimiter]}"
+    names, *rows = read_rows(lines, delimiter, is_known)
+    columns = number_repeated(name.strip() for name in names)
+    records = []
+    faults = {}
+    for fields in rows:
+        fault = None
+        if isinstance(fields, Unclosed):
+            fields = fields.fields
+            if len(fields) != len(columns):
+                fault = "a quotation mark is opened and not closed"
+        while len(fields) > len(columns) and not fields[-1]:
+            fields = fields[:-1]
+        if fault is None and len(fields) > len(columns):
+            fault = "more fields than columns; a caption with a comma needs quotes"
+        if fault:
+            faults[len(records)] = fault
+        records.append(dict(zip(columns, fields)))
+    return Table(records, faults, note=note)
+
+
+def choose_delimiter(header, usual, is_known):
+    """What separates the columns: that which makes the most known names of the header, else the usual one."""
+    best = usual
+    most = 0
+    for delimiter in (usual, *DELIMITERS):
+        names = [name.strip().strip('"') for name in header.split(delimiter)]
+        known = sum(map(is_known, names))
+        if known > most:
+            best, most = delimiter, known
+    return best
+
+
+def number_repeated(names):
+    """The names, with _2, _3 ... after those that stand there again."""
+    counts = {}
+    numbered = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        numbered.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
+    return numbered
+
+
+class Unclosed(NamedTuple):
+    """A line that is no row by the rules of quotation: its fields as they stand."""
+
+    fields: list[str]
+
+
+def read_rows(lines, delimiter, is_known):
+    """The rows of a text table, as lists of fields; an Unclosed where a quotation mark opens a field and does not end it.
+
+    csv's strict reading finds such a field, unless the next mark happens to stand at the end of a field: then the field
+    has swallowed whole lines of the table, which are recognised by the picture that each of them begins with.
+    """
+    csv.field_size_limit(2**27)
+    first = next(csv.reader(lines[:1], delimiter=delimiter), [])
+    known = [place for place, name in enumerate(first) if is_known(name.strip(), "image")]
+    image_place = known[0] if known else 0
+    rows = []
+    start = 0
+    while start < len(lines):
+        following = (lines[number] for number in range(start, len(lines)))
+        reader = csv.reader(following, delimiter=delimiter, strict=True)
+        base = start
+        try:
+            for fields in reader:
+                end = base + reader.line_num
+                if holds_rows(lines[start + 1 : end], fields, len(first), image_place, delimiter):
+                    break
+                if fields:
+                    rows.append(fields)
+                start = end
+        except csv.Error:
+            pass
+        if start < len(lines):
+            rows.append(Unclosed(lines[start].rstrip("\r\n").split(delimiter)))
+            start += 1
+    return rows
+
+
+def holds_rows(lines, fields, width, image_place, delimiter):
+    """Whether one of a field's further lines reads as a row of the table: as many fields, a picture of the same kind."""
+    if not lines or len(fields) <= image_place:
+        return False
+    kind = Path(fields[image_place]).suffix
+    for line in lines:
+        cells = line.rstrip("\r\n").split(delimiter)
+        if len(cells) < width:
+            continue
+        cell = cells[image_place].strip('"')
+        if cell and " " not in cell and Path(cell).suffix == kind:
+            return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json_table(path, is_known):
+    """The Table of a JSON file: lines of objects, a list of them, a dict of them, or a dict that wraps one list."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        if path.suffix.lower() == ".json" and not starts_with_object_line(text):
+            raise BadInput(f"--data {path}: is not JSON: {error}") from None
+        return read_json_lines(text)
+    if isinstance(value, dict):
+        value, note = unwrap(path, value, is_known)
+    else:
+        note = ""
+    if not isinstance(value, list):
+        raise BadInput(f"--data {path}: expected a list of records such as {{'image': 'a.jpg', 'caption': 'a dog'}}")
+    faults = {}
+    records = []
+    for number, record in enumerate(value):
+        if not isinstance(record, dict):
+            faults[number] = f"not an object: {kind_of(record)}"
+        records.append(record if isinstance(record, dict) else {})
+    return Table(records, faults, note=note)
+
+
+def starts_with_object_line(text):
+    """Whether the first line is an object by itself, as in JSON lines."""
+    try:
+        return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
+    except ValueError:
+        return False
+
+
+def read_json_lines(text):
+    """The Table of lines that are an object each."""
+    records = []
+    faults = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+            faults[len(records)] = f"not JSON: line {number}"
+        if record is not None and not isinstance(record, dict):
+            faults[len(records)] = f"not an object: line {number} is {kind_of(record)}"
+        records.append(record if isinstance(record, dict) else {})
+    return Table(records, faults)
+
+
+def unwrap(path, value, is_known):
+    """(the list of records in a dict, how it was found)."""
+    if any(is_known(name, "image") and not isinstance(part, list) for name, part in value.items()):
+        return [value], ""
+    lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
+    if len(lists) == 1:
+        name, records = next(iter(lists.items()))
+        return records, f"the list {name!r}"
+    if len(lists) > 1:
+        found = ", ".join(list(lists)[:6])
+        raise BadInput(
+            f"--data {path}: holds several lists ({found}); write one list of records with image and caption, or, for a "
+            "standard set's own files, use --data NAME:FOLDER"
+        )
+    if value and all(isinstance(part, dict) for part in value.values()):
+        return list(value.values()), "a dict of records"
+    return None, ""
+
+
+def kind_of(value):
+    """What a JSON value is, in words."""
+    words = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return words.get(type(value), "nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------- parquet
+
+
+def open_parquet(path):
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise BadInput(f"--data {path}: parquet files need pyarrow: pip install pyarrow") from None
+    return parquet.ParquetFile(path)
+
+
+def read_parquet(path):
+    """The Table of a parquet file. A picture in it becomes the name of the file that `unpack_pictures` writes."""
+    file = open_parquet(path)
+    records = []
+    packed = False
+    for batch in file.iter_batches(PARQUET_ROWS):
+        for record in batch.to_pylist():
+            for column, value in record.items():
+                data = picture_bytes(value)
+                if data:
+                    record[column] = packed_name(data)
+                    packed = True
+                elif isinstance(value, bytes):
+                    record[column] = value.decode()
+            records.append(record)
+    return Table(records, class_names=parquet_class_names(file.schema_arrow), packed=packed)
+
+
+def picture_bytes(value):
+    """The bytes of a picture that a cell holds, as bytes or as {bytes, path}, the form of the datasets library; else None.
+
+    Some writers store texts as bytes: what is UTF-8 without control characters is a text.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes")
+        return value if isinstance(value, bytes) else None
+    if not isinstance(value, bytes):
+        return None
+    try:
+        is_text = "\0" not in value.decode()
+    except UnicodeDecodeError:
+        is_text = False
+    return None if is_text else value
+
+
+def packed_name(data):
+    """The name of a packed picture's file: the digest of its bytes, so that none is written twice."""
+    return hashlib.sha256(data).hexdigest() + SUFFIX_OF_FORMAT.get(format_of(data), ".picture")
+
+
+def unpack_pictures(tables, out):
+    """Writes the pictures that parquet files hold to out/images, once. Returns that folder."""
+    folder = out / "images"
+    unfinished = out / ".images"  # renamed when all pictures are there
+    if folder.is_dir():
+        return folder
+    make_folder(unfinished)
+    for path in tables:
+        for batch in open_parquet(path).iter_batches(PARQUET_ROWS):
+            for record in batch.to_pylist():
+                for value in record.values():
+                    data = picture_bytes(value)
+                    if data:
+                        target = unfinished / packed_name(data)
+                        target.unlink(missing_ok=True)  # cut by a kill, or somebody's link
+                        target.write_bytes(data)
+    shutil.move(unfinished, folder)
+    return folder
+
+
+def parquet_class_names(schema):
+    """{column: names} of the columns that the datasets library has marked as numbers of classes."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: feature["names"]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,626 @@
+"""Other people's corpora through embed.py's command line: what is read, what is left out and why, and how it is split."""
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from helpers import TINY, make_embedding_folder, tasks_of, unit_vectors, write_csv
+from PIL import Image
+
+from hyma import pictures as pictures_on_disk
+from hyma.embeddings import Embeddings, split_rows
+from hyma.files import read_jsonl
+from vlm import BadInput
+
+
+@pytest.fixture
+def folder(pictures):
+    """A folder of 40 pictures 0.webp to 39.webp and no captions."""
+    return pictures[0]
+
+
+@pytest.fixture
+def embed(run, tmp_path):
+    """embed(data, *flags): the Result, the rows and {key: reason} of a run into a new folder, or of the same one again."""
+
+    def embed(data, *flags, out="e"):
+        result = run("embed.py", *TINY, "--data", data, "--out", out, *flags)
+        assert "Traceback" not in result.err
+        if result.code:
+            return result, None, None
+        quarantine = read_jsonl(tmp_path / out / "quarantine.jsonl")
+        return result, read_jsonl(tmp_path / out / "rows.jsonl"), {row["key"]: row["reason"] for row in quarantine}
+
+    return embed
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def captions_of(rows):
+    return [row["caption"] for row in rows]
+
+
+def picture(k):
+    return {"image": f"{k}.webp", "caption": f"caption {k}"}
+
+
+# --------------------------------------------------------------------------------------------------- text tables
+
+
+@pytest.mark.parametrize("name, delimiter", [("t.tsv", "\t"), ("t.csv", ",")])
+def test_a_stray_quote_swallows_no_row(folder, embed, name, delimiter):
+    """It opens a field and no other ends it, or one ends it by chance three rows below."""
+    captions = [
+        "a boat",
+        '"Sunset over the pier',
+        "a cup",
+        'a 5" nail',
+        "a kite",
+        '"one',
+        "two",
+        'the sign says "stop"',
+    ]
+    captions += ['"three', "four", '5"']
+    lines = [f"image{delimiter}caption"] + [f"{k}.webp{delimiter}{caption}" for k, caption in enumerate(captions)]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    _, rows, quarantine = embed(folder / name)
+    assert captions_of(rows) == captions and not quarantine
+
+
+def test_a_caption_of_several_lines_is_one_caption(folder, embed):
+    write_csv(folder / "t.csv", [picture(0), picture(1) | {"caption": 'first, "line"\nsecond, line\n3'}, picture(2)])
+    _, rows, _ = embed(folder / "t.csv")
+    assert captions_of(rows) == ["caption 0", 'first, "line" second, line 3', "caption 2"]
+
+
+def test_a_quote_that_cuts_a_caption_costs_its_row(folder, embed):
+    table = folder / "t.csv"
+    table.write_text('image,caption\n0.webp,one\n1.webp,"two, and more\n2.webp,three\n' + "3.webp,four\n" * 20)
+    _, rows, quarantine = embed(table)
+    assert quarantine == {"1.webp": "a quotation mark is opened and not closed"} and len(rows) == 22
+
+
+@pytest.mark.parametrize("delimiter, word", [("\t", "tabs"), (";", "semicolons"), ("|", "bars")])
+def test_other_delimiters(folder, embed, delimiter, word):
+    write_csv(folder / "t.csv", [{"FilePath": f"{k}.webp", " Title ": f"a, b; {k}"} for k in range(3)], delimiter)
+    result, rows, _ = embed(folder / "t.csv")
+    assert captions_of(rows) == ["a, b; 0", "a, b; 1", "a, b; 2"] and f"separated by {word}" in result.out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_other_encodings(folder, embed, encoding):
+    lines = ["Image,Description", *(f"{k}.webp,café {k}" for k in range(3))]
+    (folder / "t.csv").write_bytes("\r\n".join(lines).encode(encoding))
+    assert captions_of(embed(folder / "t.csv")[1]) == ["café 0", "café 1", "café 2"]
+
+
+def test_bytes_that_are_not_utf8_cost_their_row(folder, embed):
+    rows = "".join(f"{k}.webp,caption {k},a,train\n" for k in range(3, 40))
+    text = f"image,caption,label,split\n0.webp,caf\xe9,a,train\n1.webp,x,caf\xe9,train\n2.webp,x,a,tr\xe9n\n{rows}"
+    (folder / "t.csv").write_bytes(text.encode("latin-1"))
+    _, rows, quarantine = embed(folder / "t.csv", "--allow-bad", "0.1")
+    assert len(rows) == 37 and set(quarantine) == {"0.webp", "1.webp", "2.webp"}
+    assert all("UTF-8" in reason for reason in quarantine.values())
+
+
+def test_tables_that_cannot_be_read_say_what_to_do(folder, refused):
+    (folder / "nohead.csv").write_text("0.webp,a cat\n1.webp,a dog\n")
+    refused("embed.py", *TINY, "--data", folder / "nohead.csv", says=["first line", "0.webp", "image,caption"])
+    (folder / "x.tar").write_bytes(b"0")
+    refused("embed.py", *TINY, "--data", folder / "x.tar", says=["archive", "unpack"])
+    (folder / "shards").mkdir()
+    (folder / "shards" / "00000.tar").write_bytes(b"0")
+    refused("embed.py", *TINY, "--data", folder / "shards", says=["archives (00000.tar)", "unpack"])
+    os.mkfifo(folder / "pipe.csv")
+    refused("embed.py", *TINY, "--data", folder / "pipe.csv", says="no regular file")
+    (folder / "coco.json").write_text('{"images": [{"id": 1}], "annotations": [{"id": 2}]}')
+    refused("embed.py", *TINY, "--data", folder / "coco.json", says=["several lists", "images, annotations"])
+    (folder / "deep.json").write_text("[" * 100_000)
+    refused("embed.py", *TINY, "--data", folder / "deep.json", says="deep.json")
+    (folder / "broken.parquet").write_bytes(b"PAR1")
+    refused("embed.py", *TINY, "--data", folder / "broken.parquet", says="broken.parquet")
+
+
+# -------------------------------------------------------------------------------------------------- JSON and parquet
+
+
+def test_json_in_other_shapes(folder, embed):
+    (folder / "dict.json").write_text(json.dumps({str(k): picture(k) for k in range(3)}))
+    (folder / "wrap.json").write_text(json.dumps({"info": "x", "data": [picture(k) for k in range(3)]}))
+    write_jsonl(folder / "lines.json", [picture(k) for k in range(3)])
+    (folder / "list.jsonl").write_text(json.dumps([picture(k) for k in range(3)]))
+    for name in ("dict.json", "wrap.json", "lines.json", "list.jsonl"):
+        assert captions_of(embed(folder / name, out=name)[1]) == ["caption 0", "caption 1", "caption 2"]
+
+
+def test_a_bad_line_costs_one_row(folder, embed):
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
+    table.write_text(table.read_text() + '{"image": "0.webp", \n[1]\n')
+    _, rows, quarantine = embed(table)
+    assert len(rows) == 40
+    assert quarantine == {"row 41": "not JSON: line 41", "row 42": "not an object: line 42 is a list"}
+
+
+def test_conversations_of_every_form(folder, embed):
+    human = {"from": "human", "value": "<image>\nWhat?"}
+    answered = [
+        [human, {"from": "gpt", "value": "caption 0"}],
+        [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "caption 1"}],
+        [["human", "hi"], ["gpt", "caption 2"]],
+        json.dumps([human, {"from": "gpt", "value": "caption 3"}]),
+        [{"role": "assistant", "content": [{"type": "text", "text": "caption 4"}]}],
+    ]
+    bad = ["what?", {"a": 1}, 7, [None], [human], None]
+    records = [{"image": [f"{k}.webp"], "conversations": turns} for k, turns in enumerate(answered + bad)]
+    records[0]["image"] = "0.webp"
+    text_only = [{"conversations": answered[0]}, {"image": None, "conversations": answered[0]}]
+    table = write_jsonl(folder / "chat.jsonl", text_only + records)
+    result, rows, quarantine = embed(table, "--allow-bad", "0.5")
+    assert captions_of(rows) == [f"caption {k}" for k in range(5)]
+    assert quarantine["row 1"] == quarantine["row 2"] == "conversation without a picture" and len(quarantine) == 8
+    assert "conversation without a picture (2)" in result.out
+    assert embed(write_jsonl(folder / "mix.jsonl", text_only + records[:5]), out="m")[0].code == 0  # by design, not bad
+
+
+def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    data = [(folder / f"{k}.webp").read_bytes() for k in range(4)]
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table(
+        {"image": [{"bytes": d, "path": None} for d in data], "text": list("abcd"), "label": [0, 1, 1, -1]}
+    )
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    (folder / "data").mkdir()
+    parquet.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
+    parquet.write_table(table.slice(0, 1), folder / "data" / "test-00000-of-00001.parquet")
+    parquet.write_table(pa.table({"jpg": data, "caption": [b"a", b"b", b"c", b"d"]}), folder / "bytes.parquet")
+    result, rows, quarantine = embed(folder / "data")
+    assert captions_of(rows) == ["a", "b", "c", "d"] and [row.get("label") for row in rows] == [
+        "cat",
+        "dog",
+        "dog",
+        None,
+    ]
+    assert [row["split"] for row in rows].count("test") == 1 and rows[0]["split"] == "test"
+    assert "in two splits" in next(iter(quarantine.values())) and "\\x" not in result.out
+    _, rows, _ = embed(folder / "bytes.parquet", out="b")
+    assert captions_of(rows) == ["a", "b", "c", "d"]
+    assert [(tmp_path / "b" / "images" / row["image"]).read_bytes() for row in rows] == data
+
+
+def test_img2datasets_files(folder, embed):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    out = folder.parent / "laion"
+    shard = out / "00000"
+    shard.mkdir(parents=True)
+    for k in range(4):
+        shutil.copy(folder / f"{k}.webp", shard / f"{k:09}.webp")
+        (shard / f"{k:09}.txt").write_text(f"caption {k}")
+        (shard / f"{k:09}.json").write_text("{}")
+    (out / "00000_stats.json").write_text('{"count": 4}')
+    keys = [f"{k:09}" for k in range(4)]
+    parquet.write_table(pa.table({"key": keys, "caption": [f"caption {k}" for k in range(4)]}), out / "00000.parquet")
+    for number, data in enumerate((out, shard, out / "00000.parquet")):
+        assert captions_of(embed(data, out=f"e{number}")[1]) == [f"caption {k}" for k in range(4)]
+
+
+# ---------------------------------------------------------------------------------------------- columns and captions
+
+
+def test_columns_are_chosen_over_all_records(folder, embed):
+    """The first record has neither picture nor label nor split."""
+    records = [{"caption": "no picture"}, picture(1), picture(2) | {"label": "cat", "split": "test"}]
+    records += [picture(k) | {"split": "val"} for k in range(3, 6)]
+    result, rows, quarantine = embed(write_jsonl(folder / "t.jsonl", records))
+    assert quarantine == {"row 1": "no image path"} and rows[1]["label"] == "cat"
+    assert [row["split"] for row in rows] == ["train", "test", "val", "val", "val"]
+    assert "label 'label', split 'split'" in result.out and "1 row has no split and trains" in result.out
+
+
+def test_several_captions_of_a_picture(folder, embed):
+    lists = write_jsonl(
+        folder / "a.jsonl", [{"image": f"{k}.webp", "captions": [f"a {k}", f"b {k}"]} for k in range(3)]
+    )
+    texts = [json.dumps([f"a {k}", f"b {k}"]) for k in range(2)] + [str(["a 2", "b 2"])]
+    text = write_csv(folder / "b.csv", [{"filename": f"{k}.webp", "raw": texts[k]} for k in range(3)])
+    columns = [{"image": f"{k}.webp", "caption_1": f"a {k}", "caption_2": f"b {k}"} for k in range(3)]
+    several = write_csv(folder / "c.csv", columns)
+    karpathy = [{"filename": f"{k}.webp", "sentences": [{"raw": f"a {k}"}, {"raw": f"b {k}"}]} for k in range(3)]
+    dicts = write_jsonl(folder / "d.jsonl", karpathy)
+    for table in (lists, text, several, dicts):
+        result, rows, _ = embed(table, out=table.stem)
+        assert captions_of(rows) == ["a 0", "b 0", "a 1", "b 1", "a 2", "b 2"]
+        assert [row["key"] for row in rows[:2]] == ["0.webp", "0.webp#2"]
+        assert "3 pictures, 6 captions (2 a picture)" in result.out
+
+
+def test_captions_that_are_no_text(folder, embed):
+    values = [1984, 2.5, float("nan"), None, "None", "[untitled] boat", {"a": 1}, "none"]
+    table = write_jsonl(folder / "t.jsonl", [{"image": f"{k}.webp", "caption": v} for k, v in enumerate(values)])
+    _, rows, quarantine = embed(table, "--allow-bad", "1")
+    assert captions_of(rows) == ["1984", "2.5", "[untitled] boat", "none"]
+    assert [quarantine[f"{k}.webp"] for k in (2, 3, 4, 6)] == ["empty caption"] * 4
+
+
+def test_questions_that_lack_a_part(folder, embed):
+    good = {"question": "what?", "answer": "none", "choices": ["none", "b"]}
+    wrong = [{"question": None}, {"answer": None}, {"choices": None}, {"choices": "a|b"}, {"answer": "z"}]
+    records = [{"image": f"{k}.webp"} | good | change for k, change in enumerate([{}, *wrong])]
+    _, rows, quarantine = embed(write_jsonl(folder / "q.jsonl", records), "--allow-bad", "1")
+    assert captions_of(rows) == ["what? none"]
+    reasons = [quarantine[f"{k}.webp"] for k in range(1, 6)]
+    assert reasons[:2] == ["no question", "no answer"] and "not among the choices" in reasons[4]
+
+
+def test_labels_are_typed(folder, embed):
+    labels = [0, 1, 1.0, float("nan"), "red_fox", None, "", "3", True, ["a", "b"]]
+    records = [picture(k) | {"label": labels[k % 10]} for k in range(40)]
+    table = write_jsonl(folder / "t.jsonl", records)
+    result, rows, quarantine = embed(table)
+    assert not quarantine and {row.get("label") for row in rows} == {None, "red_fox"}
+    assert "20 labels are numbers without names" in result.out and "4 labels are lists" in result.out
+    (folder / "classes.txt").write_text("cat\ndog\nbird\nhorse\n")
+    _, rows, _ = embed(table, out="named")
+    assert [row.get("label") for row in rows[:9]] == ["cat", "dog", "dog", None, "red_fox", None, None, "horse", "dog"]
+
+
+# ------------------------------------------------------------------------------------------------ folders and layouts
+
+
+def test_tables_below_the_folder(folder, embed):
+    """Hugging Face's layout: a table beside the pictures of each split."""
+    for k in range(40):
+        place = folder / "in" / ("train", "validation", "test")[k % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(place / f"{k}.webp")
+    for split in ("train", "validation", "test"):
+        names = sorted(path.name for path in (folder / "in" / split).iterdir())
+        write_jsonl(folder / "in" / split / "metadata.jsonl", [{"file_name": n, "text": f"text {n}"} for n in names])
+    result, rows, _ = embed(folder / "in")
+    assert all(row["caption"] == f"text {Path(row['image']).name}" for row in rows) and len(rows) == 40
+    assert {(Path(row["image"]).parent.name, row["split"]) for row in rows} == {
+        ("train", "train"),
+        ("validation", "val"),
+        ("test", "test"),
+    }
+    tables = "test/metadata.jsonl, train/metadata.jsonl, validation/metadata.jsonl"
+    says = f"{tables}: 40 pictures, 40 captions (1 a picture), splits train 14, val 13, test 13, labels none"
+    assert says in result.out
+
+
+def test_a_table_of_each_split_and_one_in_a_folder_of_its_own(folder, embed):
+    """train.csv and dev.csv beside the pictures; and annotations/ beside images/."""
+    write_csv(folder / "train.csv", [picture(k) for k in range(6)])
+    write_csv(folder / "dev.csv", [picture(k) for k in range(6, 9)])
+    result, rows, _ = embed(folder)
+    assert [row["split"] for row in rows].count("val") == 3 and "dev.csv, train.csv: 9 pictures" in result.out
+    base = folder.parent / "set"
+    (base / "annotations").mkdir(parents=True)
+    (folder / "train.csv").rename(base / "annotations" / "all.csv")
+    (folder / "dev.csv").unlink()
+    folder.rename(base / "images")
+    _, rows, _ = embed(base, out="set_out")
+    assert captions_of(rows) == [f"caption {k}" for k in range(6)]
+
+
+def test_captions_in_another_folder(folder, embed):
+    (folder / "in" / "images").mkdir(parents=True)
+    (folder / "in" / "captions").mkdir()
+    for k in range(3):
+        (folder / f"{k}.webp").rename(folder / "in" / "images" / f"{k}.webp")
+        (folder / "in" / "captions" / f"{k}.TXT").write_text(f"one {k}\ntwo {k}\n")
+    result, rows, _ = embed(folder / "in")
+    assert captions_of(rows) == ["one 0", "two 0", "one 1", "two 1", "one 2", "two 2"]
+    assert "3 text files, a caption a line" in result.out
+
+
+@pytest.mark.parametrize("split", ["{}", "data/{}", "a/b/{}"])
+@pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "validation"), ("train2017", "val2017")])
+def test_folders_of_splits_are_no_classes(folder, embed, split, train, val):
+    for k in range(40):
+        place = folder / "in" / split.format((train, val)[k % 2]) / ("tabby_cat", "dog")[k % 3 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(place / f"{k}.webp")
+    result, rows, _ = embed(folder / "in")
+    assert {(row["label"], row["caption"]) for row in rows} == {("tabby_cat", "tabby cat"), ("dog", "dog")}
+    assert sum(row["split"] == "val" for row in rows) == 20 and "labels 2 (dog, tabby_cat)" in result.out
+
+
+def test_a_folder_around_the_classes_is_no_class(folder, embed):
+    for k in range(6):
+        place = folder / "in" / "dataset" / ("cat", "train")[k % 2]  # a class may be called train
+        place.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(place / f"{k}.webp")
+    result, rows, _ = embed(folder / "in")
+    assert {row["label"] for row in rows} == {"cat", "train"} and "2 folders are classes (cat, train)" in result.out
+
+
+def test_pictures_in_folders_of_splits_need_captions(folder, refused):
+    for k in range(4):
+        place = folder / "in" / ("train", "test")[k % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(place / f"{k}.webp")
+    refused("embed.py", *TINY, "--data", folder / "in", says=["folders of splits", "no captions"])
+
+
+def test_hidden_files_links_and_other_formats(folder, embed):
+    base = folder / "in"
+    for name in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX/cat", "cat/@eaDir"):
+        (base / name).mkdir(parents=True)
+        shutil.copy(folder / f"{len(name)}.webp", base / name / f"{len(name)}.webp")
+    (base / "cat" / "._0.webp").write_bytes(b"\0\5\x16\7")
+    (base / "cat" / "Thumbs.db").write_bytes(b"0")
+    (base / "cat" / "notes.xml").write_text("<a/>")
+    shutil.copytree(base / "dog", folder / "elsewhere")
+    Image.open(folder / "20.webp").convert("RGB").save(folder / "elsewhere" / "a.jfif", "JPEG")
+    Image.open(folder / "21.webp").save(folder / "elsewhere" / "b.tif")
+    Image.open(folder / "22.webp").save(folder / "elsewhere" / "named_otherwise", "PNG")
+    (base / "owl").symlink_to(folder / "elsewhere")
+    (base / "cat" / "loop").symlink_to(base)
+    (base / "owl" / "drawing.svg").write_text("<svg></svg>")
+    result, rows, quarantine = embed(base)
+    assert {row["label"] for row in rows} == {"cat", "dog", "owl"}
+    names = {Path(row["image"]).name for row in rows if row["label"] == "owl"}
+    assert {"a.jfif", "b.tif", "named_otherwise"} <= names
+    assert quarantine == {"owl/drawing.svg": "unreadable image: SVG is not a format that is read"}
+    assert "links to folders that are read already: cat/loop" in result.out and "1 .xml" in result.out
+
+
+def test_a_row_is_bound_to_its_picture(folder, embed, tmp_path):
+    """rows.jsonl holds the digest of each picture's bytes, and the folder's hash covers it and the path."""
+    embed(write_jsonl(folder / "t.jsonl", [picture(k) for k in range(4)]))
+    path = tmp_path / "e" / "rows.jsonl"
+    rows = read_jsonl(path)
+    assert rows[0]["image_sha256"] == hashlib.sha256((folder / "0.webp").read_bytes()).hexdigest()
+    for change in ({"image": "9.webp"}, {"image_sha256": "0" * 64}):
+        write_jsonl(path, [rows[0] | change, *rows[1:]])
+        with pytest.raises(BadInput, match="have changed since"):
+            Embeddings(tmp_path / "e")
+
+
+# ------------------------------------------------------------------------------------------------------- picture paths
+
+
+def test_paths_as_other_machines_write_them(folder, embed):
+    (folder / "sub dir").mkdir()
+    (folder / "0.webp").rename(folder / "sub dir" / "0 #1 50%.webp")
+    (folder / "1.webp").rename(folder / unicodedata.normalize("NFD", "café.webp"))
+    good = ["sub dir\\0 #1 50%.webp", "sub%20dir/0%20%231%2050%25.webp", f"file://{folder}/2.webp", " 3.webp "]
+    good += [unicodedata.normalize("NFC", "café.webp"), "4.WEBP", str(folder / "5.webp"), "./6.webp"]
+    bad = {
+        "https://example.org/" + "a" * 300 + ".jpg": "web address",
+        "i" * 300: "missing file",
+        "nul\0.png": "missing file",
+        "sub dir": "missing file",
+        "data:image/png;base64,AAAA": "data URI",
+    }
+    names = [*good[:4], *bad, *good[4:]]
+    table = write_jsonl(folder / "t.jsonl", [{"image": name, "caption": name} for name in names])
+    _, rows, quarantine = embed(table, "--allow-bad", "0.5")
+    assert captions_of(rows) == [" ".join(name.split()) for name in good]
+    assert rows[0]["image"] == rows[1]["image"] == "sub dir/0 #1 50%.webp"
+    assert [reason.partition(":")[0] for reason in quarantine.values()] == list(bad.values())
+
+
+def test_one_picture_is_known_by_its_content(folder, embed, tmp_path):
+    """Under three spellings and as a copy: it is never trained on and chosen by."""
+    records = []
+    for k in range(40):
+        shutil.copy(folder / f"{k}.webp", folder / f"copy{k}.webp")
+        names = [f"{k}.webp", f"./{k}.webp", str(folder / f"{k}.webp"), f"copy{k}.webp"]
+        records += [{"image": name, "caption": f"caption {k} {name[:3]}"} for name in names]
+    result, rows, _ = embed(write_jsonl(folder / "t.jsonl", records))
+    assert "40 pictures, 160 captions (4 a picture)" in result.out
+    assert len({row["image"] for row in rows}) == 40 == len({row["image_sha256"] for row in rows})
+    train, validation = split_rows(Embeddings(tmp_path / "e"))
+    assert not {rows[i]["image"] for i in train.tolist()} & {rows[i]["image"] for i in validation.tolist()}
+    assert len({row["key"] for row in rows}) == 160
+
+
+# --------------------------------------------------------------------------------------- bad rows, and a bad machine
+
+
+def test_more_than_a_few_bad_rows_stop_the_corpus(folder, embed, run, tmp_path):
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
+    for k in range(3):
+        (folder / f"{k}.webp").rename(tmp_path / f"{k}.webp")
+    result, _, _ = embed(table)
+    says = "3 of 40 rows (7.5%) cannot be used: missing file (3);"
+    assert result.code == 1 and says in result.err and "--allow-bad 0.08" in result.err
+    assert len(read_jsonl(tmp_path / "e" / "quarantine.jsonl")) == 3
+    assert not (tmp_path / "e" / "manifest.json").exists()
+    assert embed(table, "--allow-bad", "0.08", out="allowed")[0].code == 0
+
+    (tmp_path / "0.webp").rename(folder / "0.webp")  # mended: the same command looks at it again
+    (tmp_path / "1.webp").rename(folder / "1.webp")
+    result, rows, quarantine = embed(table)
+    assert result.code == 0 and len(rows) == 39 and quarantine == {"2.webp": "missing file"}
+    assert "left out: 1 of 40 rows: missing file (1)" in result.out
+
+
+def test_pictures_mended_before_an_encoder_is_finished_are_taken(folder, embed, refused, tmp_path):
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
+    whole = (folder / "7.webp").read_bytes()
+    (folder / "7.webp").write_bytes(whole[:50])
+    wrong = ("--encoder", "x=local-dir:/nowhere", "--device", "cpu", "--data", table, "--out", "e")
+    refused("embed.py", *wrong, says="/nowhere")  # the rows are fixed by then
+    result = refused("embed.py", *wrong, says="/nowhere")
+    assert len(read_jsonl(tmp_path / "e" / "rows.jsonl")) == 39 and "can be used now" not in result.out
+    (folder / "7.webp").write_bytes(whole)
+    result, rows, quarantine = embed(table)
+    assert len(rows) == 40 and not quarantine and "can be used now" in result.out
+    assert not (tmp_path / "e" / ".scan.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM, errno.EACCES])
+def test_a_fault_of_the_machine_stops_and_costs_no_row(folder, embed, monkeypatch, number):
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
+    sound = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "30.webp":
+            raise OSError(number, os.strerror(number), str(path))
+        return sound(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    result, _, _ = embed(table)
+    assert result.code == 1 and os.strerror(number) in result.err and "30.webp" in result.err
+    monkeypatch.setattr(Path, "read_bytes", sound)
+    _, rows, quarantine = embed(table)
+    assert len(rows) == 40 and not quarantine
+
+
+def test_a_journal_of_garbage_is_made_again(folder, embed, tmp_path):
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(4)])
+    (tmp_path / "e").mkdir()
+    for garbage in (b"\xff\0garbage\n{\n", b"{}\n[[1]]\n", b""):
+        (tmp_path / "e" / ".scan.jsonl").write_bytes(garbage)
+        assert len(embed(table)[1]) == 4
+
+
+def test_a_picture_is_decoded_once(folder, embed, monkeypatch):
+    table = write_jsonl(folder / "t.jsonl", [picture(k % 4) | {"caption": str(k)} for k in range(20)])
+    seen = []
+    monkeypatch.setattr(pictures_on_disk, "open_image", lambda file: seen.append(file))
+    embed(table)
+    assert len(seen) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def numbered_pictures(folder, count):
+    """Small pictures that all differ. Returns their rows."""
+    folder.mkdir()
+    for k in range(count):
+        Image.new("RGB", (8, 8), (k % 256, k // 256, 0)).save(folder / f"{k}.png")
+    return [{"image": f"{k}.png", "caption": f"caption {k}"} for k in range(count)]
+
+
+def test_own_data_is_split_once_by_picture_content(embed, tmp_path):
+    records = numbered_pictures(tmp_path / "many", 600)
+    result, rows, _ = embed(write_csv(tmp_path / "many" / "t.csv", records[:500]))
+    split_of = {row["image"]: row["split"] for row in rows}
+    counts = [list(split_of.values()).count(split) for split in ("train", "val", "test")]
+    assert 370 < counts[0] < 430 and 30 < counts[1] < 70 and 30 < counts[2] < 70
+    assert "set aside by picture content from 500 training pictures" in result.out
+    _, more, _ = embed(write_csv(tmp_path / "many" / "more.csv", records[::-1]), out="more")
+    assert all(split_of.get(row["image"], row["split"]) == row["split"] for row in more)  # added and reordered
+    data = Embeddings(tmp_path / "e")
+    assert [part.tolist() for part in split_rows(data, 0)] == [part.tolist() for part in split_rows(data, 1)]
+
+
+@pytest.mark.parametrize("count, splits", [(1, ["train"]), (2, ["train", "val"]), (5, ["test", "train", "val"])])
+def test_tiny_corpora(embed, refused, tmp_path, count, splits):
+    records = numbered_pictures(tmp_path / "few", count)
+    _, rows, _ = embed(write_csv(tmp_path / "few" / "t.csv", records))
+    assert sorted({row["split"] for row in rows}) == splits
+    if count == 1:
+        folder = make_embedding_folder(tmp_path / "one", rows, control=unit_vectors(1, 512), mpnet=unit_vectors(1, 768))
+        refused("train_hyma.py", "--data", folder, "--device", "cpu", says=["no val rows to choose by", "train 1"])
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["train", "restval", "restval", "val", "test"], {"train": 24, "val": 8, "test": 8}),
+        (["Train", "Training ", "TRAIN", "Valid", "Testing"], {"train": 24, "val": 8, "test": 8}),
+        (["train", "train", "train", "validate", "test"], {"train": 24, "val": 8, "test": 8}),
+        (["train", "train", "train", "train", "test"], {"test": 8}),
+        (["test"] * 5, {"test": 40}),
+    ],
+)
+def test_splits_that_come_with_the_data_are_kept(folder, embed, names, expected):
+    records = [picture(k) | {"split": names[k % 5]} for k in range(40)]
+    result, rows, _ = embed(write_jsonl(folder / "t.jsonl", records))
+    splits = [row["split"] for row in rows]
+    assert {split: splits.count(split) for split in expected} == expected and len(rows) == 40
+    if names.count("test") == 1 and "val" not in expected:  # test but no val: some of train chooses
+        assert splits.count("val") > 0 and "set aside by picture content from 32" in result.out
+
+
+def test_unknown_splits_are_named(folder, embed):
+    records = [picture(k) | {"split": ["train", "val", "test", "extra"][k % 4]} for k in range(40)]
+    result, rows, _ = embed(write_jsonl(folder / "t.jsonl", records))
+    assert "'extra' (10 rows)" in result.out and len(rows) == 40
+    records = [picture(k) | {"split": f"fold{k % 2}"} for k in range(40)]
+    result, _, _ = embed(write_jsonl(folder / "u.jsonl", records), out="u")
+    assert result.code == 1 and "'fold0' (20 rows), 'fold1' (20 rows)" in result.err and "rename" in result.err
+
+
+def test_a_held_out_picture_is_not_trained_on(folder, embed):
+    records = [picture(k) | {"split": ["train", "val", "test"][k % 3]} for k in range(30)]
+    shutil.copy(folder / "2.webp", folder / "copy.webp")
+    records += [{"image": "copy.webp", "caption": "again", "split": "train"}]
+    result, rows, quarantine = embed(write_jsonl(folder / "t.jsonl", records))
+    assert quarantine == {"2.webp#2": "in two splits: the same picture is in test, and this row is in train"}
+    assert len(rows) == 30 and "in two splits (1)" in result.out
+
+
+def test_other_runs_are_scored_on_all_rows_of_a_folder_that_embed_split(embed, tmp_path):
+    records = numbered_pictures(tmp_path / "many", 40)
+    embed(write_csv(tmp_path / "many" / "t.csv", records))
+    own = tasks_of(tmp_path / "e", run_seed=0)["retrieval"]
+    others = tasks_of(tmp_path / "e")["retrieval"]
+    assert len(others.rows) == 40 and 0 < len(own.rows) < 20 and own.protocol.startswith("test split")
+
+
+# ------------------------------------------------------------------------------------------------------ standard sets
+
+
+def test_answers_are_normalised_and_bad_questions_cost_one_row(folder, embed):
+    answers = [
+        ["NIKE", "nike", "Nike"],
+        ["unanswerable"] * 3,
+        ["nike"] * 3,
+        ["12"] * 3,
+        ["The red car."] * 3,
+        [" 12"] * 3,
+    ]
+    questions = [
+        {"question_id": k, "image_id": f"i{k}", "question": f"what is {k}?", "answers": given}
+        for k, given in enumerate(answers)
+    ]
+    questions.append({"question_id": 6, "image_id": "i6", "question": "  ", "answers": ["x"]})
+    questions.append({"question_id": 7, "image_id": "i7", "question": "what is 7?", "answers": []})
+    base = folder.parent / "set"
+    (base / "train_images").mkdir(parents=True)
+    for k in range(8):
+        Image.open(folder / f"{k}.webp").convert("RGB").save(base / "train_images" / f"i{k}.jpg")
+    (base / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": questions}))
+    result, rows, quarantine = embed(f"textvqa:{base}", "--allow-bad", "0.3")
+    assert [row["answer"] for row in rows] == ["nike", "unanswerable", "nike", "12", "red car", "12"]
+    assert all(len({choice.lower() for choice in row["choices"]}) == 4 for row in rows)
+    assert quarantine == {"i6.jpg": "question without text: number 6", "i7.jpg": "question without answers: number 7"}
+    manifest = json.loads((folder.parent / "e" / "manifest.json").read_text())
+    assert "NOT WHOLE: 8 of its 5,000 questions, 2 rows left out" in manifest["protocol"]
+
+
+def test_the_sample_keeps_one_of_two_equal_pictures(tmp_path):
+    from sample.build import write_sample
+
+    rows = []
+    for k, shade in enumerate(("red", "red", "blue")):
+        path = tmp_path / f"{k}.png"
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(shade, (8, 8, 40, 40))
+        image.save(path)
+        rows.append({"picture": path, "caption": f"caption {k}", "label": "food", "split": "test"})
+    write_sample(rows, tmp_path / "out", 64, 80)
+    table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "captions.csv").read_text())))
+    assert [row["caption"] for row in table] == ["caption 0", "caption 2"]
+    assert len(list((tmp_path / "out" / "images").rglob("*.webp"))) == 2
