@@ -85,11 +85,13 @@ def list_files(root):
             if entry.name.startswith(".") or entry.name.casefold() in HIDDEN:
                 continue
             path = Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
+            is_link = entry.is_symlink()
+            if not is_link and entry.is_dir():
                 list_folder(path)
-            elif entry.is_dir():
+            elif os.path.isdir(path):
                 links.append(path)
-            elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is a missing file
+            # a link that leads nowhere is a picture that is missing
+            elif os.path.isfile(path) or (is_link and path.suffix.lower() in IMAGE_SUFFIXES):
                 files.append(path)
 
     list_folder(root)

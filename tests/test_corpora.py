@@ -372,6 +372,9 @@ def test_hidden_files_links_and_other_formats(folder, embed):
     (base / "owl").symlink_to(folder / "elsewhere")
     (base / "cat" / "loop").symlink_to(base)
     (base / "owl" / "drawing.svg").write_text("<svg></svg>")
+    (base / "owl" / "itself.xml").symlink_to("itself.xml")
+    (base / "owl" / "nowhere.txt").symlink_to("gone.txt")
+    os.mkfifo(base / "owl" / "pipe.webp")
     result, rows, quarantine = embed(base)
     assert {row["label"] for row in rows} == {"cat", "dog", "owl"}
     names = {Path(row["image"]).name for row in rows if row["label"] == "owl"}
