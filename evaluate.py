@@ -1,4 +1,4 @@
-"""Which encoder pair to stitch, how certain that is, what the search cost: runs and selectors beside the true scores.
+"""Which encoder pair to stitch, how certain that is, what the search cost: runs and selectors against the true scores.
 
     python evaluate.py                                             # the newest run, on its data's test rows
     python evaluate.py runs/hyma runs/halving runs/grid-s0 runs/grid-s1        # the full grid's runs are the oracle
@@ -29,16 +29,18 @@ import numpy as np
 from tqdm import tqdm
 
 import vlm
-from hyma.costs import FREE, Cost, cost_of_runs, cost_of_selector, times, trained_by_batches
+from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, cost_ratio, trained_by_batches
 from hyma.embeddings import Embeddings, choose_pairs, split_rows, unique
 from hyma.files import provenance, run_script
 from hyma.metrics import (
+    INTERVAL,
     METRICS,
     TaskScores,
     best_pairs,
     bootstrap_scores,
     draw_seed_weights,
     fidelity,
+    pair_name,
     resample,
     true_scores,
 )
@@ -50,13 +52,12 @@ from hyma.records import (
     best_first,
     make_gallery,
     method_rows,
-    pair_name,
     write_records,
 )
-from hyma.report import describe_choice, draw_report, number, teraflop
+from hyma.report import describe_choice, draw_report, format_number, teraflop
 from hyma.runs import newest_finished_run, read_run
 from hyma.selectors import SelectionMethod, run_selectors, selector_rows
-from hyma.tasks import KINDS, image_inputs, open_tasks, score, text_inputs
+from hyma.tasks import KINDS, WeightsMissing, image_inputs, open_tasks, prepare_inputs, score, text_inputs
 from vlm import BadInput
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -66,14 +67,20 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest in runs/)")
-    about = "runs whose connectors have the true scores, a seed each (default: full grids among RUN)"
+    about = "runs whose connectors have the true scores, one per seed (default: full grids among RUN)"
     add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help=about)
     about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
     add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
     add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
-    add("--templates", default="1", help="prompts of a class: 1, 80 or a file of lines with {} (default: %(default)s)")
-    add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="a text encoder's folder, instead of the hub")
+    add("--templates", default="1", help="prompts per class: 1, 80 or a file of lines with {} (default: %(default)s)")
+    add(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="a text encoder's folder, instead of the hub's files",
+    )
     add("--bootstrap", type=int, default=1000, help="resamples behind every interval (default: %(default)s)")
     about = "training rows that selectors use; 0: no selectors (default: %(default)s)"
     add("--selector-rows", type=int, default=2000, help=about)
@@ -81,19 +88,21 @@ def parse_flags():
     add("--demo", action="store_true", help="make runs/demo-* on the sample, those not there yet, and report on them")
     flags = parser.parse_args()
     if flags.bootstrap < 1:
-        raise BadInput(f"--bootstrap {flags.bootstrap}: one resample is the least; 1000 gives steady intervals")
+        raise BadInput(f"--bootstrap {flags.bootstrap}: must be at least 1; 1000 gives steady intervals")
     if flags.selector_rows and flags.selector_rows < 50:
-        raise BadInput(f"--selector-rows {flags.selector_rows}: 50 rows are the least; 0 leaves the selectors out")
+        raise BadInput(f"--selector-rows {flags.selector_rows}: must be at least 50, or 0 for no selectors")
     flags.task = named_paths("--task", flags.task, "FOLDER")
     flags.weights = named_paths("--weights", flags.weights, "PATH")
     if flags.demo and (flags.runs or flags.oracle or flags.task or flags.data):
-        raise BadInput("--demo: makes its own runs on the sample; RUN, --oracle, --task and --data do not go with it")
+        raise BadInput(
+            "--demo: makes its own runs on the sample; RUN, --oracle, --task and --data cannot be used with it"
+        )
     flags.device = vlm.pick_device(flags.device)
     return flags
 
 
 def named_paths(flag, items, value):
-    """{name: path} of a flag's NAME=PATH items. value: what the path is called in the flag's help."""
+    """{name: path} of a flag's NAME=PATH items. value: the word for the path in the flag's help."""
     paths = {}
     for item in items:
         name, equals, path = item.partition("=")
@@ -120,11 +129,11 @@ def run_demo(device):
     folders = []
     for name, (script, *arguments) in DEMO.items():
         out = Path("runs") / name
-        made = [Path(f"{out}-s0"), Path(f"{out}-s1")] if "--seeds" in arguments else [out]
-        folders += made
-        begun = sum((folder / "config.json").is_file() for folder in made)
-        finished = sum((folder / "ledger.json").is_file() for folder in made)
-        if finished == len(made):
+        outputs = [Path(f"{out}-s0"), Path(f"{out}-s1")] if "--seeds" in arguments else [out]
+        folders += outputs
+        begun = sum((folder / "config.json").is_file() for folder in outputs)
+        finished = sum((folder / "ledger.json").is_file() for folder in outputs)
+        if finished == len(outputs):
             continue
         command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
         command += ["--resume"] if begun else [*arguments, "--device", str(device)]
@@ -137,8 +146,7 @@ def run_demo(device):
 
 def read_runs(folders):
     """The Runs of the folders, each once however it is spelt."""
-    spelt_alike = dict.fromkeys(map(os.path.normpath, folders))
-    return [read_run(folder) for folder in spelt_alike]
+    return [read_run(folder) for folder in unique(map(os.path.normpath, folders))]
 
 
 def encoders_of(pairs):
@@ -150,9 +158,13 @@ def open_embeddings(runs, flags) -> Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
     trained_on = [run.data for run in runs if run.ledger]
     if not (flags.data or trained_on or flags.task):
-        raise BadInput(f"{runs[0].folder}: holds connectors alone; say what to score them on: --task NAME=FOLDER")
+        raise BadInput(
+            f"{runs[0].folder}: holds connectors alone; name embeddings to score them on: --task NAME=FOLDER"
+        )
     if trained_on and not flags.data and not Path(trained_on[0]).is_dir():
-        raise BadInput(f"{trained_on[0]}: no such folder from here; say where the runs' embeddings are: --data FOLDER")
+        raise BadInput(
+            f"{trained_on[0]}: no such folder from here; name the folder of the runs' embeddings: --data FOLDER"
+        )
     candidates = [*trained_on, *flags.task.values()]
     data = Embeddings(flags.data or candidates[0])
     digests = {}  # encoder -> sha256 of its file, by the first run that has it
@@ -170,7 +182,7 @@ def open_embeddings(runs, flags) -> Embeddings:
     return data
 
 
-def compared_pairs(data, runs, oracle_folders):
+def pairs_to_compare(data, runs, oracle_folders):
     """The pairs of the first run that is no oracle. Raises BadInput if another run lacks one."""
     first = next((run for run in runs if str(run.folder) not in oracle_folders), runs[0])
     pairs = [pair for pair in choose_pairs(data, ["all"]) if pair in first.ranks]
@@ -185,8 +197,8 @@ def compared_pairs(data, runs, oracle_folders):
 def group_runs(runs, pairs, oracle_folders=()):
     """The runs as [SelectionMethod]: runs that differ only in their seed are one method.
 
-    A seed that is named as the oracle and one beside it are two methods. Methods of the same label have their folders in
-    their names.
+    A seed that --oracle names and one that it does not name are two methods. Methods of the same label have their folders
+    in their names.
     """
     groups = []
     for run in runs:
@@ -201,8 +213,8 @@ def group_runs(runs, pairs, oracle_folders=()):
     for group in groups:
         first = group[0]
         name = f"{first.method} ({first.folder})" if labels[first.method] > 1 else first.method
-        orders = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)  # [S, P]
-        methods.append(SelectionMethod(name, orders, group, {}))
+        preferences = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)  # [S, P]
+        methods.append(SelectionMethod(name, preferences, group, {}))
     return methods
 
 
@@ -214,7 +226,7 @@ def is_other_seed(run, group, oracle_folders):
 
 
 def choose_oracle(methods, oracle_folders):
-    """(the method whose connectors have the true scores, the method whose choice is the answer, lines of warning).
+    """(the method whose connectors have the true scores, the method whose choice is the answer, warnings).
 
     oracle_folders: those of --oracle. Without them the oracle is a full grid, one with connectors as deep as the first
     run's if there is one; without a full grid it is the first run itself.
@@ -249,7 +261,7 @@ def can_be_oracle(method, oracle_folders):
 
 
 def open_all_tasks(flags, runs, data):
-    """([Task], lines of warning). Of the folder that the runs were trained on, only rows that none was trained on."""
+    """([Task], warnings). Of the folder that the runs were trained on, only rows that no run was trained on."""
     seeds = sorted({run.seed for run in runs if run.ledger})
     splits = [row.get("split") for row in data.rows or []]
     tasks, warnings = [], []
@@ -260,11 +272,39 @@ def open_all_tasks(flags, runs, data):
                 message = f"has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
                 raise BadInput(f"{data.folder}: {message}; name another --task, or give runs of one seed")
             warnings.append(
-                f"{data.folder} has no test split: the validation rows that chose the connectors also judge them; "
+                f"{data.folder} has no test split: the validation rows that chose the connectors also score them; "
                 "name another --task"
             )
         tasks += open_tasks(name, folder, flags, seeds[0] if is_own else None)
     return tasks, warnings
+
+
+def check_before_scoring(tasks, methods, pairs, data, flags):
+    """(the tasks that can be scored, warnings), after reading everything that scoring takes: a fault ends the report now, not
+    after minutes of it.
+
+    A task whose prompts need a text encoder without weights is left out. Raises BadInput if no task is left.
+    """
+    for method in methods:
+        for run in method.runs:
+            for pair in pairs:
+                load_connector(run, *pair, data)
+    possible, left_out = [], {}
+    for task in tasks:
+        try:
+            prepare_inputs(task, pairs, flags.weights, flags.device, data)
+            possible.append(task)
+        except WeightsMissing as error:
+            left_out.setdefault(str(error), []).append(f"{task.name} {task.kind}")
+    if not possible:
+        raise BadInput("; ".join(left_out))
+    warnings = [f"left out: {' and '.join(names)}: {reason}" for reason, names in left_out.items()]
+    return possible, warnings
+
+
+def load_connector(run, image, text, data):
+    """A run's connector of a pair, on the CPU."""
+    return vlm.load_connector(run.connector(image, text), data.encoders[image].dim, data.encoders[text].dim)
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -277,7 +317,7 @@ def score_runs(tasks, methods, pairs, data, flags):
     with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
         for task in tasks:
             kind = KINDS[task.kind]
-            units = {method.name: [] for method in methods}  # method -> [[P, U] a seed]
+            units = {method.name: [] for method in methods}  # method -> [[P, U]] of its seeds
             for method, run in runs:
                 units_of_run = []
                 for image, text in pairs:
@@ -306,12 +346,11 @@ def score_connector(task, run, image, text, data, flags):
     """The Score of a run's connector of a pair. Raises BadInput that names the connector if its outputs are unusable."""
     texts = text_inputs(task, text, flags.weights, flags.device, data)
     images = image_inputs(task, image, data)
-    path = run.connector(image, text)
-    connector = vlm.load_connector(path, data.encoders[image].dim, data.encoders[text].dim).to(flags.device)
+    connector = load_connector(run, image, text, data).to(flags.device)
     try:
         return score(task, texts, images, connector)
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
+        raise BadInput(f"{run.connector(image, text)}: {error}") from None
 
 
 def summarise(task, kind, units, resamples):
@@ -355,7 +394,7 @@ def headline_first(task_scores):
 
 
 def mean_by_method(arrays):
-    """{method: mean of its arrays}. arrays: [{method: array}], a task each."""
+    """{method: mean of its arrays}. arrays: [{method: array}] of the tasks."""
     means = {}
     for method in arrays[0]:
         means[method] = np.mean([each[method] for each in arrays], axis=0).round(9)
@@ -363,9 +402,9 @@ def mean_by_method(arrays):
 
 
 def warn_at_chance(task, oracle, seed_weights):
-    """A line of warning if the mean score of all pairs is no better than guessing, else none."""
+    """[a warning] if the mean score of all pairs is no better than guessing, else []."""
     means = bootstrap_scores(task, oracle, seed_weights).mean(1)  # [R]
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(means, INTERVAL)
     if low > task.chance:
         return []
     message = f"the pairs score {low:.1%} to {high:.1%} on average, where guessing scores {task.chance:.1%}"
@@ -373,7 +412,7 @@ def warn_at_chance(task, oracle, seed_weights):
 
 
 def evaluate_methods(task, methods, oracle, seed_weights):
-    """[MethodResult]: how well each method's order finds the truly best pairs of a task, and, of a run, how its own
+    """[MethodResult]: how well each method's preference finds the truly best pairs of a task, and, of a run, how its own
     connectors compare with the oracle's.
 
     task: TaskScores. seed_weights: {method: [R, S]}. A metric is the mean over the method's seeds; its 95 % interval is
@@ -385,50 +424,50 @@ def evaluate_methods(task, methods, oracle, seed_weights):
     for method in methods:
         own = OwnConnectors()
         if method.runs:
-            own = compare_connectors(task.scores[method.name], method.orders, truth)
+            own = compare_connectors(task.scores[method.name], method.preferences, truth)
         chosen = []
-        for order in method.orders:
-            chosen += best_pairs(order)
+        for preference in method.preferences:
+            chosen += best_pairs(preference)
         result = MethodResult(
             task=task.name,
             method=method.name,
             kind="run" if method.runs else "selector",
             seeds=len(method.runs),
             chosen=unique(chosen),
-            fidelity=estimate_fidelity(truth, resampled, method.orders, seed_weights[method.name]),
+            fidelity=estimate_fidelity(truth, resampled, method.preferences, seed_weights[method.name]),
             own=own,
         )
         results.append(result)
     return results
 
 
-def estimate_fidelity(truth, resampled, orders, seed_weights):
-    """{metric: Estimate}. truth [P], resampled [R, P]: true scores. orders [S, P]. seed_weights [R, S]."""
-    of_truth = [fidelity(truth[None], order) for order in orders]
-    of_resamples = [fidelity(resampled, order) for order in orders]
+def estimate_fidelity(truth, resampled, preferences, seed_weights):
+    """{metric: Estimate}. truth [P], resampled [R, P]: true scores. preferences [S, P]. seed_weights [R, S]."""
+    of_truth = [fidelity(truth[None], preference) for preference in preferences]
+    of_resamples = [fidelity(resampled, preference) for preference in preferences]
     of_random_order = fidelity(truth[None], np.zeros(len(truth)))
     estimates = {}
     for metric in METRICS:
         value = np.mean([seed[metric][0] for seed in of_truth])
         by_seed = np.stack([seed[metric] for seed in of_resamples], axis=1)  # [R, S]
-        low, high = np.percentile((seed_weights * by_seed).sum(1), [2.5, 97.5])
+        low, high = np.percentile((seed_weights * by_seed).sum(1), INTERVAL)
         estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
     return estimates
 
 
-def compare_connectors(scores, orders, truth):
-    """The OwnConnectors of a run. scores, orders: [S, P]. truth: [P]."""
+def compare_connectors(scores, preferences, truth):
+    """The OwnConnectors of a run. scores, preferences: [S, P]. truth: [P]."""
     gap = scores.mean(0) - truth  # [P]
     best_third = best_first(truth)[: math.ceil(len(truth) / 3)]
-    first = orders == orders.max(1, keepdims=True)  # [S, P]; ties for the first place share it
+    first = preferences == preferences.max(1, keepdims=True)  # [S, P]; ties for the first place share it
     of_choice = (scores * first / first.sum(1, keepdims=True)).sum(1)  # [S]
     return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
 
 
 def costs_of(methods, oracle, pairs, data):
-    """{method: Cost}, compared at the batch size and updates of the oracle, or else of the first run that has them."""
+    """{method: Cost}, at the batch size and updates of the oracle for comparison, or else of the first run that has them."""
     ledgers = [run.ledger for method in (oracle, *methods) for run in method.runs if run.ledger]
-    # A closed form's one step is no batch size, so that it is compared with only if there is nothing else.
+    # A closed form has no batch size, so it is the reference only if there is nothing else.
     by_batches = list(filter(trained_by_batches, ledgers))
     reference = next(iter(by_batches or ledgers), None)
     names = encoders_of(pairs)
@@ -447,21 +486,21 @@ def costs_of(methods, oracle, pairs, data):
 
 
 def print_table(result):
-    """A line a method, as the trainers print their rankings."""
+    """One line per method, as the trainers print their rankings."""
     task, oracle = result.headline, result.oracle
     base = result.costs[oracle.name]
     wide = max(len(method.name) for method in result.methods)
-    heads = "regret, points (95 %)  top-1   R@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
+    heads = "regret, points (95 %)  top-1  recall@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
     print(f"\n{task.name}, {task.counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
     print(f"{'':{wide}}  {heads}")
     for each in result.method_results[0]:
         cost, regret = result.costs[each.method], each.fidelity["regret"]
         interval = f"{regret.value:6.2f} ({regret.low:.2f} to {regret.high:.2f})"
         metrics = ""
-        for metric, width in (("top1", 7), ("recall3", 6), ("ndcg3", 8), ("spearman", 10), ("tau", 7)):
+        for metric, width in (("top1", 7), ("recall3", 10), ("ndcg3", 8), ("spearman", 10), ("tau", 7)):
             metrics += f"{each.fidelity[metric].value:{width}.2f}"
-        ratio = number(times(cost, base, "flops_equal_batch"), 3)
-        spent = f"{teraflop(cost.flops):>9}{number(cost.seconds, 1):>9}{ratio:>10}"
+        ratio = format_number(cost_ratio(cost, base, "flops_equal_batch"), 3)
+        spent = f"{teraflop(cost.flops):>9}{format_number(cost.seconds, 1):>9}{ratio:>10}"
         choice = describe_choice(list(map(result.pair_name, each.chosen)), each.seeds)
         print(f"{each.method:{wide}}  {interval:21}{metrics}{spent}  {choice}")
 
@@ -483,7 +522,7 @@ def describe_pair(result):
     scores = f"its connector scores {100 * own:.1f} % on {task.name} ({KINDS[task.kind].headline})"
     if not primary.trained:
         return f"{pair}, the best of {primary.name}: {scores}"
-    ties = len(best_pairs(primary.orders.mean(0))) - 1
+    ties = len(best_pairs(primary.preferences.mean(0))) - 1
     tied = f" (tied with {ties} more)" if ties else ""
     return f"{pair}, the choice of {primary.name}{tied}: {scores}"
 
@@ -507,10 +546,10 @@ def describe_certainty(result):
 
 
 def describe_others(result):
-    """The pairs that are clearly better, and those that cannot be told from the chosen one: a clause each."""
+    """The pairs that are clearly better, and those that noise does not separate from the chosen one: one clause each."""
     chosen = result.chosen
     resampled = result.bootstrap_scores(result.headline)  # [R, P]
-    low, high = np.percentile(resampled - resampled[:, [chosen]], [2.5, 97.5], axis=0)  # [P] the others less the chosen
+    low, high = np.percentile(resampled - resampled[:, [chosen]], INTERVAL, axis=0)  # [P] the others minus the chosen
     better, alike = [], []
     for k in best_first(result.true_scores(result.headline)):
         if k == chosen:
@@ -528,10 +567,10 @@ def describe_others(result):
 
 
 def describe_cost(result):
-    """What the search cost, beside the oracle's cost."""
+    """What the search cost, and its ratio to the oracle's cost."""
     primary, oracle = result.primary, result.oracle
     cost = result.costs[primary.name]
-    ratio = times(cost, result.costs[oracle.name], "flops_equal_batch")
+    ratio = cost_ratio(cost, result.costs[oracle.name], "flops_equal_batch")
     clause = f"{teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
     if not ratio or oracle is primary:
         return clause
@@ -539,6 +578,28 @@ def describe_cost(result):
 
 
 # ------------------------------------------------------------------------------------------------------------- main
+
+
+def warn_of_hidden_costs(methods):
+    """A warning for each method whose connectors another run has begun."""
+    words = "starts from another run's connectors, whose cost is not in its own"
+    return [f"{method.name}: {words}" for method in methods if method.runs[0].starts_from]
+
+
+def open_selectors(data, pairs, runs, flags):
+    """What `run_selectors` returns, on training rows of the first run that has any: connectors alone have none."""
+    trained = [run for run in runs if run.ledger]
+    if not (flags.selector_rows and trained):
+        return [], {}, []
+    training_rows, _ = split_rows(data, trained[0].seed)
+    rows = selector_rows(data, training_rows, flags.selector_rows)
+    return run_selectors(data, pairs, rows, flags.device)
+
+
+def choose_pair(primary, oracle, task):
+    """The index of the pair to stitch: the first choice of `primary` or, of connectors alone, the truly best on the task."""
+    preference = primary.preferences.mean(0) if primary.trained else true_scores(task, oracle)  # [P]
+    return best_pairs(preference)[0]
 
 
 def main():
@@ -549,41 +610,34 @@ def main():
     runs = read_runs([*folders, *flags.oracle])
     oracle_folders = set(map(os.path.normpath, flags.oracle))
     data = open_embeddings(runs, flags)
-    pairs = compared_pairs(data, runs, oracle_folders)
+    pairs = pairs_to_compare(data, runs, oracle_folders)
     methods = group_runs(runs, pairs, oracle_folders)
     oracle, primary, warnings = choose_oracle(methods, oracle_folders)
 
     # Tasks: every connector is scored on every one.
-    tasks, more = open_all_tasks(flags, runs, data)
-    warnings += more
-    for method in methods:
-        if method.runs[0].starts_from:
-            warnings.append(f"{method.name}: starts from another run's connectors, whose cost is not in its own")
+    tasks, of_rows = open_all_tasks(flags, runs, data)
+    tasks, of_weights = check_before_scoring(tasks, methods, pairs, data, flags)
+    warnings += of_rows + of_weights + warn_of_hidden_costs(methods)
     task_scores, records = score_runs(tasks, methods, pairs, data, flags)
     task_scores = headline_first(task_scores)
 
-    # Selectors use training rows, which connectors alone do not have.
-    spectra = {}
-    trained = [run for method in (oracle, *methods) for run in method.runs if run.ledger]
-    if flags.selector_rows and trained:
-        training_rows, _ = split_rows(data, trained[0].seed)
-        rows = selector_rows(data, training_rows, flags.selector_rows)
-        selectors, spectra, duplicates = run_selectors(data, pairs, rows, flags.device)
-        methods += selectors
-        warnings += duplicates
-    methods.append(SelectionMethod("random order", np.zeros((1, len(pairs))), [], FREE))
+    # Selectors, which train nothing.
+    runs_oracle_first = [run for method in (oracle, *methods) for run in method.runs]
+    selectors, spectra, duplicates = open_selectors(data, pairs, runs_oracle_first, flags)
+    random_order = SelectionMethod("random order", np.zeros((1, len(pairs))), [], NO_COST)
+    methods += [*selectors, random_order]
+    warnings += duplicates
 
     # Every method against the true scores.
     seed_weights = draw_seed_weights(methods, flags.bootstrap)
     for task in task_scores:
         warnings += warn_at_chance(task, oracle, seed_weights)
-    ranked_by = primary.orders.mean(0) if primary.trained else true_scores(task_scores[0], oracle)  # [P]
     result = EvaluationResult(
         pairs=pairs,
         methods=methods,
         oracle=oracle,
         primary=primary,
-        chosen=best_pairs(ranked_by)[0],
+        chosen=choose_pair(primary, oracle, task_scores[0]),
         tasks=task_scores,
         resamples=flags.bootstrap,
         seed_weights=seed_weights,

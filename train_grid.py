@@ -4,9 +4,9 @@
     python train_grid.py --data embeddings/my --seeds 0 1 2 --out runs/grid       # runs/grid-s0, -s1 and -s2
     python train_grid.py --data embeddings/my --shard 0/4 --out runs/grid         # and 1/4, 2/4, 3/4 elsewhere
     python train_grid.py --budget-of runs/hyma                        # as many FLOPs as that run has spent
-    python train_grid.py --halving                                    # gives up the worse half of the pairs, repeatedly
+    python train_grid.py --halving                                    # drops the worse half of the pairs, repeatedly
     python train_grid.py --closed-form whitened                       # no training at all; also ridge, procrustes
-    python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # refines that run's connector
+    python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # trains that run's connector further
     python train_grid.py --resume                                     # the newest run, after an interruption
 
 All pairs go through the kernels in one pass, on the batches that train_hyma.py draws for the same seed, each with its
@@ -27,16 +27,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hyma import closed_form
-from hyma.costs import connector_flops, flop_counter, logit_flops
+from hyma.costs import connector_flops, connector_shapes, flop_counter, logit_flops
 from hyma.embeddings import RowStore, seeded_generator, split_rows, unique
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
-from hyma.metrics import Retrieval, mean_recalls, rank_pairs
+from hyma.metrics import Retrieval, mean_recalls, pair_name, rank_pairs
 from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
 from hyma.training import (
     add_training_flags,
     check_seeds,
     check_training_flags,
     draw_rows,
+    hidden_layers_of,
     learning_rate,
     mean_recall10,
     open_data,
@@ -54,20 +55,26 @@ from hyma.training import (
     training_dtype,
     validate,
 )
-from vlm import HIDDEN_DIM, BadInput, connector_name, pick_device, read_connector, read_json
+from vlm import BadInput, connector_name, pick_device, read_connector, read_json
 
-VALIDATIONS = 5  # about so many, each with a checkpoint
-MOST_STEPS = 10**8
+VALIDATIONS = 5  # per run, about so many, each with a checkpoint
+MOST_STEPS = 10**8  # of a --budget-of: more would be a damaged ledger
 
 
 def parse_flags():
-    """[(flags, configuration)]: one run, or the resumed ones of several seeds. The configuration of a new run is None."""
+    """[(flags, config.json of a run that --resume names, else None)]: one, or one per seed of several resumed runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_flags(parser, "grid")
     add = parser.add_argument
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of weights and batches; several: a run each, OUT-s<seed>")
-    about = "start from that run's connectors (default: from random weights)"
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="random seed of weights, batches, of --rows and of a split; several: one run each, OUT-s<seed>",
+    )
+    about = "start from that run's connectors, with its data, split and loss settings (default: random weights)"
     add("--from", dest="from_run", metavar="RUN", help=about)
     add("--pairs-per-pass", type=int, help="pairs trained at a time, to bound memory (default: all)")
     add("--shard", metavar="I/N", help="every N-th pair from the I-th on, into OUT-shard-I-of-N; the last one merges")
@@ -88,18 +95,22 @@ def parse_flags():
     if flags.shard and not flags.out:
         raise BadInput(f"--shard {flags.shard}: needs --out, the same for all shards")
     if flags.closed_form and flags.from_run:
-        raise BadInput(f"--from {flags.from_run}: contradicts --closed-form, which starts from nothing")
+        raise BadInput(f"--from {flags.from_run}: contradicts --closed-form, which trains nothing")
     if flags.halving and (flags.shard or flags.pairs_per_pass):
-        raise BadInput("--halving: compares all pairs as it goes, so neither --shard nor --pairs-per-pass goes with it")
+        raise BadInput(
+            "--halving: compares all pairs while it trains, so neither --shard nor --pairs-per-pass can be used with it"
+        )
     return [(flags, None)]
 
 
 def flags_to_keep(run, data):
-    """The flags of the run in --from that hold for what starts from its connectors: its data, its split, its loss."""
+    """The flags of the run in --from that are kept: its data, its split and its loss settings."""
     path = Path(run) / "config.json"
     if not path.is_file():
         if data is None:
-            raise BadInput(f"--from {run}: has no config.json; say with --data what its connectors were trained on")
+            raise BadInput(
+                f"--from {run}: has no config.json; name the data that its connectors were trained on: --data"
+            )
         return {}
     config = read_json(path)
     kept = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
@@ -128,7 +139,7 @@ def check_same_data(run, data, pairs, seeds):
 def folders_to_resume(flags):
     """The run folder of --out, or of the newest run; of several seeds, those of all."""
     out = find_run(flags.out)
-    if flags.out is None:  # the newest of several seeds stands for all of them
+    if flags.out is None:  # of several seeds, the newest run's name without its seed
         out = out.with_name(re.sub(r"-s\d+$", "", out.name))
     whole = out.with_name(out.name + shard_suffix(flags))
     name = re.escape(out.name) + r"-s\d+" + shard_suffix(flags)
@@ -160,17 +171,17 @@ def run_folder(flags, seed):
 
 
 class FreeConnectors(nn.Module):
-    """A connector of its own for each pair (the protocol of `hyma.training.Generator`), started from nothing but the seed
-    and the pair's name, or from the run folder `source`."""
+    """A connector of its own for each pair (the protocol of `hyma.training.Generator`), started from random weights, which
+    depend on the seed and the pair's name alone, or from the run folder `source`."""
 
     def __init__(self, pairs, dims, hidden_layers, seed, source=None):
         super().__init__()
         self.pairs, self.layers = list(pairs), nn.ModuleList()
         for image, text in pairs:
-            widths = [dims[text]] + [HIDDEN_DIM] * hidden_layers + [dims[image]]
+            shapes = connector_shapes(dims[text], hidden_layers, dims[image])
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeded_generator("weights", seed, image, text).initial_seed())
-                self.layers.append(nn.ModuleList(nn.Linear(*shape) for shape in zip(widths, widths[1:])))
+                self.layers.append(nn.ModuleList(nn.Linear(into, out) for out, into in shapes))
             if source:
                 tensors = connector_of_run(source, image, text, hidden_layers)
                 for parameter, tensor in zip(self.layers[-1].parameters(), tensors):
@@ -185,9 +196,16 @@ class FreeConnectors(nn.Module):
         return separate_layers(features, pairs, [self.predict(*pair) for pair in pairs])
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (of the connectors, which goes with the samples; nothing goes with the steps)."""
+        """Of one step without its logits: (of the connectors, which grows with the samples; nothing grows with the steps)."""
         shapes = [[weight.shape for weight, _ in self.predict(*pair)] for pair in pairs]
         return sum(connector_flops(batch_size, layers) for layers in shapes), 0
+
+
+def flops_per_step(connectors, batch_size, pairs, dims):
+    """(of all, of the logits alone) for one step of these pairs. connectors: FreeConnectors. dims: {encoder: width}."""
+    of_samples, _ = connectors.flops(batch_size, pairs)
+    of_logits = logit_flops(batch_size, [dims[image] for image, _ in pairs])
+    return of_samples + of_logits, of_logits
 
 
 def connector_of_run(run, image, text, hidden_layers):
@@ -197,7 +215,7 @@ def connector_of_run(run, image, text, hidden_layers):
 
 
 def clip_each(connectors, pairs, clip_norm):
-    """Bounds the gradient norm of each pair by itself, so that none feels its neighbours."""
+    """Bounds the gradient norm of each pair by itself, so that no pair depends on the others."""
     for pair in pairs:
         tensors = [tensor for layer in connectors.predict(*pair) for tensor in layer]
         nn.utils.clip_grad_norm_(tensors, clip_norm)
@@ -207,17 +225,15 @@ def clip_each(connectors, pairs, clip_norm):
 
 
 def plan_steps(flags, pairs, dims, row_count):
-    """How many updates the schedule has: the epochs', or what the FLOPs of another run pay for."""
+    """How many steps the schedule has: those of the epochs, or as many as the FLOPs of another run allow."""
     if flags.budget_of == "full":
         return flags.epochs * (row_count // flags.batch_size)
     budget = read_json(Path(flags.budget_of) / "ledger.json").get("flops")
     if not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
         raise BadInput(f"--budget-of {flags.budget_of}: its ledger.json has no flops above zero")
-    step_flops = logit_flops(flags.batch_size, [dims[image] for image, _ in pairs])
-    for image, text in pairs:
-        widths = [dims[text]] + [HIDDEN_DIM] * int(flags.connector[-1]) + [dims[image]]
-        step_flops += connector_flops(flags.batch_size, list(zip(widths[1:], widths)))
-    steps = max(1, round(budget / step_flops))
+    with torch.device("meta"):  # shapes alone
+        connectors = FreeConnectors(pairs, dims, hidden_layers_of(flags), seed=0)
+    steps = max(1, round(budget / flops_per_step(connectors, flags.batch_size, pairs, dims)[0]))
     if steps > MOST_STEPS:
         raise BadInput(
             f"--budget-of {flags.budget_of}: its {budget:.3g} FLOPs would be {steps:.3g} steps; is it damaged?"
@@ -226,8 +242,8 @@ def plan_steps(flags, pairs, dims, row_count):
 
 
 def halving_rungs(pair_count, steps):
-    """{step: pairs that go on from there}: half of them each time, at 1/2^r, ..., 1/4, 1/2 of the schedule, until one
-    is left, so that every rung costs about as much as training one pair for half the schedule."""
+    """{step: how many pairs are trained from there on}: half of them each time, at 1/2^r, ..., 1/4, 1/2 of the schedule,
+    until one is left, so that every rung costs about as much as training one pair for half the schedule."""
     rungs, doublings = {}, math.ceil(math.log2(pair_count))
     if 2**doublings > steps:
         raise BadInput(f"--halving: {steps} steps are too few to halve {pair_count} pairs; give more --epochs")
@@ -237,37 +253,39 @@ def halving_rungs(pair_count, steps):
     return rungs
 
 
-def score(six):
-    """What pairs and states are chosen by: R@10, then R@5, then R@1, each the mean of both directions."""
+def selection_key(six):
+    """Pairs and states are compared by this: R@10, then R@5, then R@1, each the mean of both directions."""
     return tuple(reversed(mean_recalls(six)))
 
 
-def pairs_that_go_on(pairs, state, count):
-    """The `count` pairs with the best scores so far, in their old order; equals go on in that order."""
+def surviving_pairs(pairs, state, count):
+    """The `count` pairs with the best scores so far, in their old order; of equals, the first."""
     if count >= len(pairs):
         return pairs
-    kept = sorted(pairs, key=lambda pair: score(state["best"][":".join(pair)]["recalls"]), reverse=True)[:count]
+    kept = sorted(pairs, key=lambda pair: selection_key(state["best"][pair_name(pair)]["recalls"]), reverse=True)[
+        :count
+    ]
     return [pair for pair in pairs if pair in kept]
 
 
 # ------------------------------------------------------------------------------------------------------------- state
 
-COSTS = ("flops", "start_flops", "step_flops", "logit_flops", "seconds")  # that add up over groups of pairs
+COSTS = ("flops", "start_flops", "step_flops", "logit_flops", "seconds")  # summed over groups of pairs
 
 
 def new_state(pairs):
-    """All that training changes beside the tensors. best: {pair: its best recalls, with the layers that reached them}."""
-    updates = {":".join(pair): 0 for pair in pairs}
+    """All that training changes besides the tensors. best: {pair: its best recalls, with the layers that reached them}."""
+    updates = {pair_name(pair): 0 for pair in pairs}
     return {"step": 0, "updates": updates, "losses": [], "metrics": [], "best": {}, "peak_bytes": 0} | dict.fromkeys(
         COSTS, 0
     )
 
 
-def keep_best(state, name, six, layers, about):
-    """Keeps these layers, [(weight, bias)], as the pair's if none before scored as high. about: for the card."""
-    if name not in state["best"] or score(six) > score(state["best"][name]["recalls"]):
+def keep_best(state, name, six, layers, card_info):
+    """Keeps these layers, [(weight, bias)], as the pair's if none before scored as high. card_info: for its card."""
+    if name not in state["best"] or selection_key(six) > selection_key(state["best"][name]["recalls"]):
         layers = [(weight.detach().cpu().clone(), bias.detach().cpu().clone()) for weight, bias in layers]
-        state["best"][name] = {"recalls": six, "layers": layers, "about": about}
+        state["best"][name] = {"recalls": six, "layers": layers, "about": card_info}
 
 
 def merge_states(states, pairs):
@@ -281,7 +299,7 @@ def merge_states(states, pairs):
         found = {}
         for state in states:
             found |= state[key]
-        whole[key] = {":".join(pair): found[":".join(pair)] for pair in pairs}
+        whole[key] = {pair_name(pair): found[pair_name(pair)] for pair in pairs}
     for lines in zip(*(state["metrics"] for state in states)):
         whole["metrics"].append(merge_lines(lines))
     return whole
@@ -303,11 +321,11 @@ def merge_lines(lines):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(flags, identity, pairs, store, retrieval, train_rows, checkpoints, saved):
-    """Trains these pairs over the whole schedule. saved: the last checkpoint, {"done": states of the groups before this
-    one} and, where this one was interrupted, its state and tensors."""
-    seed, steps = identity["seed"], identity["steps"]
-    connectors = FreeConnectors(pairs, store.dims, int(flags.connector[-1]), seed, flags.from_run).to(store.device)
+def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, saved):
+    """Trains these pairs over the whole schedule. Returns their state. saved: the last checkpoint, {"done": states of the
+    groups before this one} and, where this one was interrupted, its state and tensors."""
+    seed, steps = must_match["seed"], must_match["steps"]
+    connectors = FreeConnectors(pairs, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
     if "state" in saved:
@@ -319,11 +337,14 @@ def train(flags, identity, pairs, store, retrieval, train_rows, checkpoints, sav
     dtype = training_dtype(flags.precision)
     steps_per_epoch = len(train_rows) // flags.batch_size
     validation_period = steps_per_epoch * max(1, steps // steps_per_epoch // VALIDATIONS)
+    # Where a budget makes the schedule shorter than the epochs, the warm-up is as much shorter.
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
-    alive = [pair for pair in pairs if state["updates"][":".join(pair)] == state["step"]]
-    alive = pairs_that_go_on(alive, state, rungs.get(state["step"], len(alive)))
-    started = time.perf_counter() - state["seconds"]
+    # Halving: the pairs that are still trained. A dropped pair has fewer updates than steps have passed; if the checkpoint
+    # was saved right at a rung, the rung is still to be applied.
+    surviving = [pair for pair in pairs if state["updates"][pair_name(pair)] == state["step"]]
+    surviving = surviving_pairs(surviving, state, rungs.get(state["step"], len(surviving)))
+    started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     def save_checkpoint():
         tensors = {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
@@ -336,66 +357,67 @@ def train(flags, identity, pairs, store, retrieval, train_rows, checkpoints, sav
         for step in range(state["step"], steps):
             # A batch of rows, every pair's connector, a loss each.
             rows = draw_rows(step, seed, train_rows, flags.batch_size)  # [B]
-            losses = pair_losses(connectors, store, rows, alive, dtype, flags.logit_scale)  # [P]
+            losses = pair_losses(connectors, store, rows, surviving, dtype, flags.logit_scale)  # [P]
             if not losses.isfinite().all():
                 bad = losses.isfinite().long().argmin().item()
                 raise BadInput(
-                    f"step {step}: the loss of {':'.join(alive[bad])} is {losses[bad].item()}; stopped before the update; "
+                    f"step {step}: the loss of {pair_name(surviving[bad])} is {losses[bad].item()}; stopped before the update; "
                     "try a lower --lr"
                 )
 
             # The update: each pair under its own gradient norm.
-            optimizer.zero_grad(set_to_none=True)  # a pair given up has no gradient, and AdamW passes it by
+            optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
             losses.sum().backward()  # the sum, so that each pair has its own gradient
-            clip_each(connectors, alive, flags.clip_norm)
+            clip_each(connectors, surviving, flags.clip_norm)
             lr = learning_rate(step, steps, flags.lr, warmup_steps)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             state["losses"].append(losses.mean().item())
 
             # What it cost.
-            of_samples, _ = connectors.flops(flags.batch_size, alive)
-            of_logits = logit_flops(flags.batch_size, [store.dims[image] for image, _ in alive])
-            state["flops"] += of_samples + of_logits
+            of_all, of_logits = flops_per_step(connectors, flags.batch_size, surviving, store.dims)
+            state["flops"] += of_all
             state["logit_flops"] += of_logits
-            for pair in alive:
-                state["updates"][":".join(pair)] += 1
+            for pair in surviving:
+                state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1
             state["seconds"] = time.perf_counter() - started
             state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
             progress.update()
 
-            # Validation: each pair's best state is kept, and halving gives up half of the pairs. Everything is saved then,
-            # by the clock, and when a signal asks for it.
+            # Validation: each pair's best state is kept, and halving drops half of the pairs. A checkpoint is saved then,
+            # after a minute without one, and on a signal.
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps or step + 1 in rungs
             if not is_validation:
                 if checkpoints.due() or signals.arrived():
                     save_checkpoint()
                     signals.leave_if_asked()
                 continue
-            recalls = validate(connectors, store, retrieval, alive)
+            recalls = validate(connectors, store, retrieval, surviving)
             epoch = round((step + 1) / steps_per_epoch, 3)
-            about = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
-            for pair in alive:
-                keep_best(state, ":".join(pair), recalls[":".join(pair)], connectors.predict(*pair), about)
+            card_info = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
+            for pair in surviving:
+                keep_best(state, pair_name(pair), recalls[pair_name(pair)], connectors.predict(*pair), card_info)
             state["seconds"] = time.perf_counter() - started
             line = {"epoch": epoch, "step": step + 1, "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr}
             line |= {"val_recall10": mean_recall10(recalls), "seconds": state["seconds"], "recalls": recalls}
             state["metrics"].append(line)
             state["losses"] = []
-            progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{line['val_recall10']:.1%}", pairs=len(alive))
+            progress.set_postfix(
+                loss=f"{line['loss']:.3f}", val_R10=f"{line['val_recall10']:.1%}", pairs=len(surviving)
+            )
             save_checkpoint()
             signals.leave_if_asked()
-            alive = pairs_that_go_on(alive, state, rungs.get(step + 1, len(alive)))
+            surviving = surviving_pairs(surviving, state, rungs.get(step + 1, len(surviving)))
     return state
 
 
-def solve(flags, pairs, store, retrieval, rows):
-    """A closed form of every pair, in float64, its strength chosen by validation: the state that training leaves.
+def fit_closed_forms(flags, pairs, store, retrieval, rows):
+    """A closed form of every pair, in float64, its strength chosen by validation. Returns a state like `train`'s.
 
-    A linear connector can centre the texts (its bias does) but not the pictures. A map whose outputs are perpendicular to
-    the pictures' mean scores a picture as if the mean had been subtracted, but for its length: so the mean's direction is
-    taken out of the outputs, and the file needs nothing else.
+    The bias of a linear connector can centre the texts, but nothing in the file can centre the pictures. A map whose outputs
+    are perpendicular to the pictures' mean scores a picture as if the mean had been subtracted, but for its length, so the
+    mean's direction is removed from the outputs.
     """
     state, started, counter = new_state(pairs), time.perf_counter(), flop_counter()
     means = {name: closed_form.mean_of(store, name, rows) for name in unique(name for pair in pairs for name in pair)}
@@ -414,8 +436,8 @@ def solve(flags, pairs, store, retrieval, rows):
                 weight = closed_form.without_mean_direction(weight, means[image])
                 bias = -weight @ means[text]
                 six = retrieval.recalls(F.linear(texts, weight.float(), bias.float()), pictures)
-                about = {"closed_form": flags.closed_form, "regularisation": strength}
-                keep_best(state, name, six, [(weight.float(), bias.float())], about)
+                card_info = {"closed_form": flags.closed_form, "regularisation": strength}
+                keep_best(state, name, six, [(weight.float(), bias.float())], card_info)
             state["updates"][name] = 1
     state["start_flops"] = state["flops"]
     state["step"] = 1
@@ -443,7 +465,7 @@ def closed_form_maps(kind, store, image, text, rows, means, text_gram, factors):
 
 def main():
     runs = parse_flags()
-    flags, config = runs[0]
+    flags, resumed_config = runs[0]
     typed = recorded_flags(flags)
     device = pick_device(flags.device)
 
@@ -453,36 +475,37 @@ def main():
     pairs = all_pairs[index::count]
     if not pairs:
         raise BadInput(f"--shard {flags.shard}: there are only {len(all_pairs)} pairs")
-    images = unique(image for image, _ in pairs)
-    texts = unique(text for _, text in pairs)
+    image_names = unique(image for image, _ in pairs)
+    text_names = unique(text for _, text in pairs)
     steps = None
-    if config is None:
+    if resumed_config is None:
         runs, steps = plan_runs(flags, data, all_pairs, pairs, device)
         flags = runs[0][0]
-    store = RowStore(data, images + texts, device)
-    embeddings = data.fingerprint(images + texts)
+    store = RowStore(data, image_names + text_names, device)
+    embeddings = data.fingerprint(image_names + text_names)
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
     opened = []  # every seed's folder before the first trains, so that --resume finds them all
     seeds = flags.seeds
-    for (flags, config), seed in zip(runs, seeds):
-        identity = {"pairs": [":".join(pair) for pair in pairs], "embeddings": embeddings}
-        if config:
-            identity |= {"seed": config["seed"], "steps": config["steps"]}
+    for (flags, resumed_config), seed in zip(runs, seeds):
+        must_match = {"pairs": [pair_name(pair) for pair in pairs], "embeddings": embeddings}
+        if resumed_config:
+            must_match |= {"seed": resumed_config["seed"], "steps": resumed_config["steps"]}
         else:
-            identity |= {"seed": seed, "steps": steps}
-        about = describe_run(flags, data, identity["seed"])
-        config = config or run_of_same_command(flags.out, typed)
-        opened.append((flags, identity, open_run_folder(flags, typed, config, identity, about, device)))
-    for flags, identity, _ in opened:
-        encoders = f"{len(images)} image and {len(texts)} text encoders"
-        print(f"run: {flags.out}, seed {identity['seed']}, {len(pairs)} pairs of {encoders}")
-        train_rows, val_rows = split_for_training(data, identity["seed"], flags.rows)
+            must_match |= {"seed": seed, "steps": steps}
+        run_info = describe_run(flags, data, must_match["seed"])
+        resumed_config = resumed_config or run_of_same_command(flags.out, typed)
+        lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)
+        opened.append((flags, must_match, lock))
+    for flags, must_match, _ in opened:
+        encoders = f"{len(image_names)} image and {len(text_names)} text encoders"
+        print(f"run: {flags.out}, seed {must_match['seed']}, {len(pairs)} pairs of {encoders}")
+        train_rows, val_rows = split_for_training(data, must_match["seed"], flags.rows)
         retrieval = Retrieval(data, val_rows, device)
-        state = run_groups(flags, identity, pairs, store, retrieval, train_rows)
+        state = run_groups(flags, must_match, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
         if flags.shard:
-            merge_shards(flags, identity, data, all_pairs, retrieval, len(train_rows), device)
+            merge_shards(flags, must_match, data, all_pairs, retrieval, len(train_rows), device)
 
 
 def plan_runs(flags, data, all_pairs, pairs, device):
@@ -491,10 +514,10 @@ def plan_runs(flags, data, all_pairs, pairs, device):
     flags = resolve_training_flags(flags, "grid", device, row_count)
     if flags.closed_form:
         flags.connector = "mlp0"
-    if flags.from_run:  # what is missing or changed is noticed before anything is trained
+    if flags.from_run:  # checked before anything is trained
         check_same_data(flags.from_run, data, all_pairs, flags.seeds)
         for pair in all_pairs:
-            connector_of_run(flags.from_run, *pair, int(flags.connector[-1]))
+            connector_of_run(flags.from_run, *pair, hidden_layers_of(flags))
     dims = {name: encoder.dim for name, encoder in data.encoders.items()}
     steps = plan_steps(flags, all_pairs, dims, row_count)
     if flags.halving:
@@ -508,8 +531,8 @@ def plan_runs(flags, data, all_pairs, pairs, device):
 
 
 def describe_run(flags, data, seed):
-    """What whoever reads the run needs to know of it, see `create_run`."""
-    hidden_layers = int(flags.connector[-1])
+    """The run_info of `create_run`."""
+    hidden_layers = hidden_layers_of(flags)
     method = flags.closed_form or ("halving" if flags.halving else "grid")
     method += f" mlp{hidden_layers}"
     if flags.budget_of != "full":
@@ -519,31 +542,31 @@ def describe_run(flags, data, seed):
     if flags.rows:
         method += f", {flags.rows} rows"
     train_rows, val_rows = split_rows(data, seed, flags.rows)
-    has_less = flags.halving or flags.closed_form or flags.from_run or flags.rows
+    is_part = flags.halving or flags.closed_form or flags.from_run or flags.rows
     return {
         "method": method,
         "recipe": recipe_of(flags),
-        "full_grid": flags.budget_of == "full" and not has_less,
+        "full_grid": flags.budget_of == "full" and not is_part,
         "hidden_layers": hidden_layers,
         "rows": {"train": len(train_rows), "val": len(val_rows)},
         "starts_from": flags.from_run,
     }
 
 
-def run_groups(flags, identity, pairs, store, retrieval, train_rows):
-    """Trains the pairs, --pairs-per-pass at a time, or solves them. What is finished stays in the checkpoint."""
+def run_groups(flags, must_match, pairs, store, retrieval, train_rows):
+    """Trains the pairs, --pairs-per-pass at a time, or fits their closed forms. The checkpoint keeps finished groups."""
     checkpoints = Checkpoints(flags.out)
     saved = checkpoints.load("done") or {"done": []}
     done = saved["done"]  # the states of the groups that are finished
     if sum(len(state["updates"]) for state in done) == len(pairs):
-        print(resumed_line(flags.out, identity["steps"], identity["steps"]))
+        print(resumed_line(flags.out, must_match["steps"], must_match["steps"]))
         return merge_states(done, pairs)
     if flags.closed_form:
-        done.append(solve(flags, pairs, store, retrieval, train_rows))
+        done.append(fit_closed_forms(flags, pairs, store, retrieval, train_rows))
     size = flags.pairs_per_pass or len(pairs)
     while sum(len(state["updates"]) for state in done) < len(pairs):
         group = pairs[size * len(done) :][:size]
-        done.append(train(flags, identity, group, store, retrieval, train_rows, checkpoints, saved))
+        done.append(train(flags, must_match, group, store, retrieval, train_rows, checkpoints, saved))
         saved = {"done": done}
     checkpoints.save({"done": done})
     return merge_states(done, pairs)
@@ -560,21 +583,21 @@ def export(flags, data, state, retrieval, row_count):
         return best[pair]["layers"], best[pair]["about"] | {"updates": updates[pair]}
 
     recalls = {pair: best[pair]["recalls"] for pair in best}
-    ranking = rank_pairs(recalls, before=updates)  # halving: fewer updates, given up sooner
+    ranking = rank_pairs(recalls, before=updates)  # halving: pairs with fewer updates were dropped sooner
     batch_size = row_count if flags.closed_form else flags.batch_size
     paths = write_results(flags.out, data, ranking, connector_of, batch_size, state)
     if flags.closed_form:
-        made = flags.closed_form
+        description = flags.closed_form
     elif flags.halving:
         share = sum(updates.values()) / (max(updates.values()) * len(updates))
-        made = f"halving of the grid, {flags.connector}, {share:.0%} of the full grid's updates"
+        description = f"halving of the grid, {flags.connector}, {share:.0%} of the full grid's updates"
     else:
-        made = f"grid, {flags.connector}"
-    print_results(ranking, recalls, retrieval, made, state, paths[0])
+        description = f"grid, {flags.connector}"
+    print_results(ranking, recalls, retrieval, description, state, paths[0])
 
 
-def merge_shards(flags, identity, data, pairs, retrieval, row_count, device):
-    """Writes OUT from the n folders OUT-shard-i-of-n, once all of them are finished; else says which are not."""
+def merge_shards(flags, must_match, data, pairs, retrieval, row_count, device):
+    """Writes OUT from the n folders OUT-shard-i-of-n, once all of them are finished; else prints which are not."""
     suffix, (_, count) = shard_suffix(flags), shard_of(flags)
     out = flags.out.with_name(flags.out.name.removesuffix(suffix))
     shards = [out.with_name(f"{out.name}-shard-{k}-of-{count}") for k in range(count)]
@@ -583,20 +606,21 @@ def merge_shards(flags, identity, data, pairs, retrieval, row_count, device):
         print(f"\n{out} will hold all {len(pairs)} pairs once these are finished: {', '.join(missing)}")
         return
     configs = [read_json(shard / "config.json") for shard in shards]
-    incidental = {"shard": None, "out": None, "device": None}
+    not_compared = {"shard": None, "out": None, "device": None}
     for shard, config in zip(shards, configs):
-        same_flags = config["flags"] | incidental == configs[0]["flags"] | incidental
-        if not same_flags or config["steps"] != identity["steps"]:
+        same_flags = config["flags"] | not_compared == configs[0]["flags"] | not_compared
+        if not same_flags or config["steps"] != must_match["steps"]:
             raise BadInput(f"{shard}: was started with other flags than {shards[0]}; not merged into {out}")
     flags = argparse.Namespace(**vars(flags) | {"out": out, "shard": None})
     embeddings = {}
     for config in configs:
         embeddings |= config["embeddings"]
-    identity = identity | {"pairs": [":".join(pair) for pair in pairs], "embeddings": embeddings}
-    config = read_json(out / "config.json") if (out / "config.json").is_file() else None
-    about = describe_run(flags, data, identity["seed"])
+    must_match = must_match | {"pairs": [pair_name(pair) for pair in pairs], "embeddings": embeddings}
+    resumed_config = read_json(out / "config.json") if (out / "config.json").is_file() else None
+    run_info = describe_run(flags, data, must_match["seed"])
     typed = recorded_flags(flags)
-    lock = open_run_folder(flags, typed, config, identity, about, device, wait=True)  # noqa: F841  another shard may be merging
+    # Another shard may be merging, so this waits for its turn.
+    lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=True)  # noqa: F841
     if (out / "ledger.json").is_file():
         return
     states = []

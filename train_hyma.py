@@ -1,23 +1,24 @@
 """Trains one hypernetwork that predicts the connector of every encoder pair, ranks the pairs, writes the connectors.
 
-    python train_hyma.py --pairs all                                  # the embedded sample, about a minute on a CPU
+    python train_hyma.py --pairs all                                  # the embedded sample, ten seconds on two cores
     python train_hyma.py --pairs all --data embeddings/my             # your embeddings, made by embed.py
     python train_hyma.py --pairs "vit_*:mpnet" deit_b16:roberta --data embeddings/my --out runs/few
     python train_hyma.py --rows 1000 --data embeddings/my             # a first choice from a few rows
-    python train_hyma.py --add-encoder vit_l16 --from runs/few        # fits only the new encoder's part
+    python train_hyma.py --add-encoder vit_l16 --from runs/few        # trains only the new encoder's part
     python train_hyma.py --resume                                     # the newest run, after an interruption
 
 Every step draws a mini-batch of rows and a few pairs of one text encoder, lets the hypernetwork predict those pairs'
 connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two hypernetworks: `factored`
 (default) predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp`
 is the paper's, an MLP from a pair code and a layer code to that layer's weights. `factored` starts from a closed form,
-which also tells the pairs apart on training rows that it has not seen; ranks come from these and the validation rows.
+which is also cross-validated on training rows; the ranking combines these scores with those of the validation rows.
 Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
 import argparse
 import math
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +31,14 @@ from hyma.costs import flop_counter, logit_flops
 from hyma.embeddings import RowStore, choose_pairs, seeded_generator, unique
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
-from hyma.metrics import Retrieval, expected_recall10, rank_pairs
+from hyma.metrics import Retrieval, expected_recall10, pair_name, rank_pairs
 from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
 from hyma.training import (
     add_training_flags,
     check_seeds,
     check_training_flags,
     draw_rows,
+    hidden_layers_of,
     learning_rate,
     mean_recall10,
     open_data,
@@ -57,16 +59,16 @@ from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, load_tensors, pick_device, read_json
 
 # Defaults that differ between the two hypernetworks; None: the flag belongs to the other. factored starts from a closed
-# form and only refines it, so its rate is low, and a third of the image encoders a step is enough.
+# form and only refines it, so its rate is low, and a third of the image encoders per step is enough.
 DEFAULTS = {
-    "factored": {"lr": 1e-4, "rank": 256, "width": None, "share_of_images": 1 / 3},
+    "factored": {"lr": 1e-4, "rank": 256, "width": None, "share_of_images": Fraction(1, 3)},
     "mlp": {"lr": 1e-3, "rank": None, "width": 128, "share_of_images": 1},
 }
-VALIDATIONS = 4  # each with a checkpoint; one validates every pair, which costs as much as several steps of a few
+VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as several steps
 
 
 def parse_flags():
-    """The flags, and the run folder's configuration if an interrupted run is to be resumed (else None)."""
+    """(flags, config.json of the run that --resume names, else None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_training_flags(parser, "hyma")
@@ -75,11 +77,20 @@ def parse_flags():
     add("--generator", choices=list(DEFAULTS), default="factored", help=about)
     add("--width", type=int, help="hidden width of the mlp generator; the paper's is 512 (default: 128)")
     add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
-    add("--pairs-per-step", type=int, help="pairs a step, of one text encoder (default: a third of them; mlp: all)")
+    add(
+        "--pairs-per-step",
+        type=int,
+        help="pairs per step, of one text encoder (default: a third of its pairs; mlp: all)",
+    )
     add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
-    add("--add-encoder", metavar="NAME", help="fit only this encoder's part, against the finished run in --from")
-    add("--from", dest="from_run", metavar="RUN", help="the run that --add-encoder adds to; its flags are kept")
-    add("--seed", type=int, default=0, help="of weights, batches and pair draws (default: %(default)s)")
+    add("--add-encoder", metavar="NAME", help="train only this encoder's part and add it to the finished run in --from")
+    add("--from", dest="from_run", metavar="RUN", help="the run that --add-encoder adds to; its flags are used")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of weights, batches, pairs, folds, of --rows and of a split (default: %(default)s)",
+    )
     flags = parser.parse_args()
     if bool(flags.add_encoder) != bool(flags.from_run):
         raise BadInput("--add-encoder NAME and --from RUN go together")
@@ -105,14 +116,15 @@ def flags_to_keep(run):
     return {name: value for name, value in config["flags"].items() if name not in own}
 
 
-def resolve_flags(flags, device, row_count, images, pairs, untrained):
+def resolve_flags(flags, device, row_count, image_names, pairs, untrained):
     """A copy of the flags with numbers for those whose default depends on the data, so that config.json holds them."""
     flags = resolve_training_flags(flags, "hyma", device, row_count)
     defaults = DEFAULTS[flags.generator]
-    few = math.ceil(len(images) * defaults["share_of_images"])
-    if flags.add_encoder:  # the added encoder's share of a whole run
-        few = max(1, len(images) * len(pairs) // (3 * len(pairs + untrained)))
-    flags.pairs_per_step = min(flags.pairs_per_step or few, len(pairs))
+    default_pairs_per_step = math.ceil(len(image_names) * defaults["share_of_images"])
+    if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
+        share_of_pairs = Fraction(len(pairs), len(pairs + untrained))
+        default_pairs_per_step = max(1, math.floor(len(image_names) * defaults["share_of_images"] * share_of_pairs))
+    flags.pairs_per_step = min(flags.pairs_per_step or default_pairs_per_step, len(pairs))
     flags.width = flags.width or defaults["width"]
     if defaults["rank"]:
         flags.rank = min(flags.rank or defaults["rank"], row_count)
@@ -129,9 +141,9 @@ class Pairs(NamedTuple):
     trained: list
     untrained: list  # exported too: predicted by --predict, or of the run that --add-encoder adds to
     scored: list  # validated and cross-validated
-    images: list  # encoders; one that was added later comes last, so that the earlier parts keep their places
-    texts: list
-    earlier: dict | None  # the state of the run that --add-encoder adds to
+    image_names: list  # encoders; an added one comes last, so that the base run's parts keep their places
+    text_names: list
+    base_state: dict | None  # the state of the run that --add-encoder adds to
 
 
 def arrange_pairs(flags, data, trained):
@@ -140,23 +152,23 @@ def arrange_pairs(flags, data, trained):
         return arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
     predicted = choose_pairs(data, flags.predict) if flags.predict else []
     untrained = [pair for pair in predicted if pair not in trained]
-    images = unique(image for image, _ in trained)
-    texts = unique(text for _, text in trained)
+    image_names = unique(image for image, _ in trained)
+    text_names = unique(text for _, text in trained)
     for image, text in untrained:
-        if image not in images or text not in texts:
-            name = text if image in images else image
+        if image not in image_names or text not in text_names:
+            name = text if image in image_names else image
             raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
-    return Pairs(trained, untrained, trained + untrained, images, texts, None)
+    return Pairs(trained, untrained, trained + untrained, image_names, text_names, None)
 
 
 def arrange_added_encoder(name, run, data):
-    """The pairs of the added encoder with the encoders of a finished run, beside that run's own, which stay as they are."""
+    """The Pairs of an encoder that is added to a finished run, whose own pairs stay as they are."""
     if not (run / "ledger.json").is_file():
         raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
-    earlier = load_tensors(run / "checkpoint.pt")["state"]
-    if "fold_recall10" not in earlier:
+    base_state = load_tensors(run / "checkpoint.pt")["state"]
+    if "fold_recall10" not in base_state:
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
-    old = [tuple(pair.split(":")) for pair in earlier["best"]["recalls"]]
+    old = [tuple(pair.split(":")) for pair in base_state["best"]["recalls"]]
     if name not in data.encoders:
         raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")
     if any(name in pair for pair in old):
@@ -165,41 +177,41 @@ def arrange_added_encoder(name, run, data):
     trained_on = read_json(run / "config.json")["embeddings"]
     if data.fingerprint(names) != {part: trained_on[part] for part in names}:
         raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")
-    images = unique(image for image, _ in old)
-    texts = unique(text for _, text in old)
+    image_names = unique(image for image, _ in old)
+    text_names = unique(text for _, text in old)
     if data.encoders[name].kind == "image":
-        added = [(name, text) for text in texts]
-        images = [*images, name]
+        added = [(name, text) for text in text_names]
+        image_names = [*image_names, name]
     else:
-        added = [(image, name) for image in images]
-        texts = [*texts, name]
-    return Pairs(added, old, added, images, texts, earlier)
+        added = [(image, name) for image in image_names]
+        text_names = [*text_names, name]
+    return Pairs(added, old, added, image_names, text_names, base_state)
 
 
 def draw_pairs(step, seed, pairs, pairs_per_step):
     """The pairs of a step, a pure function of (seed, step).
 
-    Each round deals every pair out once, the pairs of a step all with the same text encoder, whose part of the
-    connectors is then computed once for all of them.
+    A round is as many steps as it takes to draw every pair once. The pairs of a step have the same text encoder, whose part
+    of the connectors is then computed once for all of them.
     """
     groups = [[pair for pair in pairs if pair[1] == text] for text in unique(text for _, text in pairs)]
     steps_per_round = sum(math.ceil(len(group) / pairs_per_step) for group in groups)
-    turn, place = divmod(step, steps_per_round)
-    random = seeded_generator("pairs", seed, turn)
-    dealt = []
+    round_index, place = divmod(step, steps_per_round)
+    random = seeded_generator("pairs", seed, round_index)
+    steps = []  # of the round, the pairs of each
     for group in groups:
         order = torch.randperm(len(group), generator=random)
         shuffled = [group[k] for k in order]
-        dealt += [shuffled[start : start + pairs_per_step] for start in range(0, len(group), pairs_per_step)]
-    order = torch.randperm(len(dealt), generator=random)
-    return dealt[order[place]]
+        steps += [shuffled[start : start + pairs_per_step] for start in range(0, len(group), pairs_per_step)]
+    order = torch.randperm(len(steps), generator=random)
+    return steps[order[place]]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
 def new_state(pairs):
-    """All that the loop changes beside the tensors: a checkpoint holds just this."""
+    """All that the loop changes besides the tensors, as a checkpoint stores it."""
     return {
         "step": 0,
         "flops": 0,
@@ -207,36 +219,80 @@ def new_state(pairs):
         "step_flops": 0,
         "logit_flops": 0,
         "seconds": 0.0,
-        "updates": {":".join(pair): 0 for pair in pairs.untrained + pairs.trained},
-        "fold_recall10": {},  # of the closed form, see `cross_validate`
-        "fold_rows": 0,
+        "updates": {pair_name(pair): 0 for pair in pairs.untrained + pairs.trained},
+        "fold_recall10": {},  # cross-validated scores of the closed form, see `cross_validate`
+        "fold_rows": 0,  # of one fold
         "losses": [],  # of the steps since the last validation
         "metrics": [],
         "best": None,  # the best validation: score, epoch, recalls, weights
     }
 
 
-def load_earlier_parts(generator, earlier):
-    """The trained parts of the run that --add-encoder adds to, frozen: only the new encoder's part is trained."""
-    missing = generator.load_state_dict(earlier["best"]["weights"], strict=False).missing_keys
+def load_base_parts(generator, base_state):
+    """Loads the parts of the run that --add-encoder adds to, and freezes them: only the new encoder's part is trained."""
+    missing = generator.load_state_dict(base_state["best"]["weights"], strict=False).missing_keys
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in missing)
 
 
 def start_from_closed_form(generator, store, folds, data, pairs, added):
-    """Starts the parts of all encoders, or of the added one, and cross-validates the scored pairs (`cross_validate`)."""
-    images = unique(image for image, _ in pairs.scored)
-    axes_of = [text for text in generator.texts if text != added]  # an added encoder is judged along the earlier axes
-    axes = closed_form.share_axes(store, folds, images, generator.texts, generator.shared_width, axes_of)
+    """Starts the parts of all encoders, or of the added one. Returns the cross-validated scores of the scored pairs
+    (`cross_validate`)."""
+    image_names = unique(image for image, _ in pairs.scored)
+    # The texts of an added encoder do not span the shared space: it stays that of the base run.
+    spanned_by = [text for text in generator.text_names if text != added]
+    width = generator.shared_width
+    space = closed_form.make_shared_space(store, folds, image_names, generator.text_names, width, spanned_by)
     if added:
-        generator.initialise_added_encoder(added, axes)
+        generator.initialise_added_encoder(added, space)
     else:
-        generator.initialise_from_closed_form(axes)
-    return closed_form.cross_validate(axes, folds, data, pairs.scored)
+        generator.initialise_from_closed_form(space)
+    return closed_form.cross_validate(space, folds, data, pairs.scored)
+
+
+class Start(NamedTuple):
+    """Where the loop starts. It trains on `store`."""
+
+    state: dict
+    moments: list  # of `Hypernetwork.outer_moments`
+    store: object  # see `Hypernetwork.project_images`
+
+
+def start_training(flags, generator, optimizer, checkpoints, store, data, pairs, train_rows, val_rows):
+    """The Start at a checkpoint, at the closed form, or at the random weights that the generator has by now."""
+    state = new_state(pairs)
+    moments = generator.outer_moments()
+    counter = flop_counter()  # entering it again sets it to zero
+    saved = checkpoints.load("generator", "optimizer", "moments", "state")
+    if saved:
+        generator.load_state_dict(saved["generator"])
+        optimizer.load_state_dict(saved["optimizer"])
+        moments = [moment.to(store.device) for moment in saved["moments"]]
+        state |= saved["state"]
+    elif generator.starts_from_closed_form:
+        folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
+        with counter:
+            state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
+        state["start_flops"] = counter.get_total_flops()
+        state["fold_rows"] = len(folds[0])
+        if pairs.base_state:
+            state["fold_recall10"] |= pairs.base_state["fold_recall10"]
+
+    # From here on image vectors are k coordinates, not D.
+    with counter:
+        image_names = unique(image for image, _ in pairs.scored)
+        store = generator.project_images(store, image_names, torch.cat([train_rows, val_rows]))
+    if state["step"] == 0:  # a checkpoint's costs have it already
+        state["start_flops"] += counter.get_total_flops()
+        state["flops"] = state["start_flops"]
+    return Start(state, moments, store)
 
 
 def update(generator, optimizer, moments, count, lr, flags):
-    """One AdamW step under one global gradient norm, the never-formed gradient of the `mlp` head included."""
+    """One AdamW step, clipped by one global gradient norm, which includes the gradient of `head` that is never formed.
+
+    moments: of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`). count: of updates, this one included.
+    """
     parameters = [p for p in generator.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if moments:
@@ -253,7 +309,7 @@ def update(generator, optimizer, moments, count, lr, flags):
 
 
 def main():
-    flags, config = parse_flags()
+    flags, resumed_config = parse_flags()
     typed = recorded_flags(flags)
     device = pick_device(flags.device)
 
@@ -261,74 +317,58 @@ def main():
     data, chosen_pairs = open_data(flags)
     pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
-    flags = resolve_flags(flags, device, len(train_rows), pairs.images, pairs.trained, pairs.untrained)
+    flags = resolve_flags(flags, device, len(train_rows), pairs.image_names, pairs.trained, pairs.untrained)
     print(
-        f"pairs: {len(pairs.trained)} of {len(pairs.images)} image and {len(pairs.texts)} text encoders, "
-        f"{flags.pairs_per_step} a step"
+        f"pairs: {len(pairs.trained)} of {len(pairs.image_names)} image and {len(pairs.text_names)} text encoders, "
+        f"{flags.pairs_per_step} pairs per step"
     )
-    store = RowStore(data, pairs.images + pairs.texts, device)
+    store = RowStore(data, pairs.image_names + pairs.text_names, device)
     retrieval = Retrieval(data, val_rows, device)
-    identity = {
-        "pairs": [":".join(pair) for pair in pairs.trained],
-        "embeddings": data.fingerprint(pairs.images + pairs.texts),
+    must_match = {
+        "pairs": [pair_name(pair) for pair in pairs.trained],
+        "embeddings": data.fingerprint(pairs.image_names + pairs.text_names),
     }
-    about = describe_run(flags, len(train_rows), len(val_rows))
-    config = config or run_of_same_command(flags.out, typed)
-    lock = open_run_folder(flags, typed, config, identity, about, device)  # noqa: F841  held until the process ends
+    run_info = describe_run(flags, len(train_rows), len(val_rows))
+    resumed_config = resumed_config or run_of_same_command(flags.out, typed)
+    lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)  # noqa: F841  held until the end
 
     # The hypernetwork and its optimiser.
     torch.manual_seed(flags.seed)
-    image_dims = {name: store.dims[name] for name in pairs.images}
-    text_dims = {name: store.dims[name] for name in pairs.texts}
+    image_dims = {name: store.dims[name] for name in pairs.image_names}
+    text_dims = {name: store.dims[name] for name in pairs.text_names}
     generator = build_hypernetwork(flags, image_dims, text_dims).to(device)
-    if pairs.earlier:
-        load_earlier_parts(generator, pairs.earlier)
+    if pairs.base_state:
+        load_base_parts(generator, pairs.base_state)
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=flags.weight_decay, fused=True)
-    # A buffer is trained too, by `adamw_outer`: its gradient is never formed, and AdamW's two moments of it are kept here.
-    moments = [torch.zeros_like(buffer) for buffer in generator.buffers() for _ in range(2)]
 
-    # Where training starts: at a checkpoint, at the closed form, or at random weights.
+    # Where training starts.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
     validation_period = math.ceil(flags.epochs / VALIDATIONS) * steps_per_epoch
-    state, counter, started = new_state(pairs), flop_counter(), time.perf_counter()
     checkpoints = Checkpoints(flags.out)
-    if saved := checkpoints.load("generator", "optimizer", "moments", "state"):
-        generator.load_state_dict(saved["generator"])
-        optimizer.load_state_dict(saved["optimizer"])
-        moments = [moment.to(device) for moment in saved["moments"]]
-        state |= saved["state"]
+    started = time.perf_counter()
+    state, moments, store = start_training(
+        flags, generator, optimizer, checkpoints, store, data, pairs, train_rows, val_rows
+    )
+    if state["step"]:
         print(resumed_line(flags.out, state["step"], steps))
-    elif generator.starts_from_closed_form:
-        folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
-        with counter:
-            state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
-        if pairs.earlier:
-            state["fold_recall10"] |= pairs.earlier["fold_recall10"]
-        state["fold_rows"] = len(folds[0])
-        state["start_flops"] = counter.get_total_flops()
-    with counter:
-        scored_images = unique(image for image, _ in pairs.scored)
-        store = generator.targets(store, scored_images, torch.cat([train_rows, val_rows]))
-    if state["step"] == 0:
-        state["start_flops"] += counter.get_total_flops()
-        state["flops"] = state["start_flops"]
-    started -= state["seconds"]
+    started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
     dtype = training_dtype(flags.precision)
-    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")  # the start needs every bit
+    # Not before: the closed form needs float32.
+    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
     progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step")
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
-            # A batch of rows and a few pairs, their connectors, their mean loss.
+            # A batch of rows and of pairs, their connectors, their mean loss.
             rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
-            drawn = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
-            losses = pair_losses(generator, store, rows, drawn, dtype, flags.logit_scale)  # [P]
+            batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
+            losses = pair_losses(generator, store, rows, batch_pairs, dtype, flags.logit_scale)  # [P]
             loss = losses.mean()
             state["losses"].append(loss.item())
             if not math.isfinite(state["losses"][-1]):
-                bad = ":".join(drawn[losses.isfinite().long().argmin().item()])
+                bad = pair_name(batch_pairs[losses.isfinite().long().argmin().item()])
                 raise BadInput(
                     f"step {step}: the loss of {bad} is {state['losses'][-1]}; stopped before the update; try a lower --lr"
                 )
@@ -340,27 +380,27 @@ def main():
             update(generator, optimizer, moments, step + 1, lr, flags)
 
             # What it cost.
-            of_samples, of_steps = generator.flops(flags.batch_size, drawn)
-            of_logits = logit_flops(flags.batch_size, [store.dims[image] for image, _ in drawn])
+            of_samples, of_steps = generator.flops(flags.batch_size, batch_pairs)
+            of_logits = logit_flops(flags.batch_size, [store.dims[image] for image, _ in batch_pairs])
             state["flops"] += of_samples + of_steps + of_logits
             state["step_flops"] += of_steps
             state["logit_flops"] += of_logits
-            for pair in drawn:
-                state["updates"][":".join(pair)] += 1
+            for pair in batch_pairs:
+                state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1
             state["seconds"] = time.perf_counter() - started
             progress.update()
 
-            # Validation: the best state is kept. Everything is saved then, by the clock, and when a signal asks for it.
+            # Validation: the best state is kept. A checkpoint is saved then, after a minute without one, and on a signal.
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
             if not is_validation:
                 if checkpoints.due() or signals.arrived():
                     checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
                     signals.leave_if_asked()
                 continue
-            recalls = dict(pairs.earlier["best"]["recalls"]) if pairs.earlier else {}
+            recalls = dict(pairs.base_state["best"]["recalls"]) if pairs.base_state else {}
             recalls |= validate(generator, store, retrieval, pairs.scored)
-            score = mean_recall10({":".join(pair): recalls[":".join(pair)] for pair in pairs.trained})
+            score = mean_recall10({pair_name(pair): recalls[pair_name(pair)] for pair in pairs.trained})
             epoch = round((step + 1) / steps * flags.epochs)
             if message := keep_best(state, generator, score, epoch, recalls, retrieval.chance[2]):
                 progress.write(message)
@@ -379,8 +419,8 @@ def main():
 
 
 def describe_run(flags, train_count, val_count):
-    """What whoever reads the run needs to know of it, see `create_run`."""
-    hidden_layers = int(flags.connector[-1])
+    """The run_info of `create_run`."""
+    hidden_layers = hidden_layers_of(flags)
     method = f"hyma {flags.generator} mlp{hidden_layers}"
     if flags.from_run:
         method += f", from {Path(flags.from_run).name}"
@@ -398,7 +438,7 @@ def describe_run(flags, train_count, val_count):
 
 
 def checkpoint_of(generator, optimizer, moments, state):
-    """All that a resumed run needs."""
+    """All that a run needs to resume."""
     return {
         "generator": generator.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -424,7 +464,8 @@ def export(flags, data, generator, state, retrieval):
     best = state["best"]
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
     generator.load_state_dict(best["weights"])
-    trained = [tensor for tensor in generator.parameters() if tensor.requires_grad] + list(generator.buffers())
+    trained = [tensor for tensor in generator.parameters() if tensor.requires_grad]
+    trained += generator.outer_moments()[:1]  # as large as the weight that they belong to
     state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)
 
     expected = expected_recall10(best["recalls"], state["fold_recall10"], state["fold_rows"] / len(retrieval.rows))
@@ -432,14 +473,15 @@ def export(flags, data, generator, state, retrieval):
     for row in ranking if expected else []:
         row["expected_recall10"] = expected[f"{row['image']}:{row['text']}"]
 
-    about = {"generator": flags.generator, "logit_scale": flags.logit_scale, "seed": flags.seed, "epoch": best["epoch"]}
+    card_info = {"generator": flags.generator, "logit_scale": flags.logit_scale, "seed": flags.seed}
+    card_info["epoch"] = best["epoch"]
 
     def connector_of(pair):
-        return generator.predict(*pair.split(":")), about | {"updates": state["updates"][pair]}
+        return generator.predict(*pair.split(":")), card_info | {"updates": state["updates"][pair]}
 
     paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)
-    made = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
-    print_results(ranking, best["recalls"], retrieval, made, state, paths[0])
+    description = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
+    print_results(ranking, best["recalls"], retrieval, description, state, paths[0])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/figure.py
 
 A point is a search with one random seed, a shape is a connector depth. Horizontal: its FLOPs, as a share of grid search's
-mean. Vertical: the score on the emoji of the connector that it chose, less the true score of the best pair.
+mean. Vertical: the score on the emoji of the connector that it chose, minus the true score of the best pair.
 """
 
 import json

@@ -40,7 +40,7 @@ from emoji_retrieval import EmojiRetrieval
 
 from hyma.embeddings import Embeddings, choose_pairs
 from hyma.files import read_jsonl, run_script, write_json
-from hyma.metrics import fidelity, resample
+from hyma.metrics import INTERVAL, fidelity, pair_name, resample
 from hyma.runs import read_run
 from vlm import read_json
 
@@ -126,7 +126,7 @@ class FinishedRun(NamedTuple):
 
 
 class OnDemand(dict):
-    """Values computed when they are first asked for: not every run is asked for the scores of all its pairs."""
+    """Values computed when they are first read: not every run needs the scores of all its pairs."""
 
     def __init__(self, compute):
         self.compute = compute
@@ -177,9 +177,9 @@ class Comparison(NamedTuple):
     """One run against grid search, on the emoji, in points of R@10 (but for the correlations)."""
 
     chosen: str  # the first pair of the run's ranking
-    regret: float  # the best pair's true score less that of the pair chosen
-    delivered: float  # score of the run's own connector of the pair chosen, less the best pair's true score
-    top9_gap: float  # mean over the nine best pairs of the run's score less the true score
+    regret: float  # the best pair's true score minus that of the pair chosen
+    delivered: float  # score of the run's own connector of the pair chosen, minus the best pair's true score
+    top9_gap: float  # mean over the nine best pairs of the run's score minus the true score
     best_gap: float  # the same for the best pair
     mean_gap: float  # and for all pairs
     spearman: float  # rank correlation of the run's ranking with the true scores
@@ -220,7 +220,7 @@ def mean_scores(runs):
 
 
 def mean_gap(run, truth, pairs):
-    """Mean over the pairs of the run's score less the true score."""
+    """Mean over the pairs of the run's score minus the true score."""
     return float(np.mean([run.test[pair] - truth[pair] for pair in pairs]))
 
 
@@ -241,7 +241,7 @@ def excess_interval(hymas, grids):
 
         mean over hypernetworks h of regret(h | all grids) - mean over grids g of regret(g | the grids but g)
 
-    in points: what the emoji can say of the hypernetwork's regret less grid search's own.
+    in points: what the emoji can say of the hypernetwork's regret minus grid search's own.
     """
     pairs = grids[0].order
     hits = np.array([[grid.hits[pair] for pair in pairs] for grid in grids])  # [S, P, emoji]
@@ -252,7 +252,7 @@ def excess_interval(hymas, grids):
 
     own = [regrets(grid, np.delete(scores, k, axis=0).mean(0)) for k, grid in enumerate(grids)]
     excess = np.mean([regrets(hyma, scores.mean(0)) for hyma in hymas], axis=0) - np.mean(own, axis=0)  # [R]
-    return np.percentile(excess, [2.5, 97.5]).round(2).tolist()
+    return np.percentile(excess, INTERVAL).round(2).tolist()
 
 
 # --------------------------------------------------------------------------------------------- the measurement
@@ -309,7 +309,7 @@ def acceptance(result):
 def measure_further(benchmark):
     """Pairs never trained, an encoder added later, and the choice from few rows: each against the same mlp1 grids."""
     data = Embeddings(benchmark.data)
-    pairs = [":".join(pair) for pair in choose_pairs(data, ["all"])]
+    pairs = [pair_name(pair) for pair in choose_pairs(data, ["all"])]
     held_out = hold_out(data.names("image"), data.names("text"))
     truth = mean_scores([benchmark.read(f"mlp1-grid-s{seed}") for seed in benchmark.seeds])
     unseen = []
@@ -429,7 +429,7 @@ def print_measurement(connector, result):
     seconds = mean_and_each(result["cost_ratio_seconds"])
     print(f"{connector} cost: {flops} of grid search's FLOPs, {seconds} of its seconds")
     interval = result["regret_excess_interval"]
-    print(f"{connector} regret less grid search's, 95 % interval over emoji: {interval}")
+    print(f"{connector} regret minus grid search's, 95 % interval over emoji: {interval}")
     print(f"{connector} acceptance: {result['acceptance']}", flush=True)
 
 

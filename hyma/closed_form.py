@@ -1,6 +1,6 @@
 """Connectors without training: covariances, whitened maps, ridge regression, Procrustes, cross-validation.
 
-Functions take statistics of rows and return maps; who needs a connector, or a generator to start from, loads them.
+Functions take statistics of rows and return maps. Callers turn a map into a connector, or load it into a generator.
 """
 
 import math
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hyma.embeddings import seeded_generator, unique
-from hyma.metrics import Retrieval, mean_recalls
+from hyma.metrics import Retrieval, mean_recalls, pair_name
 from vlm import BadInput
 
 # Regularisation is in mean eigenvalues of the Gram matrix that it is added to.
-TEXT_RIDGE = SHARED_RIDGE = 0.3  # of texts and of the shared axes, where a hypernetwork starts
+TEXT_RIDGE = SHARED_RIDGE = 0.3  # of texts and of the shared space, where a hypernetwork starts
 PICTURE_RIDGE = 3.0  # of pictures in a whitened map
 RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of texts, where validation chooses for each pair
-SHARED_RMS = 0.1  # of the shared axes' coordinates: smaller, and training moves the text parts more
+SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
 
 
 def regularised(gram, strength):
@@ -36,8 +36,11 @@ def without_mean_direction(weight, mean):
     return weight - direction[:, None] * (direction @ weight)
 
 
-class Covariance:
-    """Rows [n, D], centred, and their Gram matrix [D, D]. strength: of its regularisation, in mean eigenvalues."""
+class CentredRows:
+    """Rows [n, D] minus their mean, and their Gram matrix [D, D], the unnormalised covariance.
+
+    strength: of the Gram matrix's regularisation, in mean eigenvalues.
+    """
 
     def __init__(self, rows, strength):
         self.mean = rows.mean(0)
@@ -46,24 +49,27 @@ class Covariance:
         self.gram = self.rows.T @ self.rows
         self.factor = torch.linalg.cholesky(regularised(self.gram, strength))
 
-    def solve(self, product):
-        """The regularised inverse times product [D, m]: of rows.T @ outputs, ridge regression."""
-        return torch.cholesky_solve(product, self.factor)
+    def solve(self, cross):
+        """The regularised inverse of the Gram matrix times `cross` [D, m]. With cross = rows.T @ outputs this is ridge
+        regression from the rows to the outputs."""
+        return torch.cholesky_solve(cross, self.factor)
 
-    def solve_without(self, rows, product):
+    def solve_without(self, rows, cross):
         """The same without some of the rows."""
         gram = regularised(self.gram - rows.T @ rows, self.strength)
-        return torch.cholesky_solve(product, torch.linalg.cholesky(gram))
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
 
 
-def whitened_map(product, inputs, outputs):
-    """C_yy^-1 C_yx C_xx^-1 [out, in] of the Covariances of inputs x and outputs y, and their product C_yx.
+def whitened_map(cross, inputs, outputs):
+    """C_yy^-1 C_yx C_xx^-1 [out, in], without the direction of the outputs' mean (`without_mean_direction`).
 
-    To first order in the correlation this is the bilinear score of Gaussian vectors that InfoNCE looks for, log p(x, y) /
+    cross: C_yx, outputs.T @ inputs. inputs, outputs: the CentredRows x and y.
+
+    To first order in the correlation this is the optimal bilinear score of Gaussian vectors under InfoNCE, log p(x, y) /
     p(x) p(y) (van den Oord et al., arXiv 1807.03748, section 2.3). Ridge regression lacks the first factor: it follows the
     directions in which pictures differ most.
     """
-    weight = outputs.solve(inputs.solve(product.T).T)
+    weight = outputs.solve(inputs.solve(cross.T).T)
     return without_mean_direction(weight, outputs.mean)
 
 
@@ -103,7 +109,7 @@ def whitened_maps(cross, factors, image_gram):
 
 
 def procrustes_map(cross, image_gram, text_gram):
-    """The orthogonal map [D_i, D_t] that takes the texts nearest to the pictures, within the leading principal
+    """The orthogonal map [D_i, D_t] that brings texts nearest to their pictures, within the leading principal
     components of the wider side, as many as the narrower has dimensions."""
     count = min(cross.shape)
     image_axes = principal_axes(image_gram, count)
@@ -119,46 +125,50 @@ def principal_axes(gram, count):
     return torch.linalg.eigh(gram).eigenvectors[:, -count:]
 
 
-# ------------------------------------------------------------- all encoders through shared axes: where training starts
+# ----------------------------------------------------------- all encoders through a shared space: where training starts
 
 
-class SharedAxes(NamedTuple):
-    """Encoders' rows beside coordinates s [n, m] that all text encoders share, fold by fold."""
+class SharedSpace(NamedTuple):
+    """Rows in each encoder's own space and in one that all text encoders share, where row i has the coordinates s [n, m].
 
-    covariances: dict  # encoder -> Covariance of its rows
-    shared: Covariance  # of s
-    products: dict  # encoder -> its rows.T @ s, [folds, D, m]
+    Sums over rows are kept fold by fold, so that cross-validation can leave one out.
+    """
+
+    encoders: dict  # encoder -> CentredRows of its rows
+    shared: CentredRows  # of s
+    cross_of_folds: dict  # encoder -> its rows.T @ s, [folds, D, m]
     sizes: list  # rows of each fold
 
-    def product(self, name):
+    def cross(self, name):
         """An encoder's rows.T @ s over all folds: [D, m]."""
-        return self.products[name].sum(0)
+        return self.cross_of_folds[name].sum(0)
 
 
-def share_axes(store, folds, images, texts, width, axes_of):
-    """The SharedAxes of these encoders on the rows of the folds, with `width` axes made from the texts of `axes_of`."""
+def make_shared_space(store, folds, image_names, text_names, width, spanned_by):
+    """The SharedSpace of these encoders on the rows of the folds. `width` principal axes of the texts of the encoders
+    `spanned_by` span it."""
     rows = torch.cat(folds)
     sizes = [len(fold) for fold in folds]
-    covariances = {}
-    for name in tqdm(images + texts, desc="start", unit="encoder"):
-        strength = PICTURE_RIDGE if name in images else TEXT_RIDGE
-        covariances[name] = Covariance(store.take(name, rows), strength)
-    shared = Covariance(leading_axes([covariances[text].rows for text in axes_of], width), SHARED_RIDGE)
-    products = {}
-    for name, covariance in covariances.items():
-        by_fold = zip(covariance.rows.split(sizes), shared.rows.split(sizes))
-        products[name] = torch.stack([x.T @ s for x, s in by_fold])
-    return SharedAxes(covariances, shared, products, sizes)
+    encoders = {}
+    for name in tqdm(image_names + text_names, desc="start", unit="encoder"):
+        strength = PICTURE_RIDGE if name in image_names else TEXT_RIDGE
+        encoders[name] = CentredRows(store.take(name, rows), strength)
+    shared = CentredRows(leading_coordinates([encoders[name].rows for name in spanned_by], width), SHARED_RIDGE)
+    cross_of_folds = {}
+    for name, centred in encoders.items():
+        by_fold = zip(centred.rows.split(sizes), shared.rows.split(sizes))
+        cross_of_folds[name] = torch.stack([x.T @ s for x, s in by_fold])
+    return SharedSpace(encoders, shared, cross_of_folds, sizes)
 
 
-def leading_axes(texts, width):
+def leading_coordinates(text_rows, width):
     """Coordinates s [n, width] along the principal axes of several encoders' texts [n, D_t], side by side."""
-    beside = torch.cat([x / at_least_tiny(x.norm()) for x in texts], dim=1)  # [n, sum D_t]
-    count = min(width, *beside.shape)
+    concatenated = torch.cat([x / at_least_tiny(x.norm()) for x in text_rows], dim=1)  # [n, sum D_t]
+    count = min(width, *concatenated.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        axes = torch.pca_lowrank(beside, count, center=False, niter=1)[2]  # [sum D_t, count]
-    s = (beside @ axes)[:, torch.arange(width) % count]  # few narrow texts: axes stand twice
+        axes = torch.pca_lowrank(concatenated, count, center=False, niter=1)[2]  # [sum D_t, count]
+    s = (concatenated @ axes)[:, torch.arange(width) % count]  # few narrow texts: axes are repeated
     return s * (SHARED_RMS * s.numel() ** 0.5 / at_least_tiny(s.norm()))
 
 
@@ -175,13 +185,13 @@ class ImageMap(NamedTuple):
     bias: torch.Tensor  # [k], -weight @ mean
 
 
-def image_map(product, shared, pictures, rank):
+def image_map(cross, shared, pictures, rank):
     """The whitened map from s to pictures along `rank` axes of theirs, its outputs of unit length in the mean.
 
-    product: pictures.T @ s [D, m]. shared, pictures: Covariances. The axes are the leading directions of the outputs, or,
+    cross: pictures.T @ s [D, m]. shared, pictures: CentredRows. The axes are the leading directions of the outputs, or,
     where all of these fit, any basis of them and of as much more as makes `rank` columns.
     """
-    weight = whitened_map(product, shared, pictures)  # [D, m]
+    weight = whitened_map(cross, shared, pictures)  # [D, m]
     if min(weight.shape) > rank:
         spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))
         axes = torch.svd_lowrank(weight @ spread, rank, niter=2)[0]
@@ -201,31 +211,33 @@ def fold_rows(data, rows, val_rows, seed):
     captions of a picture are in one."""
     rows = rows[:: math.ceil(len(rows) / 16384)]
     pictures = [data.rows[i]["image"] for i in rows.tolist()] if data.rows else rows.tolist()
-    number = {name: k for k, name in enumerate(unique(pictures))}
-    if len(number) < 2:
-        raise BadInput(f"{data.folder}: one picture alone is left to train on; two are the least")
-    count = min(len(number), max(3, round(len(rows) / len(val_rows))))
-    order = torch.randperm(len(number), generator=seeded_generator("folds", seed))
-    fold_of_picture = order * count // len(number)  # [pictures]
-    fold_of = fold_of_picture[torch.tensor([number[name] for name in pictures])]  # [n]
+    index = {name: k for k, name in enumerate(unique(pictures))}
+    if len(index) < 2:
+        raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
+    count = min(len(index), max(3, round(len(rows) / len(val_rows))))
+    order = torch.randperm(len(index), generator=seeded_generator("folds", seed))
+    fold_of_picture = order * count // len(index)  # [pictures]
+    fold_of = fold_of_picture[torch.tensor([index[name] for name in pictures])]  # [n]
     folds = [rows[fold_of == k] for k in range(min(3, count))]
     return [*folds, rows[fold_of >= 3]]
 
 
-def cross_validate(axes, folds, data, pairs):
+def cross_validate(space, folds, data, pairs):
     """R@10 of the closed form on rows it has not seen, mean of both directions: {"image:text": a value for each of the
     folds but the last, by the maps of all other rows}.
 
-    axes: the SharedAxes of the folds. Only the pictures' Gram matrix keeps the fold: it knows of no text, and its strong
+    space: the SharedSpace of the folds. Only the pictures' Gram matrix keeps the fold: it knows of no text, and its strong
     regularisation leaves a fold little weight.
     """
-    retrievals = [Retrieval(data, fold, axes.shared.mean.device) for fold in folds[:-1]]
-    mapped = {text: map_left_out_texts(axes, text) for text in unique(text for _, text in pairs)}  # [h, m] a fold
-    recall10 = {":".join(pair): [] for pair in pairs}
+    retrievals = [Retrieval(data, fold, space.shared.mean.device) for fold in folds[:-1]]
+    mapped = {
+        text: map_held_out_texts(space, text) for text in unique(text for _, text in pairs)
+    }  # [h, m] for each fold
+    recall10 = {pair_name(pair): [] for pair in pairs}
     for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
-        pictures = axes.covariances[image]
-        for k, (y, _, product) in enumerate(left_out(axes, image)):
-            weight = without_mean_direction(pictures.solve(product), pictures.mean)  # [D, m]
+        pictures = space.encoders[image]
+        for k, (y, _, cross) in enumerate(held_out(space, image)):
+            weight = without_mean_direction(pictures.solve(cross), pictures.mean)  # [D, m]
             # Along the columns of `root` outputs have the lengths and products that they have in the pictures' space.
             root = torch.linalg.cholesky(regularised(weight.T @ weight, 1e-4))  # [m, m]
             candidates = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
@@ -235,17 +247,16 @@ def cross_validate(axes, folds, data, pairs):
     return recall10
 
 
-def left_out(axes, name):
-    """For each fold but the last: its rows [h, D] of an encoder, their s [h, m], and the product of all other rows with
-    theirs [D, m]."""
-    others = axes.product(name) - axes.products[name]  # [folds, D, m]
-    return zip(axes.covariances[name].rows.split(axes.sizes)[:-1], axes.shared.rows.split(axes.sizes), others)
+def held_out(space, name):
+    """For each fold but the last: its rows [h, D] of an encoder, their s [h, m], and rows.T @ s of all other rows [D, m]."""
+    others = space.cross(name) - space.cross_of_folds[name]  # [folds, D, m]
+    return zip(space.encoders[name].rows.split(space.sizes)[:-1], space.shared.rows.split(space.sizes), others)
 
 
-def map_left_out_texts(axes, text):
+def map_held_out_texts(space, text):
     """[[h, m] for each fold but the last]: C_ss^-1 times the s that ridge regression predicts from a text it has not seen."""
-    covariance, mapped = axes.covariances[text], []
-    for x, s, product in left_out(axes, text):
-        predicted = x @ covariance.solve_without(x, product)  # [h, m]
-        mapped.append(axes.shared.solve_without(s, predicted.T).T)
+    centred, mapped = space.encoders[text], []
+    for x, s, cross in held_out(space, text):
+        predicted = x @ centred.solve_without(x, cross)  # [h, m]
+        mapped.append(space.shared.solve_without(s, predicted.T).T)
     return mapped

@@ -125,7 +125,7 @@ def lock_folder(folder, wait=False):
     return handle
 
 
-CHECKPOINT_SECONDS = 60  # between two saves of long work at most, if a step of it takes no longer
+CHECKPOINT_SECONDS = 60  # between two saves of long work, at most, unless one step of it takes longer
 
 
 class Signals:
@@ -163,12 +163,12 @@ class Signals:
             self.leave = number
 
     def arrived(self):
-        """Whether a signal asks to save. Asking forgets one that asked for no more than that."""
+        """Whether a signal requests a save. Reading this resets it, unless the signal requests to leave."""
         arrived, self.save = self.save, self.leave is not None
         return arrived
 
     def leave_if_asked(self):
-        """Ends the process, its work being saved, if a signal asked for it."""
+        """Ends the process, its work being saved, if a signal requested that."""
         if self.leave is not None:
             name = signal.Signals(self.leave).name
             print(f"\n{Path(sys.argv[0]).name}: {name}: saved; run the same command again to resume", file=sys.stderr)
@@ -176,7 +176,7 @@ class Signals:
 
 
 def provenance(device) -> dict:
-    """What a result depends on beside its flags: versions, device, commit."""
+    """What a result depends on besides its flags: versions, device, commit."""
     import importlib.metadata as metadata
 
     versions = {"python": platform.python_version()}
@@ -221,7 +221,7 @@ OUT_OF_MEMORY = (
 
 
 def run_script(main):
-    """Runs a script's main. What the user can mend ends as one line on stderr and exit status 1."""
+    """Runs a script's main. What the user can fix ends as one line on stderr and exit status 1."""
     script = Path(sys.argv[0]).name
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `Signals` there is nothing to save
     try:

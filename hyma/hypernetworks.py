@@ -1,18 +1,21 @@
 """The two hypernetworks: what predicts the connector of every pair.
 
 `FactoredHyperNetwork` builds a pair's connector from parts that all pairs of an encoder share; `HyperNetwork` is the
-paper's. Both keep the protocol of `hyma.training.Generator`. `build_hypernetwork` is the one place that knows them by
-the name of their flag.
+paper's. `Hypernetwork` is the protocol that both follow: everything that train_hyma.py uses of them. To add one, write
+its class and a line in `build_hypernetwork`, the one place that knows them by the name of their flag.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from hyma.closed_form import SHARED_RIDGE, Covariance, image_map
-from hyma.costs import connector_flops
+from hyma.closed_form import SHARED_RIDGE, CentredRows, SharedSpace, image_map
+from hyma.costs import connector_flops, connector_shapes
 from hyma.embeddings import unique
-from hyma.training import separate_layers
+from hyma.training import Generator, hidden_layers_of, separate_layers
 from kernels import Layer
 from vlm import HIDDEN_DIM
 
@@ -20,9 +23,32 @@ TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer
 CODE_DIM = 32  # of the paper's pair and layer codes
 
 
-def build_hypernetwork(flags, image_dims, text_dims):
+class Hypernetwork(Generator, Protocol):
+    """A Generator whose connectors are predicted by one network. It is an nn.Module, and its best weights are a state_dict."""
+
+    starts_from_closed_form: bool  # if so, the four members below are used, else they may be missing
+    text_names: list[str]
+    shared_width: int  # m, how many coordinates s the closed form's shared space has
+
+    def initialise_from_closed_form(self, space: SharedSpace):
+        """Sets all parts to a closed form through the shared space."""
+
+    def initialise_added_encoder(self, name: str, space: SharedSpace):
+        """Sets the part of an encoder that is added to trained ones."""
+
+    def project_images(self, store, image_names, rows):
+        """The store that losses and validation take image vectors from, in the space that `forward`'s layers end in: `store`
+        itself, or one of `rows` alone with k coordinates for each image encoder's D."""
+
+    def outer_moments(self) -> list[Tensor]:
+        """AdamW's two moments of a weight `head` whose gradient is never formed, zeros at first: [first, second]. [] where
+        there is no such weight. Where there is, `head` holds it and, after each backward pass, `outer` the two factors
+        (grad of the output, input) of its gradient, for `kernels.adamw_outer`."""
+
+
+def build_hypernetwork(flags, image_dims, text_dims) -> Hypernetwork:
     """The hypernetwork of --generator. image_dims, text_dims: {encoder: width}."""
-    hidden_layers = int(flags.connector[-1])
+    hidden_layers = hidden_layers_of(flags)
     if flags.generator == "factored":
         return FactoredHyperNetwork(image_dims, text_dims, hidden_layers, flags.rank)
     return HyperNetwork(image_dims, text_dims, hidden_layers, flags.width)
@@ -40,25 +66,26 @@ class FactoredHyperNetwork(nn.Module):
     """A pair's connector from the parts of its two encoders: all but the last layer belong to the text encoder and
     lead into a hidden space that every pair shares, the last layer belongs to the image encoder.
 
-    A part learns from every pair of its encoder, so each pair needs only its share of the steps, and a pair that was
-    never drawn has a connector too. Without a hidden layer the two parts are multiplied into one linear map.
+    Each part is trained by every pair of its encoder, so a pair needs only a share of the steps, and a pair that was never
+    trained has a connector too. Without a hidden layer the two parts are multiplied into one linear map.
 
-    The last layer ends in `rank` axes of the image encoder (orthonormal columns [D, k]), along which its pictures can be
-    told from texts: y in them stands for axes @ y, whose cosine with a picture x is that of y with axes.T @ x, so nothing
-    wider is computed. Texts are centred. Both are undone in `predict`, which gives an ordinary connector.
+    The last layer ends in `rank` axes of the image encoder (orthonormal columns [D, k]), in which the
+    connectors' outputs lie: its output y means the vector axes @ y, whose cosine with an image vector x is that of y with
+    axes.T @ x, so nothing wider than k is computed. Texts are centred. Both are undone in `predict`, which gives an ordinary
+    connector.
     """
 
     starts_from_closed_form = True
 
     def __init__(self, image_dims, text_dims, hidden_layers, rank):
         super().__init__()
-        self.images, self.texts = list(image_dims), list(text_dims)
+        self.image_names, self.text_names = list(image_dims), list(text_dims)
         self.hidden_layers = hidden_layers
         if hidden_layers:
             self.scale, wide = TEXT_SCALE, HIDDEN_DIM
             self.shared_width = wide // 2  # m: a ReLU takes two units to pass a number
         else:
-            self.scale, wide = 1.0, HIDDEN_DIM // 4  # a linear map's shared space: no wider than its rank
+            self.scale, wide = 1.0, HIDDEN_DIM // 4  # a linear map needs no more shared coordinates than its rank
             self.shared_width = wide
         self.text_parts = nn.ModuleList()
         for dim in text_dims.values():
@@ -71,58 +98,60 @@ class FactoredHyperNetwork(nn.Module):
     # ------------------------------------------------------------------------------ where training starts
 
     @torch.no_grad()
-    def initialise_from_closed_form(self, axes):
-        """Starts the parts from the maps of a SharedAxes with the coordinates s.
+    def initialise_from_closed_form(self, space):
+        """Starts the parts from the maps of a SharedSpace with the coordinates s.
 
-        A text part leads to s by ridge regression, an image part from s to the pictures by a whitened map, and a ReLU
-        between is passed as relu(s) - relu(-s) = s.
+        A text part maps to s by ridge regression, an image part maps s to image vectors by a whitened map, and s passes a
+        ReLU between them as relu(s) - relu(-s) = s.
         """
-        for place, text in enumerate(self.texts):
-            self.load_text_map(place, axes.covariances[text], self.both_signs(axes.product(text)))
+        for place, text in enumerate(self.text_names):
+            self.load_text_map(place, space.encoders[text], self.both_signs(space.cross(text)))
             for layer in self.text_parts[place][1:]:
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        for place, image in enumerate(self.images):
-            self.load_image_map(place, axes.covariances[image], axes.shared, axes.product(image))
+        for place, image in enumerate(self.image_names):
+            self.load_image_map(place, space.encoders[image], space.shared, space.cross(image))
 
     @torch.no_grad()
-    def initialise_added_encoder(self, name, axes):
-        """Starts the part of an encoder that is added to trained ones in the same way, with their hidden space for s."""
-        trained = [place for place, text in enumerate(self.texts) if text != name]
-        texts = [self.scale * axes.covariances[self.texts[place]].rows for place in trained]  # each [n, D_t]
-        added = axes.covariances[name]
-        if name in self.texts:
-            place = self.texts.index(name)
-            outputs = sum(self.text_parts[k][0](x) for k, x in zip(trained, texts)) / len(trained)  # [n, out]
+    def initialise_added_encoder(self, name, space):
+        """Starts the part of an encoder that is added to trained ones in the same way, with s taken from their hidden space."""
+        trained = [place for place, text in enumerate(self.text_names) if text != name]
+        text_rows = [self.scale * space.encoders[self.text_names[place]].rows for place in trained]  # each [n, D_t]
+        added = space.encoders[name]
+        if name in self.text_names:
+            place = self.text_names.index(name)
+            outputs = sum(self.text_parts[k][0](x) for k, x in zip(trained, text_rows)) / len(trained)  # [n, out]
             mean = outputs.mean(0)
             self.load_text_map(place, added, added.rows.T @ (outputs - mean), mean)
             for layer, other in zip(self.text_parts[place][1:], self.text_parts[trained[0]][1:]):
                 layer.load_state_dict(other.state_dict())
         else:
-            hidden = sum(self.hidden(x, k) for k, x in zip(trained, texts)) / len(trained)  # [n, m]
-            shared = Covariance(hidden, SHARED_RIDGE)
-            self.load_image_map(self.images.index(name), added, shared, added.rows.T @ shared.rows)
+            hidden = sum(self.hidden(x, k) for k, x in zip(trained, text_rows)) / len(trained)  # [n, m]
+            shared = CentredRows(hidden, SHARED_RIDGE)
+            self.load_image_map(self.image_names.index(name), added, shared, added.rows.T @ shared.rows)
 
-    def load_text_map(self, place, texts, product, bias=0.0):
-        """A text to its first layer's outputs, by ridge regression on their product with it [D_t, out], centred."""
+    def load_text_map(self, place, texts, cross, bias=0.0):
+        """Sets a text encoder's first layer by ridge regression. texts: its CentredRows. cross: texts.T @ outputs [D_t, out],
+        both centred. bias: the outputs' mean."""
         first = self.text_parts[place][0]
-        first.weight.copy_(texts.solve(product).T / self.scale)
+        first.weight.copy_(texts.solve(cross).T / self.scale)
         first.bias.copy_(torch.as_tensor(bias))
         self.means[place].copy_(texts.mean)
 
-    def load_image_map(self, place, pictures, shared, product):
-        """s to an image encoder's pictures, by the whitened map of their product with it [D, m]."""
-        found = image_map(product, shared, pictures, rank=self.axes[place].shape[1])
+    def load_image_map(self, place, pictures, shared, cross):
+        """Sets an image encoder's axes and last layer by the whitened map from s. pictures, shared: the CentredRows of its
+        vectors and of s. cross: pictures.T @ s [D, m]."""
+        found = image_map(cross, shared, pictures, rank=self.axes[place].shape[1])
         self.axes[place].copy_(found.axes)
         self.image_parts[place].weight.copy_(self.both_signs(found.weight))
         self.image_parts[place].bias.copy_(found.bias)
 
     def both_signs(self, weight):
-        """[D, m] to [D, 2 m], what goes with relu(s) and relu(-s); without a ReLU as it is."""
+        """[D, m] to [D, 2 m], the weights of relu(s) and of relu(-s); without a ReLU as it is."""
         return torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight
 
     def hidden(self, x, place):
-        """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or relu(s) less relu(-s) of that."""
+        """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or relu(s) minus relu(-s) of that."""
         for layer in self.text_parts[place]:
             x = F.relu(layer(x)) if self.hidden_layers else layer(x)
         if self.hidden_layers:
@@ -135,10 +164,10 @@ class FactoredHyperNetwork(nn.Module):
     def forward(self, features, pairs):
         """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs, which
         end in their image encoders' axes."""
-        texts = unique(text for _, text in pairs)
-        images = unique(image for image, _ in pairs)
-        places = [self.texts.index(text) for text in texts]
-        inputs = [self.centred(features[text], place) for text, place in zip(texts, places)]  # each [B, D_t]
+        text_names = unique(text for _, text in pairs)
+        image_names = unique(image for image, _ in pairs)
+        places = [self.text_names.index(name) for name in text_names]
+        inputs = [self.centred(features[name], place) for name, place in zip(text_names, places)]  # each [B, D_t]
         parts = [self.text_parts[place] for place in places]
         layers = []
         if self.hidden_layers == 0:
@@ -146,43 +175,48 @@ class FactoredHyperNetwork(nn.Module):
             inputs = [F.linear(x, f.weight.to(x), f.bias.to(x)) for x, f in zip(inputs, firsts)]  # each [B, m]
         for depth in range(self.hidden_layers):
             of_texts = [part[depth] for part in parts]
-            layers.append(layer_of(of_texts, wiring=[(k, k) for k in range(len(texts))]))
-        heads = [self.image_parts[self.images.index(image)] for image in images]
-        layers.append(layer_of(heads, wiring=[(texts.index(text), images.index(image)) for image, text in pairs]))
+            layers.append(layer_of(of_texts, wiring=[(k, k) for k in range(len(text_names))]))
+        heads = [self.image_parts[self.image_names.index(name)] for name in image_names]
+        wiring = [(text_names.index(text), image_names.index(image)) for image, text in pairs]
+        layers.append(layer_of(heads, wiring))
         return inputs, layers
 
     def centred(self, x, place):
         return (x - self.means[place].to(x)) * self.scale
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (what goes with the samples, what goes with the steps: nothing).
+        """Of one step without its logits: (what grows with the samples, what grows with the steps: nothing).
 
         A layer [out, in] costs 2 B out in forward, as much for its weight's gradient where it is trained, and as much for
         its input's where anything before it is trained. A text's layers are computed once for all its pairs.
         """
         per_sample = 0
         for text in unique(text for _, text in pairs):
-            part = self.text_parts[self.texts.index(text)]
+            part = self.text_parts[self.text_names.index(text)]
             for depth, layer in enumerate(part):
                 trained = layer.weight.requires_grad
                 products = 1 + trained + (trained and depth > 0)
                 per_sample += 2 * products * layer.weight.numel()
         for image, text in pairs:
-            head = self.image_parts[self.images.index(image)]
-            text_trained = self.text_parts[self.texts.index(text)][0].weight.requires_grad
+            head = self.image_parts[self.image_names.index(image)]
+            text_trained = self.text_parts[self.text_names.index(text)][0].weight.requires_grad
             products = 1 + head.weight.requires_grad + text_trained
             per_sample += 2 * products * head.weight.numel()
         return batch_size * per_sample, 0
 
-    def targets(self, store, images, rows):
-        """What the layers of `forward` are compared with: the pictures along this generator's axes."""
-        axes = {image: self.axes[self.images.index(image)] for image in images}
-        return AxesStore(store, axes, rows)
+    def project_images(self, store, image_names, rows):
+        """The store with image vectors as coordinates along this generator's axes, [rows, k] instead of [rows, D]."""
+        axes = {name: self.axes[self.image_names.index(name)] for name in image_names}
+        return ProjectedStore(store, axes, rows)
+
+    def outer_moments(self):
+        """None: autograd forms every gradient."""
+        return []
 
     @torch.no_grad()
     def predict(self, image, text):
         """The pair's connector: [(weight [out, in], bias [out])] per layer."""
-        text_place, image_place = self.texts.index(text), self.images.index(image)
+        text_place, image_place = self.text_names.index(text), self.image_names.index(image)
         linears = [*self.text_parts[text_place], self.image_parts[image_place]]
         layers = [(linear.weight, linear.bias) for linear in linears]
 
@@ -201,25 +235,26 @@ def layer_of(linears, wiring):
     return Layer([linear.weight for linear in linears], [linear.bias for linear in linears], wiring)
 
 
-class AxesStore:
-    """A RowStore whose pictures are coordinates [rows, k] along axes, made once, of the rows that a run uses."""
+class ProjectedStore:
+    """A RowStore whose image vectors are coordinates [rows, k] along axes, made once, of the rows that a run uses."""
 
     def __init__(self, store, axes, rows):
-        """axes: {image encoder: [D, k]}. rows: numbers of the rows that are used."""
+        """axes: {image encoder: [D, k] orthonormal}. rows: indices of the rows that are used."""
         self.store, self.device = store, store.device
         self.dims = dict(store.dims)
-        self.pictures = {}
+        self.coordinates = {}
         for image, columns in axes.items():
             self.dims[image] = columns.shape[1]
             coordinates = torch.zeros(len(store.tensors[image]), columns.shape[1], device=store.device)
             for part in rows.split(65536):
                 coordinates[part.to(store.device)] = store.take(image, part) @ columns
-            self.pictures[image] = coordinates
+            self.coordinates[image] = coordinates
 
     def take(self, name, rows):
-        """[len(rows), k or D_t], float32, on the device; a picture's length is at most 1."""
-        if name in self.pictures:
-            return self.pictures[name][rows.to(self.device)]
+        """[len(rows), k or D_t], float32, on the device: unit vectors of texts, and coordinates of at most unit length of
+        images."""
+        if name in self.coordinates:
+            return self.coordinates[name][rows.to(self.device)]
         return self.store.take(name, rows)
 
 
@@ -227,11 +262,11 @@ class AxesStore:
 
 
 class HyperNetwork(nn.Module):
-    """The paper's hypernetwork: a pair code and a layer code in, that layer's weights and bias out, each cut from one
-    output as long as the largest layer.
+    """The paper's hypernetwork: its inputs are a pair code and a layer code, its output is as long as the largest layer, and
+    the front of the output is that layer's weights and bias.
 
-    The pair code joins a code of the image encoder and one of the text encoder, so that any pair has one. The output is
-    scaled by 1 / sqrt(3 in), which gives every predicted layer the spread torch gives a fresh nn.Linear.
+    The pair code concatenates a code of the image encoder and one of the text encoder, so that any pair has one. The
+    output is scaled by 1 / sqrt(3 in), which gives every predicted layer the variance that torch gives a new nn.Linear.
     """
 
     starts_from_closed_form = False
@@ -256,16 +291,15 @@ class HyperNetwork(nn.Module):
 
     def shapes(self, image, text):
         """[(out, in)] of the pair's layers."""
-        dims = [self.text_dims[text]] + [HIDDEN_DIM] * self.hidden_layers + [self.image_dims[image]]
-        return list(zip(dims[1:], dims))
+        return connector_shapes(self.text_dims[text], self.hidden_layers, self.image_dims[image])
 
     def weights(self, pairs):
         """[[(weight, bias)] per layer] per pair."""
-        images, texts = list(self.image_dims), list(self.text_dims)
+        image_names, text_names = list(self.image_dims), list(self.text_dims)
         device, depth = self.head.device, self.hidden_layers + 1
-        image_numbers = torch.tensor([images.index(image) for image, _ in pairs], device=device)
-        text_numbers = torch.tensor([texts.index(text) for _, text in pairs], device=device)
-        pair_codes = torch.cat([self.image_codes(image_numbers), self.text_codes(text_numbers)], dim=1)  # [P, 2 code]
+        image_indices = torch.tensor([image_names.index(image) for image, _ in pairs], device=device)
+        text_indices = torch.tensor([text_names.index(text) for _, text in pairs], device=device)
+        pair_codes = torch.cat([self.image_codes(image_indices), self.text_codes(text_indices)], dim=1)  # [P, 2 code]
         pair_codes = pair_codes.repeat_interleave(depth, dim=0)  # [P * depth, 2 code]
         layer_codes = self.layer_codes.weight.repeat(len(pairs), 1)  # [P * depth, code]
         hidden = self.trunk(torch.cat([pair_codes, layer_codes], dim=1))  # [P * depth, width]
@@ -281,17 +315,21 @@ class HyperNetwork(nn.Module):
         return separate_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (of the connectors, which goes with the samples; of predicting them, 6 for each
-        weight of trunk and head and predicted layer, which goes with the steps)."""
+        """Of one step without its logits: (of the connectors, which grows with the samples; of predicting them, 6 for each
+        weight of trunk and head and predicted layer, which grows with the steps)."""
         connectors = sum(connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
         weights = self.head.numel() + sum(
             linear.weight.numel() for linear in self.trunk if isinstance(linear, nn.Linear)
         )
         return connectors, 6 * len(pairs) * (self.hidden_layers + 1) * weights
 
-    def targets(self, store, images, rows):
-        """What the layers of `forward` are compared with: the pictures as they are."""
+    def project_images(self, store, image_names, rows):
+        """The store itself: its connectors end in the image encoders' own spaces."""
         return store
+
+    def outer_moments(self):
+        """Two zero tensors like the head, which `adamw_outer` trains."""
+        return [torch.zeros_like(self.head), torch.zeros_like(self.head)]
 
     @torch.no_grad()
     def predict(self, image, text):
@@ -306,7 +344,7 @@ def cut_layer(row, out, into):
 
 
 class OuterLinear(torch.autograd.Function):
-    """inputs [R, K] @ weight.T [K, O], which hands its owner the two factors of the weight's gradient."""
+    """inputs [R, K] @ weight.T [K, O]. Its backward pass stores the two factors of the weight's gradient as `owner.outer`."""
 
     @staticmethod
     def forward(ctx, inputs, weight, owner):

@@ -1,4 +1,4 @@
-"""Numbers that judge connectors and choices: retrieval ranks, ranking fidelity, bootstrap intervals, shrinkage."""
+"""How good connectors and choices are: retrieval ranks, ranking fidelity, bootstrap intervals, shrinkage."""
 
 import math
 from typing import NamedTuple
@@ -10,13 +10,21 @@ from scipy.stats import rankdata
 
 from kernels import true_rank
 
+INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
+
+
+def pair_name(pair):
+    """("image", "text") as "image:text"."""
+    return ":".join(pair)
+
+
 # --------------------------------------------------------------------------------------------------------- retrieval
 
 
 class Retrieval:
     """Recall@k of caption to picture and picture to caption, on fixed rows.
 
-    A picture with several captions stands once among the pictures, a caption of several pictures once among the
+    A picture with several captions is once among the pictures, a caption of several pictures once among the
     captions; any of its own counts as found. A tie counts against the match, so that constant vectors score zero.
     `chance`: what a random order scores, for k = 1, 5, 10, the mean of both directions.
     """
@@ -24,7 +32,7 @@ class Retrieval:
     ks = (1, 5, 10)
 
     def __init__(self, data, rows, device):
-        """data: the embedding folder. rows [n]: numbers of its rows. device: of the embeddings to score."""
+        """data: the embedding folder. rows [n]: indices of its rows. device: of the embeddings to score."""
         self.rows = rows
         self.place = {}  # {"image", "caption"}: [n], which picture (caption) of the candidates a row has
         self.first = {}  # {"image", "caption"}: [candidates], the first row that has it
@@ -81,7 +89,7 @@ class Retrieval:
 
 
 def number_names(names):
-    """The different names, numbered as they come: (each name's number [n], the first place of each number [different])."""
+    """The different names, numbered as they come: (index of each name [n], first place of each index [different])."""
     number = {name: k for k, name in enumerate(dict.fromkeys(names))}
     place = torch.tensor([number[name] for name in names])
     count = len(names)
@@ -114,28 +122,28 @@ def rank_pairs(recalls, before=None):
     return table
 
 
-def expected_recall10(recalls, fold_recall10, rows_ratio):
+def expected_recall10(recalls, cv_recall10, rows_ratio):
     """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a closed form scores on training rows that
     it has not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika
     2008).
 
     A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
-    adds. With v_p a pair's validation R@10, x_p its mean over the K folds less the mean of all pairs, and
+    adds. With v_p a pair's validation R@10, x_p its mean over the K folds minus the mean of all pairs, and
     fit_p = mean(v) + x_p <x, v> / <x, x>, the regression of v on x over the P pairs:
 
         expected_p = fit_p + kept * (v_p - fit_p)
         kept       = 1 - rho s^2 / max(t^2, s^2 (rho + 1 / K))
         s^2        the variance of one fold, from how much the folds disagree on a pair
         t^2        the variance of the residuals v - fit
-        rho        rows of a fold a validation row: s^2 rho is the variance of a validation score
+        rho        rows of a fold per validation row: s^2 rho is the variance of a validation score
 
-    recalls: {pair: six}. fold_recall10: {pair: R@10 a fold}. rows_ratio: rho. Empty with fewer than four pairs, or one
-    that no fold has judged.
+    recalls: {pair: six}. cv_recall10: {pair: R@10 of each fold}. rows_ratio: rho. Empty with fewer than four pairs, or if the
+    folds lack one.
     """
-    if len(recalls) < 4 or not recalls.keys() <= fold_recall10.keys():
+    if len(recalls) < 4 or not recalls.keys() <= cv_recall10.keys():
         return {}
     validation = torch.tensor([mean_recalls(six)[2] for six in recalls.values()], dtype=torch.float64)  # [P]
-    folds = torch.tensor([fold_recall10[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
+    folds = torch.tensor([cv_recall10[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
     pair_count, fold_count = folds.shape
     score = folds.mean(1) - folds.mean()  # [P]
     disagreement = folds - folds.mean(0) - score[:, None]  # [P, K]
@@ -145,7 +153,7 @@ def expected_recall10(recalls, fold_recall10, rows_ratio):
     least_spread = noise * (rows_ratio + 1 / fold_count)
     kept = 1 - noise * rows_ratio / torch.maximum(spread, least_spread).clamp(min=1e-12)
     expected = (fit + kept * (validation - fit)).tolist()
-    return {pair: round(value, 6) for pair, value in zip(recalls, expected)}  # rounding errors rank nobody
+    return {pair: round(value, 6) for pair, value in zip(recalls, expected)}  # so that rounding errors rank no pair
 
 
 # --------------------------------------------------------------------------------------- true scores and their bootstrap
@@ -192,7 +200,7 @@ def true_scores(task, oracle):
 
 
 def bootstrap_scores(task, oracle, seed_weights):
-    """Its resamples, over rows and seeds: [R, P]."""
+    """The true score of every pair in each resample, over rows and over the oracle's seeds: [R, P], 0 to 1."""
     return np.einsum("rs,srp->rp", seed_weights[oracle.name], task.resampled[oracle.name]).round(9)
 
 
@@ -204,18 +212,18 @@ METRICS = {
 }  # fmt: skip
 
 
-def fidelity(truth, order):
-    """How well an order of P pairs finds the best by true scores. truth: [R, P], 0 to 1; order: [P], higher is better,
-    equals are ties. Returns {metric: [R]}, every one the expectation over a random breaking of the order's ties:
+def fidelity(truth, preference):
+    """How well a preference among P pairs finds the best by true scores. truth: [R, P], 0 to 1; preference: [P], higher is
+    better, equals are ties. Returns {metric: [R]}, every one the expectation over a random breaking of its ties:
 
     regret: the best true score minus that of the pair chosen, in points. top1: whether that pair is a best one.
     recall3: share of the first three that score no less than the third best. ndcg1, 3, 5 and ndcg (all): gain = true
-    score minus the worst pair's, discount 1 / log2(1 + place). spearman: of average ranks. tau: Kendall's tau-b. An
-    order that ties everything is a random order; its spearman and tau are 0.
+    score minus the worst pair's, discount 1 / log2(1 + place). spearman: of average ranks. tau: Kendall's tau-b. A
+    preference that ties everything is a random order; its spearman and tau are 0.
     """
     count = truth.shape[1]
-    before = (order > order[:, None]).sum(1)  # [P] how many come before a pair
-    ties = (order == order[:, None]).sum(1)  # [P] how many share its place, itself included
+    before = (preference > preference[:, None]).sum(1)  # [P] how many come before a pair
+    ties = (preference == preference[:, None]).sum(1)  # [P] how many share its place, itself included
     is_first = ((1 - before) / ties).clip(0, 1)  # [P] chance to be the first
     is_in_three = ((3 - before) / ties).clip(0, 1)  # [P] chance to be among the first three
     ranked = np.sort(truth, axis=1)[:, ::-1]  # [R, P] best first
@@ -230,14 +238,14 @@ def fidelity(truth, order):
         found[name] = ndcg(truth, ranked, before, ties, k)
 
     ranks = rankdata(truth, axis=1) - (count + 1) / 2  # [R, P] centred
-    own = rankdata(order) - (count + 1) / 2  # [P]
+    own = rankdata(preference) - (count + 1) / 2  # [P]
     found["spearman"] = correlation(ranks @ own, (ranks**2).sum(1) * (own**2).sum())
-    found["tau"] = kendall_tau(truth, order)
+    found["tau"] = kendall_tau(truth, preference)
     return found
 
 
 def ndcg(truth, ranked, before, ties, k):
-    """NDCG@k [R] of an order in which `before` [P] pairs come before a pair and `ties` [P] share its place."""
+    """NDCG@k [R] of a preference in which `before` [P] pairs come before a pair and `ties` [P] share its place."""
     count = truth.shape[1]
     discounts = np.where(np.arange(count) < k, 1 / np.log2(np.arange(count) + 2), 0)  # [P] by place
     expected = [discounts[first : first + shared].mean() for first, shared in zip(before, ties)]
@@ -247,9 +255,9 @@ def ndcg(truth, ranked, before, ties, k):
     return np.where(ideal > 0, gained / np.where(ideal > 0, ideal, 1), 1.0)
 
 
-def kendall_tau(truth, order):
-    """Kendall's tau-b [R] of an order [P] with true scores [R, P]."""
-    own = np.sign(order - order[:, None])  # [P, P]
+def kendall_tau(truth, preference):
+    """Kendall's tau-b [R] of a preference [P] with true scores [R, P]."""
+    own = np.sign(preference - preference[:, None])  # [P, P]
     taus = []
     for part in np.array_split(truth, math.ceil(truth.size * truth.shape[1] / 1e7)):  # a few resamples at a time
         signs = np.sign(part[:, None] - part[:, :, None])  # [R, P, P]
@@ -258,10 +266,10 @@ def kendall_tau(truth, order):
 
 
 def correlation(product, squares):
-    """product / sqrt(squares), and 0 where one of the two sides does not vary."""
+    """product / sqrt(squares), and 0 where one of the two does not vary."""
     return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
 
 
-def best_pairs(order):
-    """Numbers of the pairs tied for the first place."""
-    return np.flatnonzero(order == order.max()).tolist()
+def best_pairs(preference):
+    """Indices of the pairs tied for the first place."""
+    return np.flatnonzero(preference == preference.max()).tolist()

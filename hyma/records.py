@@ -1,12 +1,13 @@
 """The records of a report: the result of an evaluation as tables and a JSON file, from which the report is drawn.
 
     report/results.json    the answer, every connector's scores, every method's, and all that the page shows besides tables
-           ranking.csv     a row a task and pair, truly best first
-           selectors.csv   a row a task and method
-           <figure>.csv    what a figure shows
+           ranking.csv     a row for each task and pair, truly best first
+           selectors.csv   a row for each task and method
+           <figure>.csv    the data of a figure
            gallery.csv, thumbnails/    captions and the pictures that two pairs retrieve for them
 
-`hyma.report` draws figures and page from these files alone.
+`hyma.report` draws figures and page from these files alone. A figure's data is one function here, called in
+`list_figures`; its drawing is one function in `hyma.report`.
 """
 
 import io
@@ -19,21 +20,16 @@ import torch.nn.functional as F
 from scipy.stats import rankdata
 
 import vlm
-from hyma.costs import times
+from hyma.costs import cost_ratio
 from hyma.embeddings import unique
 from hyma.files import atomic_file, read_jsonl, write_csv, write_json
-from hyma.metrics import METRICS, best_pairs, bootstrap_scores, fidelity, mean_recalls, true_scores
+from hyma.metrics import INTERVAL, METRICS, best_pairs, bootstrap_scores, fidelity, mean_recalls, pair_name, true_scores
 from hyma.selectors import SelectionMethod
 from hyma.tasks import KINDS, image_inputs, text_inputs
 
 
-def pair_name(pair):
-    """("image", "text") as "image:text"."""
-    return ":".join(pair)
-
-
 class Estimate(NamedTuple):
-    """One metric of a method's order: its mean over the seeds, and what to compare that with."""
+    """One metric of a method's preference: its mean over the seeds, and what to compare that with."""
 
     value: float
     low: float  # 95 % bootstrap interval, over rows and seeds
@@ -42,10 +38,10 @@ class Estimate(NamedTuple):
 
 
 class OwnConnectors(NamedTuple):
-    """How good a run's own connectors are beside the oracle's, in points, the mean over its seeds. None of a selector."""
+    """How good a run's own connectors are compared with the oracle's, in points, the mean over its seeds. None of a selector."""
 
     own_score: float | None = None  # of the pair that it chose
-    gap_all: float | None = None  # own less the oracle's score, mean of all pairs
+    gap_all: float | None = None  # own score minus the oracle's, mean of all pairs
     gap_top_third: float | None = None  # mean of the truly best third
 
 
@@ -56,26 +52,26 @@ class MethodResult(NamedTuple):
     method: str
     kind: str  # "run" or "selector"
     seeds: int  # 0 of a selector
-    chosen: list  # numbers of the pairs that it ranks first, of every seed
+    chosen: list  # indices of the pairs that it ranks first, of every seed
     fidelity: dict  # metric, a key of METRICS -> Estimate
     own: OwnConnectors
 
 
 class EvaluationResult(NamedTuple):
-    """All that a report is made of. P pairs."""
+    """All that a report is made from. P pairs."""
 
     pairs: list  # [P] (image, text)
     methods: list  # of SelectionMethod
     oracle: SelectionMethod  # whose connectors have the true scores
     primary: SelectionMethod  # whose choice is the answer
-    chosen: int  # the number of that pair
+    chosen: int  # the index of that pair
     tasks: list  # of TaskScores, the headline's first
     resamples: int  # R
     seed_weights: dict  # method -> [R, S] weights of its seeds in each resample
-    method_results: list  # for each of `tasks`, a MethodResult a method
+    method_results: list  # for each of `tasks`, [MethodResult] of the methods
     costs: dict  # method -> Cost
     spectra: dict  # (image, text) -> canonical correlations, largest first; empty without selectors
-    warnings: list  # of lines
+    warnings: list  # lines
 
     @property
     def headline(self):
@@ -94,15 +90,15 @@ class EvaluationResult(NamedTuple):
         return bootstrap_scores(task, self.oracle, self.seed_weights)
 
 
-class Figure(NamedTuple):
+class FigureData(NamedTuple):
     """What a figure shows."""
 
     name: str  # of its files: <name>.csv, <name>.png
     kind: str  # how it is drawn: a key of `hyma.report.DRAW`
-    task: str | None  # that it belongs to
+    task: str | None  # that it belongs to, None for a figure of the runs
     rows: list  # of its CSV: dicts
-    about: dict = {}  # what else its drawing needs
-    more: dict = {}  # further CSVs: {file name: rows}
+    details: dict = {}  # what else its drawing needs
+    further_tables: dict = {}  # {file name: rows}
 
 
 def write_records(folder, result, gallery, results):
@@ -113,7 +109,7 @@ def write_records(folder, result, gallery, results):
     figures = list_figures(result)
     tables = {"ranking.csv": ranking_rows(result), "selectors.csv": method_rows(result), "gallery.csv": gallery.rows}
     for figure in figures:
-        tables |= {f"{figure.name}.csv": figure.rows} | figure.more
+        tables |= {f"{figure.name}.csv": figure.rows} | figure.further_tables
     tables = {name: rows for name, rows in tables.items() if rows}
     images = [f"{figure.name}.png" for figure in figures]
     files = ["report.html", "results.json", *images, *tables, *gallery.thumbnails]
@@ -150,8 +146,8 @@ def page_facts(result, figures, gallery):
     ratios = {}
     for name, cost in result.costs.items():
         ratios[name] = {
-            "flops_equal_batch": times(cost, base, "flops_equal_batch"),
-            "flops_with_embedding": times(cost, base, "flops_with_embedding"),
+            "flops_equal_batch": cost_ratio(cost, base, "flops_equal_batch"),
+            "flops_with_embedding": cost_ratio(cost, base, "flops_with_embedding"),
         }
     tasks = []
     for task in result.tasks:
@@ -174,27 +170,27 @@ def page_facts(result, figures, gallery):
         "tasks": tasks,
         "times_oracle": ratios,  # a method's FLOPs in those of the oracle
         "figures": [figure_facts(figure) for figure in figures],
-        "gallery": gallery.about,
+        "gallery": gallery.facts,
     }
 
 
 def figure_facts(figure):
-    tables = [f"{figure.name}.csv", *figure.more]
-    return {"name": figure.name, "kind": figure.kind, "task": figure.task, "tables": tables} | figure.about
+    tables = [f"{figure.name}.csv", *figure.further_tables]
+    return {"name": figure.name, "kind": figure.kind, "task": figure.task, "tables": tables} | figure.details
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
 def ranking_rows(result):
-    """ranking.csv: a row a task and pair, truly best first: true score in points, its interval, every method's rank, and
+    """ranking.csv: a row for each task and pair, truly best first: true score in points, its interval, every method's rank, and
     the score of every run's own connector."""
     rows = []
-    ranks = {f"rank by {method.name}": rankdata(-method.orders.mean(0)) for method in result.methods}
+    ranks = {f"rank by {method.name}": rankdata(-method.preferences.mean(0)) for method in result.methods}
     for task in result.tasks:
         truth = 100 * result.true_scores(task)  # [P]
         resampled = 100 * result.bootstrap_scores(task)  # [R, P]
-        low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+        low, high = np.percentile(resampled, INTERVAL, axis=0)
         scores = {f"score of {name}": 100 * values.mean(0) for name, values in task.scores.items()}
         values = {"true_rank": rankdata(-truth), "true_score": truth, "low": low, "high": high} | ranks | scores
         for k in best_first(truth):
@@ -205,12 +201,12 @@ def ranking_rows(result):
 
 
 def best_first(truth):
-    """The numbers of the pairs, truly best first. truth: [P]."""
+    """The indices of the pairs, truly best first. truth: [P]."""
     return np.argsort(-truth, kind="stable").tolist()
 
 
 def method_rows(result):
-    """selectors.csv: a row a task and method, runs and selectors alike, with every metric and cost."""
+    """selectors.csv: a row for each task and method, runs and selectors alike, with every metric and cost."""
     rows = []
     for method_results in result.method_results:
         for each in method_results:
@@ -240,7 +236,7 @@ def rounded(value):
 
 
 def list_figures(result):
-    """Every Figure that has something to show, in the page's order."""
+    """The FigureData of every figure that has something to show, in the page's order."""
     runs = [method for method in result.methods if method.runs and method is not result.oracle]
     figures = []
     for place, (task, method_results) in enumerate(zip(result.tasks, result.method_results)):
@@ -275,7 +271,7 @@ def cost_against_regret(result, method_results, name):
         rows.append(row)
     if not any(row["flops"] for row in rows):
         rows = []
-    return Figure(name, "cost-regret", method_results[0].task, rows)
+    return FigureData(name, "cost-regret", method_results[0].task, rows)
 
 
 def rank_scatter(result, task, name):
@@ -283,11 +279,11 @@ def rank_scatter(result, task, name):
     truth = rankdata(-result.true_scores(task))
     rows = []
     for method in result.methods:
-        if not np.ptp(method.orders):
+        if not np.ptp(method.preferences):
             continue
-        for (image, text), true, rank in zip(result.pairs, truth, rankdata(-method.orders.mean(0))):
+        for (image, text), true, rank in zip(result.pairs, truth, rankdata(-method.preferences.mean(0))):
             rows.append({"method": method.name, "image": image, "text": text, "true_rank": true, "rank": rank})
-    return Figure(name, "ranks", task.name, rows)
+    return FigureData(name, "ranks", task.name, rows)
 
 
 def heatmap(result, task, method, name):
@@ -300,26 +296,26 @@ def heatmap(result, task, method, name):
         row = {"image": image, "text": text}
         rows.append(row | {name: each[k].round(3).item() for name, each in values.items()})
     best = [list(result.pairs[k]) for k in best_pairs(truth.round(7))]
-    chosen = [list(result.pairs[k]) for k in best_pairs(method.orders.mean(0))]
-    return Figure(name, "heatmap", task.name, rows, {"method": method.name, "best": best, "chosen": chosen})
+    chosen = [list(result.pairs[k]) for k in best_pairs(method.preferences.mean(0))]
+    return FigureData(name, "heatmap", task.name, rows, {"method": method.name, "best": best, "chosen": chosen})
 
 
 def ranking_over_epochs(result):
-    """The rank of every pair at each validation of a run's first seed, and the regret of the pair that leads there, in
+    """The rank of every pair at each validation of a run's first seed, and the regret of the pair that is first there, in
     points."""
     truth = result.true_scores(result.headline)[None]  # [1, P]
     ranking, regrets = [], []
     for method, validations in validations_of(result).items():
         for validation in validations:
-            about = {"method": method, "epoch": validation["epoch"]}
+            columns = {"method": method, "epoch": validation["epoch"]}
             recall10 = validation_recall10(result, validation)
             ranks = rankdata([-recall for recall in recall10.values()])
-            ranking += [about | {"pair": pair, "rank": rank} for pair, rank in zip(recall10, ranks)]
-            # A pair that successive halving has given up comes last.
-            order = np.array([recall10.get(pair_name(pair), -1.0) for pair in result.pairs])
-            regrets.append(about | {"regret": fidelity(truth, order)["regret"][0]})
+            ranking += [columns | {"pair": pair, "rank": rank} for pair, rank in zip(recall10, ranks)]
+            # A pair that successive halving has dropped comes last.
+            preference = np.array([recall10.get(pair_name(pair), -1.0) for pair in result.pairs])
+            regrets.append(columns | {"regret": fidelity(truth, preference)["regret"][0]})
     name = "ranking-over-epochs"
-    return Figure(name, name, None, ranking, more={"regret-over-epochs.csv": regrets})
+    return FigureData(name, name, None, ranking, further_tables={"regret-over-epochs.csv": regrets})
 
 
 def validations_of(result):
@@ -344,10 +340,10 @@ def loss_curves(result):
     rows = []
     for method in result.methods:
         for run in method.runs if method.trained else []:
-            about = {"method": method.name, "seed": run.seed, "run": str(run.folder)}
+            columns = {"method": method.name, "seed": run.seed, "run": str(run.folder)}
             for line in read_jsonl(run.folder / "metrics.jsonl"):
-                rows.append(about | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
-    return Figure("loss", "loss", None, rows)
+                rows.append(columns | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
+    return FigureData("loss", "loss", None, rows)
 
 
 def correlation_spectra(result):
@@ -356,7 +352,7 @@ def correlation_spectra(result):
     for pair, correlations in result.spectra.items():
         for place, correlation in enumerate(correlations, 1):
             rows.append({"pair": pair_name(pair), "place": place, "correlation": correlation})
-    return Figure("canonical-correlations", "canonical-correlations", None, rows)
+    return FigureData("canonical-correlations", "canonical-correlations", None, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- gallery
@@ -367,7 +363,7 @@ class Gallery(NamedTuple):
 
     rows: list  # of gallery.csv
     thumbnails: dict  # file name in the report's folder -> JPEG bytes
-    about: dict | None  # what else the page shows; None if no task has captions and pictures
+    facts: dict | None  # what else the page shows; None if no task has captions and pictures
 
 
 def make_gallery(result, tasks, queries=6, nearest=5):
@@ -381,14 +377,14 @@ def make_gallery(result, tasks, queries=6, nearest=5):
     run = result.primary.runs[0]
     rows = [task.data.rows[i] for i in task.rows.tolist()]
     pictures = first_places([row["image"] for row in rows])  # {picture: its first place in rows}
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:queries].tolist()
-    pairs = compared_pairs(result)
-    retrieved = {}  # pair -> [queries, nearest] numbers of pictures
+    chosen_rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:queries].tolist()
+    pairs = gallery_pairs(result)
+    retrieved = {}  # pair -> [queries, nearest] indices of pictures
     for pair in pairs:
-        retrieved[pair] = nearest_pictures(task, run, pair, list(pictures.values()), drawn, nearest)
+        retrieved[pair] = nearest_pictures(task, run, pair, list(pictures.values()), chosen_rows, nearest)
 
     table, names = [], list(pictures)
-    for query, place in enumerate(drawn):
+    for query, place in enumerate(chosen_rows):
         caption = rows[place]["caption"]
         right = {row["image"] for row in rows if row["caption"] == caption}
         for pair in pairs:
@@ -404,7 +400,7 @@ def make_gallery(result, tasks, queries=6, nearest=5):
         if jpeg:
             files[picture] = f"thumbnails/{len(files)}.jpg"
             thumbnails[files[picture]] = jpeg
-    about = {
+    facts = {
         "task": task.name,
         "pictures": len(pictures),
         "run": str(run.folder),
@@ -413,10 +409,10 @@ def make_gallery(result, tasks, queries=6, nearest=5):
         "missing": len(shown) - len(files),
         "root": str(root),
     }
-    return Gallery(table, thumbnails, about)
+    return Gallery(table, thumbnails, facts)
 
 
-def compared_pairs(result):
+def gallery_pairs(result):
     """{pair: its role}: the chosen pair and, if it is another, the truly worst."""
     worst = int(result.true_scores(result.headline).argmin())
     roles = {result.pairs[result.chosen]: "the pair to stitch"}
@@ -433,14 +429,15 @@ def first_places(names):
 
 
 @torch.no_grad()
-def nearest_pictures(task, run, pair, places, drawn, nearest):
-    """The pictures nearest to each caption by a run's connector, [queries, nearest], numbers in `places`.
+def nearest_pictures(task, run, pair, places, chosen_rows, nearest):
+    """The pictures nearest to each caption by a run's connector, [queries, nearest], indices into
+    `places`.
 
-    places: of the pictures in the task's rows. drawn: of the captions.
+    places: of the pictures in the task's rows. chosen_rows: places of the captions in the task's rows.
     """
     image, text = pair
     vectors = F.normalize(image_inputs(task, image)[places].float(), dim=1)  # [pictures, D_i]
-    captions = F.normalize(text_inputs(task, text)[drawn].float(), dim=1)  # [queries, D_t]
+    captions = F.normalize(text_inputs(task, text)[chosen_rows].float(), dim=1)  # [queries, D_t]
     mapped = vlm.map_text(vlm.load_connector(run.connector(image, text)), captions)  # [queries, D_i]
     return (mapped @ vectors.T).topk(min(nearest, len(places)), dim=1).indices.tolist()
 
@@ -452,6 +449,6 @@ def small_jpeg(path):
         picture.thumbnail((112, 112))
         jpeg = io.BytesIO()
         picture.save(jpeg, "JPEG", quality=80)
-    except Exception:  # Pillow's errors are of many types, and none may stop a report
+    except Exception:  # Pillow raises errors of many types; none of them stops a report
         return None
     return jpeg.getvalue()

@@ -2,8 +2,9 @@
 
     python -m hyma.report report/          # draws the figures and report.html of a folder again
 
-The page is the template `report.html` beside this file. A figure is one function below and one line in `DRAW`: it gets
-the Records and what results.json says of the figure, and returns the drawing and its caption.
+The page is the template `report.html` beside this file. It shows every figure that results.json lists. To add a figure,
+write two functions: in `hyma.records` one that returns its FigureData, called in `list_figures` there; here one that
+draws it, with a line in `DRAW`.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import csv
 import io
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
+from hyma.embeddings import unique
 from hyma.files import atomic_file, run_script, write_text
+from hyma.metrics import pair_name
 from vlm import BadInput, read_json
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, with markers that survive a grey print.
@@ -58,19 +62,19 @@ class Records:
         return [row for row in self.read_table("ranking.csv") if row["task"] == self.page["tasks"][0]["name"]]
 
     def style(self, method):
-        """How a method's line is drawn, in every figure alike."""
+        """How a method's line is drawn, the same in every figure."""
         k = self.methods.index(method)
         colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
         return {"color": colour, "marker": marker, "ms": 3, "lw": 1.3, "label": method}
 
     def pair_styles(self):
-        """{pair: how its line is drawn}, first drawn first: grey, and over it in colour the worst and the three truly best."""
+        """{pair: how its line is drawn}, in the order of drawing: grey ones, then in colour the worst and the three truly best."""
         pairs = [(row["image"], row["text"]) for row in self.ranking()]
         marked = unique([*pairs[:3], pairs[-1]])
-        styles = {":".join(pair): {"color": GREY, "lw": 0.9} for pair in pairs if pair not in marked}
+        styles = {pair_name(pair): {"color": GREY, "lw": 0.9} for pair in pairs if pair not in marked}
         for pair in reversed(marked):
             label = ":".join(shorten(name) for name in pair)
-            styles[":".join(pair)] = {"color": COLOURS[marked.index(pair)], "lw": 2, "label": label}
+            styles[pair_name(pair)] = {"color": COLOURS[marked.index(pair)], "lw": 2, "label": label}
         return styles
 
 
@@ -78,26 +82,22 @@ def draw_report(folder):
     """Draws every figure and report.html of a folder from its records."""
     records = Records(folder)
     figures = []
-    for about in records.page["figures"]:
-        drawing, caption = DRAW[about["kind"]](records, about)
+    for facts in records.page["figures"]:
+        drawing, caption = DRAW[facts["kind"]].draw(records, facts)
         png = io.BytesIO()
         drawing.savefig(png, dpi=160, metadata={"Software": None})
-        with atomic_file(records.folder / f"{about['name']}.png") as file:
+        with atomic_file(records.folder / f"{facts['name']}.png") as file:
             file.write(png.getvalue())
         shown = {"png": as_base64(png.getvalue()), "caption": caption, "width": int(drawing.get_figwidth() * 96)}
-        figures.append(about | shown)
+        figures.append(facts | shown | {"section": DRAW[facts["kind"]].section})
     write_text(records.folder / "report.html", render_page(records, figures))
-
-
-def unique(names):
-    return list(dict.fromkeys(names))
 
 
 # ------------------------------------------------------------------------------------------------------------- page
 
 
 def render_page(records, figures):
-    """The page's HTML. figures: what results.json says of each, and its "png", "caption" and "width"."""
+    """The page's HTML. figures: what results.json says of each, and its "png", "caption", "width" and "section"."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,7 +106,7 @@ def render_page(records, figures):
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "teraflop": teraflop}
+    environment.filters |= {"format_number": format_number, "teraflop": teraflop}
     environment.globals["describe_choice"] = describe_choice
     rows_of_task = {}
     for row in records.method_rows:
@@ -131,9 +131,9 @@ class Tile(NamedTuple):
 
 def gallery_cells(records):
     """The gallery's table: [(caption, [the Tiles of each pair])]."""
-    about = records.page["gallery"]
-    jpegs = {name: as_base64((records.folder / file).read_bytes()) for name, file in about["thumbnails"].items()}
-    first_pair = about["pairs"][0]["pair"]
+    facts = records.page["gallery"]
+    jpegs = {name: as_base64((records.folder / file).read_bytes()) for name, file in facts["thumbnails"].items()}
+    first_pair = facts["pairs"][0]["pair"]
     lines = []
     for row in records.read_table("gallery.csv"):
         if row["place"] == "1" and row["pair"] == first_pair:  # a new caption
@@ -149,8 +149,8 @@ def as_base64(content):
     return base64.b64encode(content).decode()
 
 
-def number(value, digits=2):
-    """A number for people, – for None."""
+def format_number(value, digits=2):
+    """A number as the page shows it, – for None."""
     if value is None:
         return "–"
     return f"{round(float(value), digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
@@ -195,7 +195,7 @@ def shorten(name):
 
 
 def legend_below(figure, axis, backwards=True):
-    """backwards: what is drawn last, on top, comes first."""
+    """Adds a legend below the figure. backwards: what is drawn last, on top, comes first."""
     handles, labels = axis.get_legend_handles_labels()
     step = -1 if backwards else 1
     place = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
@@ -209,10 +209,10 @@ def draw_lines(axis, rows, x, y, series, styles):
         axis.plot(*np.array(points).reshape(-1, 2).T, **style)
 
 
-def draw_cost_against_regret(records, about):
+def draw_cost_against_regret(records, facts):
     """Regret with its interval over FLOPs, without and, where they are known, with those of embedding."""
     numbers = ("regret", "regret_low", "regret_high", "regret_random", "flops", "flops_with_embedding")
-    rows = records.read_table(f"{about['name']}.csv", numbers)
+    rows = records.read_table(f"{facts['name']}.csv", numbers)
     keys = {"search alone": "flops"}
     if all(row["flops_with_embedding"] is not None for row in rows):
         keys["with embedding"] = "flops_with_embedding"
@@ -233,14 +233,14 @@ def draw_cost_against_regret(records, about):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     caption = (
-        f"{about['task']}: the regret of each method against its cost (log axis; down and left is better). "
+        f"{facts['task']}: the regret of each method against its cost (log axis; down and left is better). "
         "Bars: 95 % bootstrap interval. Filled: runs; open: selectors, which train nothing."
     )
     return figure, caption
 
 
 def draw_regret(axis, row, spent, least, style):
-    """One method's marker and interval; one that costs nothing stands left of the least cost."""
+    """One method's marker and interval; one that costs nothing is left of the least cost."""
     below = max(0, row["regret"] - row["regret_low"])
     above = max(0, row["regret_high"] - row["regret"])
     style |= {"ls": "none", "ms": 8, "elinewidth": 1}
@@ -251,9 +251,9 @@ def draw_regret(axis, row, spent, least, style):
     axis.errorbar(spent or least / 4, row["regret"], [[below], [above]], capsize=2, **style)
 
 
-def draw_ranks(records, about):
-    """A panel a method: the rank that it gives a pair over the pair's true rank."""
-    rows = records.read_table(f"{about['name']}.csv", ("true_rank", "rank"))
+def draw_ranks(records, facts):
+    """One panel per method: the rank that it gives a pair over the pair's true rank."""
+    rows = records.read_table(f"{facts['name']}.csv", ("true_rank", "rank"))
     methods = unique(row["method"] for row in rows)
     figure, axes = panels(len(methods), 4, 2.2, 2.35, sharex=True, sharey=True)
     for axis, method in zip(axes, methods):
@@ -268,16 +268,16 @@ def draw_ranks(records, about):
     figure.supxlabel("true rank (1: the best)", fontsize=9)
     figure.supylabel("rank given", fontsize=9)
     caption = (
-        f"{about['task']}: the true rank of every pair and the rank that each method gives it; ties have their average "
+        f"{facts['task']}: the true rank of every pair and the rank that each method gives it; ties have their average "
         "rank. Diamond: the pair that the method chose."
     )
     return figure, caption
 
 
-def draw_heatmap(records, about):
+def draw_heatmap(records, facts):
     """The oracle's scores, the run's, and the difference: images down, texts across."""
-    rows = records.read_table(f"{about['name']}.csv", ("oracle", "run", "difference"))
-    oracle, method = records.results["oracle"], about["method"]
+    rows = records.read_table(f"{facts['name']}.csv", ("oracle", "run", "difference"))
+    oracle, method = records.results["oracle"], facts["method"]
     images, texts = unique(row["image"] for row in rows), unique(row["text"] for row in rows)
     down, across = [shorten(name) for name in images], [shorten(name) for name in texts]
     longest_down, longest_across = max(map(len, down)), max(map(len, across))
@@ -291,16 +291,16 @@ def draw_heatmap(records, about):
     of_scores = {"cmap": "cividis", "vmin": min(scores), "vmax": max(scores)}
     of_difference = {"cmap": "PuOr", "vmin": -most, "vmax": most}
     shown = (
-        (f"oracle: {oracle}", "oracle", about["best"], of_scores, "{:.1f}"),
-        (method, "run", about["chosen"], of_scores, "{:.1f}"),
+        (f"oracle: {oracle}", "oracle", facts["best"], of_scores, "{:.1f}"),
+        (method, "run", facts["chosen"], of_scores, "{:.1f}"),
         ("difference", "difference", [], of_difference, "{:+.1f}"),
     )
     for axis, (title, key, boxed, colours, form) in zip(figure.subplots(1, 3, sharey=True), shown):
         grid = np.full((len(images), len(texts)), np.nan)  # [images, texts]
         for row in rows:
             grid[images.index(row["image"]), texts.index(row["text"])] = row[key]
-        drawn = axis.imshow(grid, aspect="auto", **colours)
-        write_cells(axis, grid, drawn, form)
+        cells = axis.imshow(grid, aspect="auto", **colours)
+        write_cells(axis, grid, cells, form)
         for image, text in boxed:
             corner = texts.index(text) - 0.47, images.index(image) - 0.47
             axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=COLOURS[1], lw=2.5))
@@ -309,26 +309,26 @@ def draw_heatmap(records, about):
         axis.set_yticks(range(len(images)), down, fontsize=8)
         axis.tick_params(length=0)
     caption = (
-        f"{about['task']}, score in % of every pair: {oracle} (the oracle), {method}, and the difference in points. "
+        f"{facts['task']}, score in % of every pair: {oracle} (the oracle), {method}, and the difference in points. "
         "Boxed: the oracle's best pair, and the pair that the run chose."
     )
     return figure, caption
 
 
-def write_cells(axis, grid, drawn, form):
+def write_cells(axis, grid, cells, form):
     """The number in each cell, black on light colours and white on dark ones."""
     for (i, j), value in np.ndenumerate(grid):
         if np.isnan(value):
             continue
-        brightness = np.dot(drawn.cmap(drawn.norm(value))[:3], (0.3, 0.59, 0.11))
+        brightness = np.dot(cells.cmap(cells.norm(value))[:3], (0.3, 0.59, 0.11))
         text = form.format(round(value, 1) + 0.0)  # + 0.0: no minus before a zero
         colour = "black" if brightness > 0.5 else "white"
         axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
 
 
-def draw_ranking_over_epochs(records, about):
-    """A panel a run: the rank of every pair at each validation. Last: the regret of the leading pair."""
-    ranking, regret = about["tables"]
+def draw_ranking_over_epochs(records, facts):
+    """One panel per run: the rank of every pair at each validation. Last: the regret of the leading pair."""
+    ranking, regret = facts["tables"]
     rows = records.read_table(ranking, ("epoch", "rank"))
     regrets = records.read_table(regret, ("epoch", "regret"))
     methods = unique(row["method"] for row in rows)
@@ -352,9 +352,9 @@ def draw_ranking_over_epochs(records, about):
     return figure, caption
 
 
-def draw_loss(records, about):
-    """Loss and validation recall, a line a run; only the first seed of a method is in the legend."""
-    rows = records.read_table(f"{about['name']}.csv", ("epoch", "loss", "val_recall10"))
+def draw_loss(records, facts):
+    """Loss and validation recall, one line per run; only the first seed of a method is in the legend."""
+    rows = records.read_table(f"{facts['name']}.csv", ("epoch", "loss", "val_recall10"))
     method_of = {row["run"]: row["method"] for row in rows}
     styles, labelled = {}, set()
     for run, method in method_of.items():
@@ -373,9 +373,9 @@ def draw_loss(records, about):
     return figure, "Loss and validation recall of every run, one line for each seed."
 
 
-def draw_canonical_correlations(records, about):
-    """A line a pair over the canonical directions."""
-    rows = records.read_table(f"{about['name']}.csv", ("place", "correlation"))
+def draw_canonical_correlations(records, facts):
+    """One line per pair over the canonical directions."""
+    rows = records.read_table(f"{facts['name']}.csv", ("place", "correlation"))
     figure, (axis,) = panels(1, 1, 6.4, 3.6)
     draw_lines(axis, rows, "place", "correlation", "pair", records.pair_styles())
     axis.set_xlabel("canonical direction")
@@ -388,14 +388,20 @@ def draw_canonical_correlations(records, about):
     return figure, caption
 
 
-# {kind: (Records, what results.json says of the figure) -> (matplotlib's figure, its caption)}
+class Drawing(NamedTuple):
+    """How figures of a kind are drawn, and where the page shows them."""
+
+    draw: Callable  # (Records, what results.json says of the figure) -> (matplotlib's figure, its caption)
+    section: str | None = None  # heading of the page that it is under; None: that of the figure's task
+
+
 DRAW = {
-    "cost-regret": draw_cost_against_regret,
-    "ranks": draw_ranks,
-    "heatmap": draw_heatmap,
-    "ranking-over-epochs": draw_ranking_over_epochs,
-    "loss": draw_loss,
-    "canonical-correlations": draw_canonical_correlations,
+    "cost-regret": Drawing(draw_cost_against_regret),
+    "ranks": Drawing(draw_ranks),
+    "heatmap": Drawing(draw_heatmap),
+    "ranking-over-epochs": Drawing(draw_ranking_over_epochs, "Over the epochs"),
+    "loss": Drawing(draw_loss, "Over the epochs"),
+    "canonical-correlations": Drawing(draw_canonical_correlations, "Before any training"),
 }
 
 

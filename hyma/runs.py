@@ -2,13 +2,13 @@
 
     runs/<name>/config.json      every flag, what the method is, versions, device, commit; written first
                 metrics.jsonl    a line each time that the pairs are validated
-                checkpoint.pt    all that a resumed run needs; the one before it beside it
+                checkpoint.pt    all that a resumed run needs; the one before it is kept too
                 connectors/      <image>_mlp<C>_<text>.pt and, of the same stem, a .json card that says what made it
                 ranking.csv      the pairs, best first
                 ledger.json      what it cost; written last: a folder without it is not finished
 
-Whoever reads a run knows neither trainers nor their flags: what they need to know is in `config.json` under names of
-its own (`create_run`) and in the ledger (`write_results`).
+Code that reads a run knows neither trainers nor their flags: what it needs is in `config.json` under keys of its own
+(`create_run`) and in the ledger (`write_results`).
 """
 
 import csv
@@ -20,19 +20,22 @@ from typing import NamedTuple
 
 import vlm
 from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, provenance, save_tensors, write_csv, write_json
+from hyma.metrics import pair_name
 from vlm import BadInput, load_tensors, read_json
 
 # ---------------------------------------------------------------------------------------------- created and resumed
 
 
-def create_run(out, flags, typed, identity, about, device, wait=False):
+def create_run(out, flags, typed, must_match, run_info, device, wait=False):
     """Makes the folder of a new run and writes its config.json. Returns the lock that keeps other processes out.
 
-    flags: {name: value}, resolved. typed: the same before that, by which the same command is recognised. identity: what a resumed run must find again, {"pairs": [...], "embeddings": {encoder:
-    sha256 of its file}} and whatever else decides the result. about: {"method": a name for tables, "recipe": the flags
-    that make the method (runs that share it differ in their seed alone), "full_grid": whether every pair was trained from
-    nothing, with the whole budget, on all rows, "hidden_layers", "rows": how many were used to train and to choose,
-    "starts_from": another run whose cost is not in this one's, "seed"}.
+    flags: {name: value}, resolved. typed: the same before that, by which the same command is recognised.
+    must_match: what a resumed run must find unchanged, {"pairs": [...], "embeddings": {encoder: sha256 of its file}} and
+    whatever else decides the result.
+    run_info: {"method": a name for tables, "recipe": the flags that define the method (runs that share it differ in their
+    seed alone), "full_grid": whether every pair was trained from nothing, with the whole budget, on all rows,
+    "hidden_layers", "rows": how many were used to train and to choose, "starts_from": another run whose cost is not in
+    this one's, "seed"}.
     """
     if (out / "config.json").exists():
         raise BadInput(f"--out {out}: holds a run already; choose another, or resume it: --resume --out {out}")
@@ -40,24 +43,26 @@ def create_run(out, flags, typed, identity, about, device, wait=False):
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out, wait)
     make_folder(out / "connectors")
-    config = {"script": Path(sys.argv[0]).name, "flags": flags, "typed": typed} | identity | about | provenance(device)
+    config = (
+        {"script": Path(sys.argv[0]).name, "flags": flags, "typed": typed} | must_match | run_info | provenance(device)
+    )
     write_json(out / "config.json", config)
     return lock
 
 
 def check_run_folder(out):
-    """Raises BadInput for a folder that holds what is no run's: a home, a repository, the root of the disk."""
+    """Raises BadInput for a folder that holds other files than a run's: a home, a repository, the root of the disk."""
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     others = sorted(held - {".lock", "connectors"})
     if others:
         raise BadInput(f"--out {out}: is a folder with other files in it ({others[0]}); choose a new one")
 
 
-def reopen_run(out, config, identity, wait=False):
+def reopen_run(out, resumed_config, must_match, wait=False):
     """Locks the folder of an interrupted run. Raises BadInput if its pairs or embeddings are no longer the same."""
-    for key, value in identity.items():
-        if config.get(key) != value:
-            data = config["flags"]["data"]
+    for key, value in must_match.items():
+        if resumed_config.get(key) != value:
+            data = resumed_config["flags"]["data"]
             raise BadInput(f"--resume: the embeddings in {data} are no longer those that {out} was started with")
     return lock_folder(out, wait)
 
@@ -94,12 +99,12 @@ def interrupted_run(typed):
 
 
 class Checkpoints:
-    """The last two checkpoints of a run folder, so that one that is damaged has a predecessor."""
+    """The last two checkpoints of a run folder: where the newer one is damaged, the older one is used."""
 
     def __init__(self, folder):
         self.newest = folder / "checkpoint.pt"
         self.previous = folder / "checkpoint.previous.pt"
-        self.next = folder / "checkpoint.next.pt"  # whole, and about to become the newest
+        self.next = folder / "checkpoint.next.pt"  # complete, and about to become the newest
         self.saved = time.monotonic()
 
     def load(self, *keys):
@@ -160,8 +165,8 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
     """
     paths = []
     for row in ranking:
-        layers, about = connector_of(f"{row['image']}:{row['text']}")
-        paths.append(save_connector(out, data, layers, row, about))
+        layers, card_info = connector_of(f"{row['image']}:{row['text']}")
+        paths.append(save_connector(out, data, layers, row, card_info))
     write_csv(out / "ranking.csv", ranking)
     updates = state["updates"]
     ledger = {
@@ -171,10 +176,10 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
         "pair_samples": batch_size * sum(updates.values()),
         "updates_per_pair": updates,
         "flops": state["flops"],
-        # What the FLOPs would be at another batch size follows from these; the rest goes with the samples.
-        "start_flops": state["start_flops"],  # before the first step, whatever the batch size
-        "step_flops": state["step_flops"],  # go with the number of steps
-        "logit_flops": state["logit_flops"],  # go with the batch size at equal samples
+        # What the FLOPs would be at another batch size follows from these; the rest grows with the samples.
+        "start_flops": state["start_flops"],  # before the first step, at any batch size
+        "step_flops": state["step_flops"],  # grow with the number of steps
+        "logit_flops": state["logit_flops"],  # grow with the batch size at equal samples
         "seconds": round(state["seconds"], 3),
         "peak_bytes": state["peak_bytes"],
         "trainable_parameters": state["trainable_parameters"],
@@ -183,10 +188,10 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
     return paths
 
 
-def save_connector(out, data, layers, row, about):
-    """Writes one pair's connector and, beside it, the `.json` card that says what made it.
+def save_connector(out, data, layers, row, card_info):
+    """Writes one pair's connector and, in the same folder, its `.json` card: what it was trained on, and how.
 
-    layers: [(weight [out, in], bias [out])]. row: the pair's row of ranking.csv. about: whatever else to record.
+    layers: [(weight [out, in], bias [out])]. row: the pair's row of ranking.csv. card_info: what else to record.
     """
     image, text = data.encoders[row["image"]], data.encoders[row["text"]]
     hidden_layers = len(layers) - 1
@@ -206,7 +211,7 @@ def save_connector(out, data, layers, row, about):
     }
     path = Path(out) / "connectors" / vlm.connector_name(image.name, hidden_layers, text.name)
     save_tensors(state, path)
-    write_json(path.with_suffix(".json"), card | row | about)
+    write_json(path.with_suffix(".json"), card | row | card_info)
     return path
 
 
@@ -218,7 +223,7 @@ class Run(NamedTuple):
 
     folder: Path
     method: str  # a name for tables and figures
-    recipe: dict  # what makes the method: runs that share it differ in their seed alone
+    recipe: dict  # what defines the method: runs that share it differ in their seed alone
     seed: int
     hidden_layers: int
     ranks: dict  # (image, text) -> rank in ranking.csv, 1 the best; equals share a rank
@@ -240,7 +245,7 @@ def connectors_folder(folder):
 
 
 def read_run(folder) -> Run:
-    """Reads a run folder. Raises BadInput if it is none, is unfinished or lacks a connector."""
+    """Reads a run folder. Raises BadInput if it holds no run, is unfinished or lacks a connector."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         return read_connectors(folder)
@@ -268,19 +273,19 @@ def read_run(folder) -> Run:
             raise BadInput(f"{folder}: is not finished (no ledger.json); rerun to resume: {command}")
         run = run._replace(ledger=read_ledger(folder), ranks=read_ranks(folder))
         for pair in run.ranks:
-            run.ledger["updates_per_pair"][":".join(pair)]
+            run.ledger["updates_per_pair"][pair_name(pair)]
     except BadInput:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{folder}: is damaged ({type(error).__name__}: {error}); make the run again") from None
     for pair in run.ranks:
         if not run.connector(*pair).is_file():
-            raise BadInput(f"{run.connector(*pair)}: no such file, but {folder}/ranking.csv ranks {':'.join(pair)}")
+            raise BadInput(f"{run.connector(*pair)}: no such file, but {folder}/ranking.csv ranks {pair_name(pair)}")
     return run
 
 
 def read_ledger(folder):
-    """ledger.json, whose numbers are numbers."""
+    """ledger.json, after checking that its costs are numbers."""
     ledger = read_json(folder / "ledger.json")
     for key in ("batch_size", "pair_samples", "flops", "start_flops", "step_flops", "logit_flops", "seconds"):
         float(ledger[key])
@@ -297,7 +302,7 @@ def read_ranks(folder):
 
 
 def read_connectors(folder) -> Run:
-    """A folder of connectors and nothing else. Its pairs share a rank, as nothing says how they were chosen."""
+    """A folder of connectors and nothing else. Its pairs share a rank, as nothing says which were chosen."""
     names = [vlm.read_connector(path)[:3] for path in sorted(connectors_folder(folder).glob("*_mlp?_*.pt"))]
     if not names:
         raise BadInput(
@@ -305,7 +310,9 @@ def read_connectors(folder) -> Run:
         )
     depths = sorted({hidden_layers for _, hidden_layers, _ in names})
     if len(depths) > 1:
-        raise BadInput(f"{folder}: holds connectors of {depths} hidden layers; keep one kind a folder")
+        raise BadInput(
+            f"{folder}: holds connectors of {depths} hidden layers; keep connectors of one depth in a folder"
+        )
     return Run(
         folder=folder,
         method=f"connectors in {folder}",

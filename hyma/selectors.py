@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hyma.closed_form import regularised
-from hyma.costs import FREE, flop_counter
+from hyma.costs import NO_COST, flop_counter
 from hyma.embeddings import RowStore, unique
 from hyma.metrics import Retrieval, mean_recalls
 from vlm import BadInput
@@ -32,7 +32,7 @@ class SelectionMethod(NamedTuple):
     """A way to choose a pair: a run of one or more seeds, or a selector. S seeds (1 of a selector), P pairs."""
 
     name: str
-    orders: np.ndarray  # [S, P] a row a seed: higher is better, equals are ties
+    preferences: np.ndarray  # [S, P] one row per seed: higher is better, equals are ties
     runs: list  # [S] a Run of each seed; none of a selector
     cost: dict  # of a selector: {"flops", "seconds", "rows"}; empty of runs, whose ledgers have it
 
@@ -68,10 +68,10 @@ def run_selectors(data, pairs, rows, device):
         with flop_counter() as counter:
             scores = selector(features, pairs)
         seconds = time.perf_counter() - started
-        order = np.array([[scores[pair] for pair in pairs]]).round(9)
+        preference = np.array([[scores[pair] for pair in pairs]]).round(9)
         cost = {"flops": counter.get_total_flops(), "seconds": seconds, "rows": len(rows)}
-        methods.append(SelectionMethod(name, order, [], cost))
-    methods.append(SelectionMethod("largest (sum of widths)", sum_of_widths(data, pairs), [], FREE))
+        methods.append(SelectionMethod(name, preference, [], cost))
+    methods.append(SelectionMethod("largest (sum of widths)", sum_of_widths(data, pairs), [], NO_COST))
     return methods, spectra, find_duplicates(data, features)
 
 
@@ -87,7 +87,7 @@ def selector_rows(data, rows, count):
 
 
 def centred_features(store, names, rows):
-    """{encoder: [n, D] float32, of unit vectors less their mean}."""
+    """{encoder: [n, D] float32, of unit vectors minus their mean}."""
     features = {}
     for name in names:
         x = store.take(name, rows)  # [n, D]
@@ -96,7 +96,7 @@ def centred_features(store, names, rows):
 
 
 def warm_up_counter():
-    """The counter's first use takes a second, which belongs to no selector."""
+    """Enters the counter once: its first use takes a second, which is no selector's cost."""
     with flop_counter():
         torch.ones(1, 1) @ torch.ones(1, 1)
 
@@ -157,7 +157,7 @@ def mutual_neighbours(features, pairs):
 
 
 def nearest_rows(x):
-    """The numbers of each unit vector's nearest others [n, 10]. x: [n, D]."""
+    """The indices of each unit vector's nearest others [n, 10]. x: [n, D]."""
     nearest = []
     for block in torch.arange(len(x), device=x.device).split(2048):
         scores = x[block] @ x.T  # [block, n]

@@ -1,7 +1,7 @@
 """What a connector is scored on: retrieval, zero-shot classification, multiple choice.
 
-Each kind of task has a section of its own below. It ends in a `Kind`, which says how the task is made from the rows of an
-embedding folder, how it is scored and what its score is called. To add a kind, write its section and add it to `KINDS`.
+Each kind of task has a section of its own below, which ends in a `Kind`: how the task is made from the rows of an embedding
+folder, how it is scored and what its score is called. To add a kind, write its section and add it to `KINDS`.
 """
 
 import functools
@@ -21,27 +21,25 @@ from tqdm import tqdm
 
 import vlm
 from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, split_rows
+from hyma.embeddings import Embeddings, split_rows, unique
 from hyma.files import save_tensors
 from hyma.metrics import Retrieval
 from kernels import true_rank
-from vlm import BadInput
-
-BLOCK = 8192  # texts that go through a connector at a time
+from vlm import MAPPED_AT_ONCE, BadInput
 
 
 class Task(NamedTuple):
-    """Rows of an embedding folder and what is asked of them."""
+    """Rows of an embedding folder and how connectors are scored on them."""
 
     name: str
     kind: str  # "retrieval", "zeroshot" or "vqa": a key of KINDS
-    protocol: str  # one line: which rows, how many, captions a picture, prompts, directions, chance
+    protocol: str  # one line: which rows, how many, captions per picture, prompts, directions, chance
     chance: float  # what guessing scores, of `Score.value`
     data: Embeddings
-    rows: Tensor  # [n] row numbers
+    rows: Tensor  # [n] row indices
     retrieval: Retrieval | None = None
-    texts: tuple = ()  # prompts: of a class one after the other, or a question with a candidate answer
-    templates: int = 1  # prompts of a class
+    texts: tuple = ()  # prompts: all of a class one after the other, or a question with a candidate answer
+    templates: int = 1  # how many prompts a class has
     right: Tensor | None = None  # [n] the right class (zeroshot) or text (vqa)
     choices: Tensor | None = None  # [n, K] the texts to choose from; -1 where a row has fewer than K
 
@@ -58,15 +56,19 @@ class Kind(NamedTuple):
     """A kind of task."""
 
     name: str
-    make: Callable  # (name, data, rows, source, flags) -> Task; raises Unfit
+    make: Callable  # (name, data, rows, rows_description, flags) -> Task; raises TaskNotPossible
     score: Callable  # (task, mapped texts [texts, D_i], images [n, D_i]) -> Score
     headline: str  # what `Score.value` is, in words
     units: str  # what `Score.units` counts, in words
     benchmark_name: str  # the "task" in CLIP_benchmark's result files
 
 
-class Unfit(Exception):
+class TaskNotPossible(Exception):
     """Why the rows of a folder allow no task of a kind."""
+
+
+class WeightsMissing(BadInput):
+    """Prompts need a text encoder whose weights are not on the hub or cannot be fetched; the message says what to pass."""
 
 
 def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
@@ -79,12 +81,12 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
     data = Embeddings(folder)
     if name is None:
         name = data.manifest["dataset"] if data.manifest else data.folder.name
-    source, rows = choose_rows(data, run_seed)
+    rows_description, rows = choose_rows(data, run_seed)
     tasks, reasons = [], []
     for kind in KINDS.values():
         try:
-            tasks.append(kind.make(name, data, rows, source, flags))
-        except Unfit as reason:
+            tasks.append(kind.make(name, data, rows, rows_description, flags))
+        except TaskNotPossible as reason:
             reasons.append(str(reason))
     if not tasks:
         raise BadInput(f"--task {name}={folder}: nothing to evaluate: {'; '.join(reasons)}")
@@ -92,12 +94,12 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
 
 
 def choose_rows(data, run_seed):
-    """The rows to evaluate: (which they are, in words; row numbers [n]).
+    """The rows to evaluate: (which they are, in words; their indices [n]).
 
     Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all. A test
     split that embed.py has set aside itself counts for that folder's own runs alone: others have seen none of its rows.
     """
-    published = (data.manifest or {}).get("protocol")  # a standard set says itself which rows it has
+    published = (data.manifest or {}).get("protocol")  # a standard set's own description of its rows
     test = [i for i, row in enumerate(data.rows or []) if row.get("split") == "test"]
     if run_seed is None and (data.manifest or {}).get("test_set_aside"):
         return published or "all rows", torch.arange(data.row_count)
@@ -115,29 +117,29 @@ def score(task, texts, images, connector) -> Score:
 
     texts: the result of `text_inputs`, on the connector's device. images: [n, D_i], of any length.
 
-    A tie counts against the right answer, so that a collapsed connector scores zero and not everything. At most a block
-    of the similarities is in memory at a time.
+    A tie counts against the right answer, so that a connector whose outputs are all the same scores zero.
     """
     images = images.to(texts.device).float()  # [n, D_i]
-    mapped = map_prompts(texts, connector, task.templates)  # [captions, classes or texts, D_i]
+    mapped = map_prompts(texts, connector, task.templates)  # [captions, classes or question texts; D_i]
     return KINDS[task.kind].score(task, mapped, images)
 
 
 def map_prompts(texts, connector, templates):
-    """Unit vectors [texts / templates, D_i]: mapped texts, those of a class averaged and normalised again.
+    """Unit vectors [classes, D_i]: the mapped prompts of each class, averaged and normalised again.
 
-    texts [texts, D_t]: of any length, the templates of a class one after the other.
+    texts [classes * templates, D_t]: of any length, the prompts of a class one after the other. Where templates is 1, a
+    "class" is one caption or one question text.
     """
     mapped = []
-    for part in texts.split(templates * max(1, BLOCK // templates)):
-        z = vlm.map_text(connector, F.normalize(part.float(), dim=1))  # [part, D_i]
-        classes = z.unflatten(0, (-1, templates)).mean(1)  # [part / templates, D_i]
+    for part in texts.split(templates * max(1, MAPPED_AT_ONCE // templates)):
+        z = vlm.map_text(connector, F.normalize(part.float(), dim=1))  # [part of classes * templates, D_i]
+        classes = z.unflatten(0, (-1, templates)).mean(1)  # [part of classes, D_i]
         mapped.append(F.normalize(classes, dim=1))
     return torch.cat(mapped)
 
 
 def in_range(counts):
-    """The smallest and the largest of counts [n] in words: "5", or "1 to 5"."""
+    """Counts [n] as "5", or as "1 to 5", the smallest and the largest."""
     least, most = counts.min(), counts.max()
     return f"{least}" if least == most else f"{least} to {most}"
 
@@ -145,19 +147,19 @@ def in_range(counts):
 # --------------------------------------------------------------------------------------------------------- retrieval
 
 
-def make_retrieval(name, data, rows, source, flags):
-    """Captions and pictures that belong together, where captions are more than labels or questions."""
+def make_retrieval(name, data, rows, rows_description, flags):
+    """The Task of finding pictures by captions and captions by pictures; none where captions are labels or questions."""
     if data.rows:
         captions_of_picture, captions = count_captions([data.rows[i] for i in rows.tolist()])
     else:
         captions_of_picture, captions = torch.ones(len(rows), dtype=torch.int64), len(rows)
     pictures = len(captions_of_picture)
     if min(pictures, captions) < 2:
-        raise Unfit(f"{pictures} pictures and {captions} captions leave nothing to find")
+        raise TaskNotPossible(f"{pictures} pictures and {captions} captions leave nothing to find")
     retrieval = Retrieval(data, rows, flags.device)
     chance = retrieval.chance[2]
     protocol = (
-        f"{source}; {pictures} pictures, {captions} different captions, {in_range(captions_of_picture)} a picture; text "
+        f"{rows_description}; {pictures} pictures, {captions} different captions, {in_range(captions_of_picture)} a picture; text "
         f"to image and image to text, any caption of the picture is right; chance R@10 {chance:.2%}"
     )
     return Task(name, "retrieval", protocol, chance, data, rows, retrieval)
@@ -166,9 +168,9 @@ def make_retrieval(name, data, rows, source, flags):
 def count_captions(rows):
     """(captions of each picture [pictures], how many different captions there are)."""
     if any("question" in row for row in rows):
-        raise Unfit("its captions are questions")
+        raise TaskNotPossible("its captions are questions")
     if all(row["caption"] == readable_label(row.get("label", "")) for row in rows):
-        raise Unfit("its captions are the labels")
+        raise TaskNotPossible("its captions are the labels")
     captions_of_picture = Counter(row["image"] for row in rows)
     return torch.tensor(list(captions_of_picture.values())), len({row["caption"] for row in rows})
 
@@ -176,8 +178,8 @@ def count_captions(rows):
 def score_retrieval(task, mapped, images):
     """R@1, 5, 10 and median rank of both directions; the headline is the mean of both directions' R@10.
 
-    The unit of the bootstrap is a picture, whose share is the mean of two: whether a caption of its own is among its ten
-    nearest, and the R@10 of its captions, a caption of several pictures divided among them, so that the mean of the units
+    The unit of the bootstrap is a picture. Its value is the mean of two: whether a caption of its own is among its ten
+    nearest, and the R@10 of its captions, where a caption of several pictures is divided among them. The mean of the units
     is the headline.
     """
     retrieval = task.retrieval
@@ -230,7 +232,7 @@ TEMPLATES = {"1": ("a photo of a {}",), "80": eighty_templates()}  # {} is the c
 
 
 def read_templates(source):
-    """The prompts of a class, with {} for its name. source: a key of TEMPLATES or a text file, a prompt a line."""
+    """The prompts of a class, with {} for its name. source: a key of TEMPLATES or a text file, one prompt per line."""
     if source in TEMPLATES:
         return TEMPLATES[source]
     try:
@@ -246,8 +248,8 @@ def read_templates(source):
     return tuple(templates)
 
 
-def make_zeroshot(name, data, rows, source, flags):
-    """Pictures and their labels; every label of the folder is a class."""
+def make_zeroshot(name, data, rows, rows_description, flags):
+    """The Task of naming the class of a picture; every label of the folder is a class."""
     classes, rows, right = labelled_pictures(data, rows)
     templates = read_templates(flags.templates)
     texts = []
@@ -255,29 +257,29 @@ def make_zeroshot(name, data, rows, source, flags):
         texts += [template.replace("{}", readable_label(label)) for template in templates]
     chance = 1 / len(classes)
     prompts = f"prompt {templates[0]!r}" if len(templates) == 1 else f"mean of {len(templates)} prompts"
-    protocol = f"{source}; {len(rows)} pictures, {len(classes)} classes, {prompts}; chance {chance:.2%}"
+    protocol = f"{rows_description}; {len(rows)} pictures, {len(classes)} classes, {prompts}; chance {chance:.2%}"
     return Task(
         name, "zeroshot", protocol, chance, data, rows, texts=tuple(texts), templates=len(templates), right=right
     )
 
 
 def labelled_pictures(data, rows):
-    """(all labels of the folder, sorted; the rows [n] that have a label, each picture and label once; the number of each
+    """(all labels of the folder, sorted; the rows [n] that have a label, each picture and label once; the index of each
     row's label [n])."""
     classes = sorted({row["label"] for row in data.rows or [] if row.get("label")})
     if not classes:
-        raise Unfit("its rows have no labels")
+        raise TaskNotPossible("its rows have no labels")
     if len(classes) == 1:
-        raise Unfit(f"its labels are of one class ({classes[0]})")
-    number = {label: k for k, label in enumerate(classes)}
+        raise TaskNotPossible(f"its labels are of one class ({classes[0]})")
+    index = {label: k for k, label in enumerate(classes)}
     first = {}  # (picture, label) -> its first row
     for i in rows.tolist():
         label = data.rows[i].get("label")
         if label:
             first.setdefault((data.rows[i]["image"], label), i)
     if not first:
-        raise Unfit("the rows to evaluate have no labels")
-    right = [number[label] for _, label in first]
+        raise TaskNotPossible("the rows to evaluate have no labels")
+    right = [index[label] for _, label in first]
     return classes, torch.tensor(list(first.values())), torch.tensor(right)
 
 
@@ -315,15 +317,16 @@ LABEL_QUESTION = "What kind of picture is it?"  # where rows have labels and no 
 
 
 class Question(NamedTuple):
-    """What is asked of one row."""
+    """The question of one row."""
 
     text: str
     answer: str | None
-    choices: list | None  # the answer among them
+    choices: list | None  # with the answer among them
 
 
-def make_vqa(name, data, rows, source, flags):
-    """Questions with choices, as the folder has them or as its labels make them; the texts are question and choice."""
+def make_vqa(name, data, rows, rows_description, flags):
+    """The Task of choosing an answer: the folder's own questions, or some made from its labels. Its texts are question and
+    choice."""
     if any("question" in row for row in data.rows or []):
         rows, questions = own_questions(data, rows)
         about = "question and answer as text"
@@ -331,13 +334,13 @@ def make_vqa(name, data, rows, source, flags):
         classes, rows, questions = label_questions(data, rows)
         about = f"{LABEL_QUESTION!r} and the label, the others drawn from {len(classes)} labels"
     if not questions:
-        raise Unfit("no row has a question")
+        raise TaskNotPossible("no row has a question")
     check_questions(data, rows, questions)
     texts, right, choices = number_texts(questions)
     counts = (choices >= 0).sum(1)  # [n]
     chance = (1 / counts.double()).mean().item()
     protocol = (
-        f"{source}; {len(rows)} questions, {in_range(counts)} choices, {about}; nearest to the picture; "
+        f"{rows_description}; {len(rows)} questions, {in_range(counts)} choices, {about}; nearest to the picture; "
         f"chance {chance:.2%}"
     )
     return Task(name, "vqa", protocol, chance, data, rows, texts=texts, right=right, choices=choices)
@@ -357,8 +360,8 @@ def label_questions(data, rows):
     """(all labels, rows [n] with a label, their Questions): the label and three others, which the row's key draws."""
     classes, rows, right = labelled_pictures(data, rows)
     questions = []
-    for i, number in zip(rows.tolist(), right.tolist()):
-        label = classes[number]
+    for i, k in zip(rows.tolist(), right.tolist()):
+        label = classes[k]
         others = draw_distractors(data.rows[i]["key"], classes, {label}, 3)
         choices = [readable_label(name) for name in (label, *others)]
         questions.append(Question(LABEL_QUESTION, choices[0], choices))
@@ -375,37 +378,37 @@ def check_questions(data, rows, questions):
 
 
 def number_texts(questions):
-    """(different texts of all choices, sorted; the number of the right text [n]; of all choices [n, K], -1 for none)."""
+    """(different texts of all choices, sorted; indices of the right texts [n] and of all choices [n, K], -1 for none)."""
     texts = sorted({f"{question.text} {choice}" for question in questions for choice in question.choices})
-    number = {text: k for k, text in enumerate(texts)}
+    index = {text: k for k, text in enumerate(texts)}
     right, choices = [], []
     for question in questions:
-        right.append(number[f"{question.text} {question.answer}"])
+        right.append(index[f"{question.text} {question.answer}"])
         different = dict.fromkeys(question.choices)
-        choices.append(torch.tensor([number[f"{question.text} {choice}"] for choice in different]))
+        choices.append(torch.tensor([index[f"{question.text} {choice}"] for choice in different]))
     padded = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)  # [n, K]
     return tuple(texts), torch.tensor(right), padded
 
 
 def score_vqa(task, mapped, images):
     """Accuracy: the share of the rows whose right text is nearer to the picture than every other choice."""
-    size = BLOCK // 8
+    size = MAPPED_AT_ONCE // 8
     images = F.normalize(images, dim=1)
     choices, right = task.choices.to(images.device), task.right.to(images.device)
     hits = []
     for part in zip(images.split(size), choices.split(size), right.split(size)):
-        hits.append(is_answered(*part, mapped))
+        hits.append(is_correct(*part, mapped))
     hits = torch.cat(hits).double()  # [n]
     accuracy = hits.mean().item()
     return Score({"acc": accuracy}, accuracy, hits.cpu())
 
 
-def is_answered(images, choices, right, mapped):
+def is_correct(images, choices, right, mapped):
     """[B] bool: is the right text nearer to its picture than every other choice?
 
-    images [B, D_i]; choices [B, K] and right [B]: numbers of rows of mapped [texts, D_i].
+    images [B, D_i]; choices [B, K] and right [B]: row indices of mapped [texts, D_i].
     """
-    # A product and a sum, and no matrix product, so that equal choices score exactly alike.
+    # Elementwise products, as a matrix product may give equal choices different last bits.
     scores = (images[:, None] * mapped[choices]).sum(-1)  # [B, K]
     own = (images * mapped[right]).sum(-1)[:, None]  # [B, 1]
     beaten = (scores >= own) & (choices != right[:, None]) & (choices >= 0)
@@ -421,14 +424,14 @@ VQA = Kind(
     benchmark_name="vqa",
 )
 
-# Connectors are trained for the first; a report is led by the first of these kinds that its tasks have.
+# Retrieval is what connectors are trained for. A report begins with the first of these kinds that its tasks have.
 KINDS = {kind.name: kind for kind in (RETRIEVAL, ZEROSHOT, VQA)}
 
 # ------------------------------------------------------------------------------------------------ a task's embeddings
 
 
 def image_inputs(task, image_name, run_data=None):
-    """The pictures of the task's rows, unit vectors [n, D_i] as stored. run_data: as for `text_inputs`."""
+    """The image embeddings of the task's rows, unit vectors [n, D_i] as stored. run_data: as for `text_inputs`."""
     check_encoder(task.data, image_name, run_data)
     return load_embeddings(task.data, image_name)[task.rows]
 
@@ -446,6 +449,17 @@ def text_inputs(task, text_name, weights=None, device="cpu", run_data=None):
     encoder = known.get(text_name) or vlm.find_encoder(text_name)
     folder = (weights or {}).get(text_name)
     return load_prompts(task.data, encoder, digest, task.texts, folder, device).to(device)
+
+
+def prepare_inputs(task, pairs, weights, device, run_data):
+    """Reads and checks every embedding that scoring these pairs takes, and embeds prompts that are not cached.
+
+    Arguments as for `text_inputs`. Raises BadInput; WeightsMissing if prompts cannot be embedded without --weights.
+    """
+    for image in unique(image for image, _ in pairs):
+        image_inputs(task, image, run_data)
+    for text in unique(text for _, text in pairs):
+        text_inputs(task, text, weights, device, run_data)
 
 
 def check_encoder(data, name, run_data):
@@ -512,9 +526,17 @@ def embed_prompts(encoder, digest, texts, weights, device):
 @functools.lru_cache(maxsize=1)
 def open_text_encoder(encoder, digest, weights, device):
     """The text encoder. Raises BadInput if its width or its weights are not those of the embeddings."""
-    model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
+    try:
+        model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
+    except BadInput as error:
+        raise (WeightsMissing(str(error)) if weights is None else error) from None
     if encoder.dim not in (None, model.embed_dim):
         raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
     if digest and vlm.weights_digest(model.model) != digest:
+        if weights is None:
+            raise WeightsMissing(
+                f"{encoder.name}: the weights on the hub are not those that the embeddings were made with; pass those: "
+                f"--weights {encoder.name}=FOLDER"
+            )
         raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
     return model

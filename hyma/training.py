@@ -1,7 +1,7 @@
 """What both trainers share: flags, the schedule, batches, the loss of a step, validation, what is printed at the end.
 
 A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free weights of
-train_grid.py. Its protocol is `Generator`, here below.
+train_grid.py. Its protocol is `Generator`, below; what a hypernetwork has besides is in `hyma.hypernetworks`.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows, unique
-from hyma.metrics import mean_recalls
+from hyma.metrics import mean_recalls, pair_name
 from hyma.runs import create_run, interrupted_run, reopen_run
 from kernels import Layer, clip_loss, connector_mlp
 from vlm import BadInput, read_json
 
 
 class Generator(Protocol):
-    """What training, validation and export ask of whatever gives the connectors of pairs."""
+    """What gives the connectors of pairs: all that the loss of a step, validation and export use. An nn.Module."""
 
     def forward(self, features: dict[str, Tensor], pairs) -> tuple[list[Tensor], list[Layer]]:
         """What `connector_mlp` takes for these pairs. features: {text encoder: [B, D_t]}."""
@@ -32,8 +32,8 @@ class Generator(Protocol):
         """The pair's connector as it is exported: (weight [out, in], bias [out]) of each layer."""
 
     def flops(self, batch_size: int, pairs) -> tuple[int, int]:
-        """Of one step of these pairs without its logits, forward and backward, 2 a multiply-add: what goes with the samples
-        (connectors), and what goes with the steps whatever the batch size (predicting the weights)."""
+        """Of one step of these pairs without its logits, forward and backward, 2 per multiply-add: what grows with the samples
+        (connectors), and what grows with the steps at any batch size (predicting the weights)."""
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
@@ -42,7 +42,7 @@ class Generator(Protocol):
 def add_training_flags(parser, name):
     """The flags that mean the same to every trainer. Runs go to runs/<name>-... by default."""
     add = parser.add_argument
-    about = "all, vit_l16:mpnet, wildcards, several (default: all)"
+    about = "all, vit_l16:mpnet, wildcards, or several of these (default: all)"
     add("--pairs", nargs="+", default=["all"], metavar="IMAGE:TEXT", help=about)
     add("--data", type=Path, help="embedding folder (default: the sample's)")
     add("--out", type=Path, help=f"run folder (default: runs/{name}-<date>-<time>)")
@@ -53,9 +53,9 @@ def add_training_flags(parser, name):
     )
     about = "hidden layers of 1024 (default: %(default)s)"
     add("--connector", choices=["mlp0", "mlp1", "mlp2"], default="mlp1", help=about)
-    add("--epochs", type=int, help="passes over the training rows (default: 10, or what makes 100 steps)")
+    add("--epochs", type=int, help="passes over the training rows (default: 10, or as many as make 100 steps)")
     add("--rows", type=int, help="use only N rows of the folder, drawn by the seed (default: all)", metavar="N")
-    add("--batch-size", type=int, help="rows a step (default: 512, or all there are)")
+    add("--batch-size", type=int, help="rows per step (default: 512, or all there are)")
     add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -76,7 +76,12 @@ def check_training_flags(flags, *positive):
     if flags.warmup_steps < 0 or not 0 <= flags.weight_decay < math.inf:
         raise BadInput("--warmup-steps and --weight-decay must not be negative")
     if flags.batch_size == 1:
-        raise BadInput("--batch-size 1: a contrastive loss needs two rows at least")
+        raise BadInput("--batch-size 1: a contrastive loss needs at least two rows")
+
+
+def hidden_layers_of(flags):
+    """How many hidden layers --connector mlp0, mlp1 or mlp2 has."""
+    return int(flags.connector[-1])
 
 
 def check_seeds(flag, seeds):
@@ -101,7 +106,7 @@ def resolve_training_flags(flags, name, device, row_count):
     return flags
 
 
-# `from` is no Python name: the namespace holds it under another than the command line and config.json.
+# {name in the namespace: name on the command line and in config.json}; `from` cannot be a Python name.
 RECORDED_NAMES = {"from_run": "from"}
 
 
@@ -115,7 +120,7 @@ def recorded_flags(flags):
 
 
 def parse_with_defaults(parser, recorded):
-    """The flags, with the recorded ones of another run for defaults: what is typed now shows against them."""
+    """The flags, with the recorded ones of another run as defaults, which a flag that is typed now replaces."""
     names = {recorded_name: name for name, recorded_name in RECORDED_NAMES.items()}
     parser.set_defaults(**{names.get(name, name): value for name, value in recorded.items()})
     flags = parser.parse_args()
@@ -124,7 +129,7 @@ def parse_with_defaults(parser, recorded):
 
 
 def parse_resumed_flags(parser, out):
-    """The flags and the configuration of the run in `out`; flags typed now may not contradict them."""
+    """(flags, config.json) of the run in `out`; flags typed now may not contradict them."""
     if not (out / "config.json").is_file():
         raise BadInput(f"--resume: {out} holds no run (no config.json)")
     config = read_json(out / "config.json")
@@ -142,19 +147,19 @@ def parse_resumed_flags(parser, out):
     return flags, config
 
 
-# Flags that do not make a run another method's: where it is, what it ran on, its seed.
-INCIDENTAL = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass"}
+# Flags that may differ between runs of one method: places, data, pairs, hardware, memory, seed.
+NOT_PART_OF_METHOD = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass"}
 
 
 def recipe_of(flags):
-    """The flags that make the method; runs that share them differ in their seed alone."""
+    """The flags that define the method; runs that share them differ in their seed alone."""
     recipe = {"script": Path(sys.argv[0]).name}
     for name, value in recorded_flags(flags).items():
-        if value and name not in INCIDENTAL:
+        if value and name not in NOT_PART_OF_METHOD:
             recipe[name] = value
     for name in ("budget_of", "from"):
         if recipe.get(name, "full") != "full":
-            recipe[name] = "a run"  # of several seeds' runs, each has another's
+            recipe[name] = "a run"  # each seed's run may name another
     return recipe
 
 
@@ -162,13 +167,13 @@ def recipe_of(flags):
 
 
 def open_data(flags):
-    """The embedding folder and the pairs that the flags ask for."""
+    """(the embedding folder, the pairs) of the flags."""
     data = Embeddings(flags.data or SAMPLE)
     return data, choose_pairs(data, flags.pairs)
 
 
 def split_for_training(data, seed, count):
-    """Row numbers to train on and to choose by (`split_rows`), and a line that says how many."""
+    """Indices of the rows to train on and to choose by (`split_rows`). Prints how many there are."""
     train_rows, val_rows = split_rows(data, seed, count)
     sample = " (the sample)" if data.folder == SAMPLE else ""
     print(
@@ -177,16 +182,16 @@ def split_for_training(data, seed, count):
     return train_rows, val_rows
 
 
-def open_run_folder(flags, typed, config, identity, about, device, wait=False):
-    """Makes the run folder, or, with the configuration of an earlier start, sees that it is still the same. Returns the lock
-    of the folder. Other arguments: see `create_run`."""
-    if config is not None:
-        return reopen_run(flags.out, config, identity, wait)
-    return create_run(flags.out, recorded_flags(flags), typed, identity, about, device, wait)
+def open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=False):
+    """Makes the run folder or, where `resumed_config` holds its config.json, checks that the run is still the same. Returns the
+    lock of the folder. Other arguments: see `create_run`."""
+    if resumed_config is not None:
+        return reopen_run(flags.out, resumed_config, must_match, wait)
+    return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device, wait)
 
 
 def resumed_line(out, step, steps):
-    """What is printed of a run that was started before."""
+    """The line that is printed for a run that was started before."""
     if step == steps:
         return f"{out}: is finished; nothing is left to train"
     return f"resumed: {out} at step {step} of {steps}"
@@ -203,7 +208,8 @@ def learning_rate(step, steps, peak, warmup_steps):
 
 
 def draw_rows(step, seed, rows, batch_size):
-    """The batch of a step, a pure function of (seed, step): each epoch deals the rows out once, the rest sits out."""
+    """The rows of a step, a pure function of (seed, step). Each epoch is a new order of all rows, cut into batches; what is
+    left after the last whole batch is dropped."""
     epoch, place = divmod(step, len(rows) // batch_size)
     order = torch.randperm(len(rows), generator=seeded_generator("rows", seed, epoch))
     return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
@@ -221,22 +227,27 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
-    negatives. store: where `take(encoder, rows)` gives the rows' unit vectors.
+    negatives. store: its `take(encoder, rows)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
+    shorter ones, coordinates along orthonormal axes of that space (`project_images`).
+
+    To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
+    z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
+    kernels/reference.py and kernels/contrastive*.py.
     """
-    texts = unique(text for _, text in pairs)
-    images = unique(image for image, _ in pairs)
-    features = {text: store.take(text, rows).to(dtype) for text in texts}  # each [B, D_t]
+    text_names = unique(text for _, text in pairs)
+    image_names = unique(image for image, _ in pairs)
+    features = {name: store.take(name, rows).to(dtype) for name in text_names}  # each [B, D_t]
     inputs, layers = generator(features, pairs)
     layers = [cast_layer(layer, dtype) for layer in layers]
-    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p], [P, B]
-    targets = [store.take(image, rows).to(dtype) for image in images]  # each [B, D_i]
-    image_of_pair = [images.index(image) for image, _ in pairs]
-    losses, _ = clip_loss(z, targets, image_of_pair, logit_scale, sumsq=sumsq)
+    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p] not normalised, [P, B] squared lengths
+    image_vectors = [store.take(name, rows).to(dtype) for name in image_names]  # each [B, D_i]
+    image_of_pair = [image_names.index(image) for image, _ in pairs]
+    losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)
     return losses
 
 
 def cast_layer(layer, dtype):
-    """A layer whose weights and biases have this dtype."""
+    """The layer with its weights and biases in this dtype."""
     weights = [weight.to(dtype) for weight in layer.weights]
     biases = [bias.to(dtype) for bias in layer.biases]
     return Layer(weights, biases, layer.wiring)
@@ -247,13 +258,13 @@ def separate_layers(features, pairs, connectors):
 
     features: {text encoder: [B, D_t]}. connectors: [(weight, bias)] per layer, for each pair.
     """
-    texts = list(features)
+    text_names = list(features)
     layers = []
     for depth in range(len(connectors[0])):
         weights = [connector[depth][0] for connector in connectors]
         biases = [connector[depth][1] for connector in connectors]
         if depth == 0:
-            wiring = [(texts.index(text), p) for p, (_, text) in enumerate(pairs)]
+            wiring = [(text_names.index(text), p) for p, (_, text) in enumerate(pairs)]
         else:
             wiring = [(p, p) for p in range(len(pairs))]
         layers.append(Layer(weights, biases, wiring))
@@ -266,24 +277,24 @@ def separate_layers(features, pairs, connectors):
 @torch.no_grad()
 def validate(generator, store, retrieval, pairs):
     """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows, in the pairs' order."""
-    recalls = {":".join(pair): None for pair in pairs}
+    recalls = {pair_name(pair): None for pair in pairs}
     for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
         group = [pair for pair in pairs if pair[1] == text]
         features = {text: store.take(text, retrieval.rows)}  # [n, D_t]
         z, _ = connector_mlp(*generator(features, group))  # [n, sum D_p]
         mapped = z.split([store.dims[image] for image, _ in group], dim=1)
-        for (image, _), texts in zip(group, mapped):
-            if not texts.isfinite().all():
+        for (image, _), outputs in zip(group, mapped):
+            if not outputs.isfinite().all():
                 raise BadInput(
                     f"the last update made the connector of {image}:{text} give numbers that are not finite; what was saved "
                     "before is kept; try a lower --lr"
                 )
-            recalls[f"{image}:{text}"] = retrieval.recalls(texts, store.take(image, retrieval.rows))
+            recalls[f"{image}:{text}"] = retrieval.recalls(outputs, store.take(image, retrieval.rows))
     return recalls
 
 
 def mean_recall10(recalls):
-    """{"image:text": six recalls} to the number that a run is watched by: R@10 of both directions, over the pairs."""
+    """{"image:text": six recalls} to the number that chooses the best state: mean R@10 of both directions and all pairs."""
     return sum(mean_recalls(six)[2] for six in recalls.values()) / len(recalls)
 
 
@@ -308,8 +319,8 @@ def print_ranking(ranking, recalls, retrieval):
         print(line)
 
 
-def print_results(ranking, recalls, retrieval, made, state, best):
-    """The ranking, what it cost, and the best connector, ready to load. made: a few words on how it was trained."""
+def print_results(ranking, recalls, retrieval, description, state, best):
+    """The ranking, what it cost, and the best connector, ready to load. description: how it was trained, in a few words."""
     print_ranking(ranking, recalls, retrieval)
     if sum(row["val_recall10"] for row in ranking) < 2 * len(ranking) * retrieval.chance[2]:
         print(
@@ -317,6 +328,8 @@ def print_results(ranking, recalls, retrieval, made, state, best):
         )
     updates = state["updates"].values()
     teraflop = state["flops"] / 1e12
-    print(f"{made}: {teraflop:.2f} TFLOP in {state['seconds']:.0f} s, {min(updates)} to {max(updates)} updates a pair")
+    print(
+        f"{description}: {teraflop:.2f} TFLOP in {state['seconds']:.0f} s, {min(updates)} to {max(updates)} updates per pair"
+    )
     print(f"\nbest connector: {best}")
     print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(best)!r})")

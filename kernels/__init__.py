@@ -63,11 +63,12 @@ def clip_loss(
 ) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE of every pair: the mean of both cross entropies of logit_scale * z^_p @ images.T.
 
-    z [B, sum D_p] as `connector_mlp` returns it, normalised here; images: unit rows [B, D_i] per image encoder, no
-    gradient; image_of_pair: P indices into images; logit_scale: a float from 1 to 150, or for impl="torch" a 0-dim
-    tensor, which may ask for a gradient. sumsq [P, B] saves a pass over z. Scratch memory stays within budget_bytes
-    (or one row of tiles of logits). Returns loss [P] float32 and correct [P, 2] int64: how many texts rank their own image
-    first, and how many images their own text; a tie is not first. A row of zeros has finite loss and gradient.
+    z [B, sum D_p] as `connector_mlp` returns it, normalised here; images: unit rows [B, D_i] per image encoder, or shorter
+    rows, such as coordinates of unit vectors along orthonormal axes, no gradient; image_of_pair: P indices into images;
+    logit_scale: a float from 1 to 150, or for impl="torch" a 0-dim tensor, which may require a gradient. sumsq [P, B] saves
+    a pass over z. Scratch memory stays within budget_bytes (or one row of tiles of logits). Returns loss [P] float32 and
+    correct [P, 2] int64: how many texts rank their own image first, and how many images their own text; a tie is not first.
+    A row of zeros has finite loss and gradient.
     """
     _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes)
     run_triton = _use_triton(impl, [z, *images])

@@ -36,7 +36,7 @@ def clip_loss(z, images, image_of_pair, logit_scale, sumsq, budget_bytes):
 
 
 class ClipLoss(torch.autograd.Function):
-    """Symmetric InfoNCE of normalised z against unit images, the gradient made in the forward pass.
+    """Symmetric InfoNCE of normalised z against images, unit or shorter rows, the gradient made in the forward pass.
 
     With s = scale z^ y.T, and r_i, c_j the log-sum-exp of row i and column j of s WITHOUT the diagonal,
 

@@ -11,10 +11,10 @@ from hyma.closed_form import (
     RIDGE_CHOICES,
     SHARED_RIDGE,
     TEXT_RIDGE,
-    Covariance,
+    CentredRows,
     fold_rows,
     image_map,
-    leading_axes,
+    leading_coordinates,
     procrustes_map,
     ridge_factors,
     ridge_maps,
@@ -53,7 +53,7 @@ def correlated_rows():
 def test_the_whitened_map_against_float64():
     """C_yy^-1 C_yx C_xx^-1."""
     x, y = correlated_rows()
-    texts, pictures = Covariance(x + 3, SHARED_RIDGE), Covariance(y, PICTURE_RIDGE)
+    texts, pictures = CentredRows(x + 3, SHARED_RIDGE), CentredRows(y, PICTURE_RIDGE)
     torch.testing.assert_close(texts.mean, x.mean(0) + 3)
     a, b = x.double(), y.double()
     expected = inverse(b, PICTURE_RIDGE) @ b.T @ a @ inverse(a, SHARED_RIDGE)
@@ -64,7 +64,7 @@ def test_the_whitened_map_against_float64():
 
 def test_a_covariance_without_some_rows_against_float64():
     x, _ = correlated_rows()
-    texts = Covariance(x + 3, SHARED_RIDGE)
+    texts = CentredRows(x + 3, SHARED_RIDGE)
     found = texts.solve_without(texts.rows[:99], torch.eye(24)).double()
     torch.testing.assert_close(found, inverse(x[99:].double(), SHARED_RIDGE), rtol=1e-4, atol=1e-9)
 
@@ -72,9 +72,9 @@ def test_a_covariance_without_some_rows_against_float64():
 def test_a_loud_direction_that_no_text_predicts_does_not_lead_the_whitened_map():
     """Ridge regression follows the directions in which pictures differ most, whatever the texts say."""
     x, y = correlated_rows()
-    texts = Covariance(x + 3, SHARED_RIDGE)
+    texts = CentredRows(x + 3, SHARED_RIDGE)
     y[:, 39] = 30 * torch.randn(500) + x[:, 0]
-    pictures = Covariance(y, PICTURE_RIDGE)
+    pictures = CentredRows(y, PICTURE_RIDGE)
     products = pictures.rows.T @ texts.rows
     ridge = texts.solve(products.T).T
     whitened = whitened_map(products, texts, pictures)
@@ -98,7 +98,7 @@ def test_ridge_and_whitened_maps_for_every_strength():
 def test_a_map_along_axes_is_the_whitened_map_cut_to_its_leading_directions(rank):
     """With as many axes as the map has directions, or more, nothing is lost."""
     x, y = correlated_rows()
-    texts, pictures = Covariance(x + 3, SHARED_RIDGE), Covariance(y, PICTURE_RIDGE)
+    texts, pictures = CentredRows(x + 3, SHARED_RIDGE), CentredRows(y, PICTURE_RIDGE)
     product = pictures.rows.T @ texts.rows
     found = image_map(product, texts, pictures, rank)
     assert found.axes.shape == (40, rank) and found.weight.shape == (rank, 24)
@@ -147,23 +147,23 @@ def test_cross_validation_never_sees_the_fold_that_it_scores(initialise):
         rows = found.store.take(name, torch.cat(folds))
         means[name] = rows.mean(0)
         centred[name] = rows - means[name]
-    s = leading_axes([centred[text] for text in generator.texts], generator.shared_width)
+    s = leading_coordinates([centred[text] for text in generator.text_names], generator.shared_width)
     x, s, y = (rows.double() for rows in (centred["mpnet"], s - s.mean(0), centred["efflite1"]))
 
     to_s = inverse(x, TEXT_RIDGE, without=x[:first]) @ x[first:].T @ s[first:]
     weight = inverse(y, PICTURE_RIDGE) @ y[first:].T @ s[first:]
     weight = without_direction(weight, means["efflite1"]) @ inverse(s, SHARED_RIDGE, without=s[:first])
     six = Retrieval(data, folds[0], CPU).recalls(x[:first] @ to_s @ weight.T, y[:first])
-    assert found.fold_recall10["efflite1:mpnet"][0] == pytest.approx(recall10(six), abs=0.015)
+    assert found.cv_recall10["efflite1:mpnet"][0] == pytest.approx(recall10(six), abs=0.015)
 
 
 def test_cross_validation_of_shuffled_pictures_is_at_chance(initialise):
     """Though the closed form itself fits its own rows far above chance."""
     found = initialise(0, shuffled=True)
     retrieval = Retrieval(found.data, found.folds[0], CPU)
-    values = [value for folds in found.fold_recall10.values() for value in folds]
+    values = [value for folds in found.cv_recall10.values() for value in folds]
     assert sum(values) / len(values) < 1.5 * retrieval.chance[2]
-    targets = found.generator.targets(found.store, ["efflite1"], found.rows)
+    targets = found.generator.project_images(found.store, ["efflite1"], found.rows)
     six = validate(found.generator, targets, retrieval, [("efflite1", "mpnet")])["efflite1:mpnet"]
     assert recall10(six) > 3 * retrieval.chance[2]
 
@@ -185,11 +185,11 @@ def test_folds_keep_a_pictures_captions_together(planted):
 def test_rows_that_are_all_the_same_have_maps_without_nan():
     """A constant encoder, one caption for all: their covariance is zero, and so are their maps."""
     same, varied = torch.ones(40, 6), torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    constant, other = Covariance(same, 0.3), Covariance(varied, 3.0)
-    axes = leading_axes([constant.rows], 4)
+    constant, other = CentredRows(same, 0.3), CentredRows(varied, 3.0)
+    axes = leading_coordinates([constant.rows], 4)
     assert torch.equal(axes, torch.zeros(40, 4))
     found = whitened_map(other.rows.T @ constant.rows, constant, other)
     assert torch.equal(found, torch.zeros(8, 6))
-    shared = Covariance(axes, 0.3)
+    shared = CentredRows(axes, 0.3)
     mapped = image_map(other.rows.T @ shared.rows, shared, other, rank=3)
     assert all(part.isfinite().all() for part in mapped)

@@ -148,7 +148,7 @@ def test_seeds_are_one_method_and_names_differ(runs):
     names = [method.name for method in methods]
     assert len(set(names)) == 5 and names[0] == "hyma factored mlp0" and names[4] == "grid mlp0, FLOPs of hyma"
     assert names[1:4] == [f"grid mlp0 ({runs / name})" for name in ("grid", "g2", "g3")]
-    assert methods[0].orders.shape == (2, 6) and methods[0].orders.max() == -1
+    assert methods[0].preferences.shape == (2, 6) and methods[0].preferences.max() == -1
 
 
 def test_another_seed_is_the_noise_floor(run, runs, tmp_path):
@@ -219,7 +219,13 @@ def test_connectors_alone_are_scored_without_costs(run, refused, runs, graded, t
     refused("evaluate.py", bare, "--task", f"own={graded}", says="efflite1_mlp1_mpnet.pt: expected the keys")
     deeper = vlm.init_modality_connector(768, [1024], 1280)
     torch.save(deeper.state_dict(), bare / "efflite1_mlp1_mpnet.pt")
-    refused("evaluate.py", bare, "--task", f"own={graded}", says="connectors of [0, 1] hidden layers; keep one kind")
+    refused(
+        "evaluate.py",
+        bare,
+        "--task",
+        f"own={graded}",
+        says="connectors of [0, 1] hidden layers; keep connectors of one depth",
+    )
     (tmp_path / "empty").mkdir()
     refused("evaluate.py", "empty", says="empty: holds no run")
 

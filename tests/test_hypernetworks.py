@@ -28,7 +28,7 @@ def random_axes(generator):
     for axes, mean in zip(generator.axes, generator.means):
         axes.copy_(torch.linalg.qr(torch.randn(axes.shape)).Q)
         mean.copy_(torch.randn(mean.shape))
-    return dict(zip(generator.images, generator.axes))
+    return dict(zip(generator.image_names, generator.axes))
 
 
 @pytest.mark.parametrize("name, kind", [("factored", FactoredHyperNetwork), ("mlp", HyperNetwork)])
@@ -63,7 +63,7 @@ def test_training_starts_at_a_linear_map_that_already_ranks(initialise, hidden_l
     best = sorted(scores, key=scores.get, reverse=True)
     assert {image for image, _ in best[:2]} == {"efflite1"} and scores[best[0]] > 0.8
     for pair, score in scores.items():  # two kinds of rows that the closed form has not seen
-        assert sum(found.fold_recall10[":".join(pair)]) / 3 == pytest.approx(score, abs=0.1)
+        assert sum(found.cv_recall10[":".join(pair)]) / 3 == pytest.approx(score, abs=0.1)
     for axes in generator.axes:
         torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), rtol=0, atol=1e-4)
 
@@ -123,10 +123,10 @@ def test_pictures_along_axes_have_the_products_that_training_compares(initialise
     """cos(axes @ y, x) is that of y with axes.T @ x: the rows that a run uses, once and for all."""
     found = initialise(0)
     rows = torch.cat([found.rows, found.val_rows])
-    targets = found.generator.targets(found.store, ["efflite1"], rows)
-    axes = found.generator.axes[found.generator.images.index("efflite1")]
+    targets = found.generator.project_images(found.store, ["efflite1"], rows)
+    axes = found.generator.axes[found.generator.image_names.index("efflite1")]
     torch.testing.assert_close(targets.take("efflite1", rows[:7]), found.store.take("efflite1", rows[:7]) @ axes)
     assert targets.dims["efflite1"] == 64 and targets.dims["mpnet"] == 768
     torch.testing.assert_close(targets.take("mpnet", rows[:7]), found.store.take("mpnet", rows[:7]))
     paper = HyperNetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
-    assert paper.targets(found.store, ["efflite1"], rows) is found.store
+    assert paper.project_images(found.store, ["efflite1"], rows) is found.store

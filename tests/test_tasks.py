@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from hyma.embeddings import Embeddings, split_rows
 from hyma.files import write_json
 from hyma.tasks import (
     TEMPLATES,
+    WeightsMissing,
     draw_distractors,
     image_inputs,
     load_prompts,
@@ -324,7 +326,7 @@ def test_prompts_are_embedded_once(tmp_path, weights, monkeypatch):
             text_inputs(task, "minilm_l6")
 
 
-def test_prompts_of_other_weights_are_refused(tmp_path, weights):
+def test_prompts_of_other_weights_are_refused(tmp_path, weights, monkeypatch):
     folder = make_embedding_folder(tmp_path / "e", [{"label": "a"}, {"label": "b"}], minilm_l6=unit_vectors(2, 384))
     manifest = vlm.read_json(folder / "manifest.json")
     manifest["encoders"]["minilm_l6"]["weights_sha256"] = "0" * 64
@@ -336,6 +338,10 @@ def test_prompts_of_other_weights_are_refused(tmp_path, weights):
         text_inputs(task, "minilm_l6", weights, run_data=sample)
     with pytest.raises(vlm.BadInput, match="has minilm_l6 but not efflite0"):
         image_inputs(task, "efflite0", sample)
+    hub = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
+    monkeypatch.setattr(vlm, "TextEncoder", lambda *_: hub)
+    with pytest.raises(WeightsMissing, match="on the hub are not those .* --weights minilm_l6=FOLDER"):
+        text_inputs(task, "minilm_l6")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -375,21 +381,37 @@ def test_a_task_without_the_runs_encoder_is_refused(refused, sample_ridge, tmp_p
     )
 
 
-def test_missing_weights_of_a_prompts_encoder_are_named(refused, sample_ridge, tmp_path, weights):
-    """80 prompts of the sample are not shipped: the line says which encoder's weights to give."""
+def test_a_task_whose_prompts_cannot_be_embedded_is_left_out(run, refused, sample_ridge, tmp_path, weights):
+    """80 prompts of the sample are not shipped: retrieval is reported, and a warning names the weights to pass. Weights that
+    are passed and wrong end the report before anything is scored."""
     copy = tmp_path / "sample"
     copy.mkdir()
     for path in (SAMPLE / "embeddings").iterdir():
         if path.is_file():
             (copy / path.name).symlink_to(path)
-    line = refused("evaluate.py", sample_ridge, "--task", f"x={copy}", "--templates", "80", says="--weights ")
-    assert "cannot load the weights of m" in line.err.splitlines()[-1]
-    refused(
-        "evaluate.py",
-        sample_ridge,
-        "--task",
-        f"x={copy}",
-        "--weights",
-        f"minilm_l6={weights['efflite0']}",
-        says="folder",
-    )
+    flags = ("--task", f"x={copy}", "--templates", "80", "--bootstrap", "10", "--selector-rows", "0")
+    result = run("evaluate.py", sample_ridge, *flags)
+    assert result.code == 0, result.err
+    (line,) = (line for line in result.out.splitlines() if "left out" in line)
+    assert line.startswith("warning: left out: x zeroshot and x vqa: cannot load the weights of m")
+    assert re.search(r"--weights (mpnet|minilm_l6)=FOLDER", line)
+    found = vlm.read_json(tmp_path / "report" / "results.json")
+    assert {record["task"] for record in found["results"]} == {"zeroshot_retrieval"}
+    assert line.removeprefix("warning: ") in found["warnings"]
+
+    wrong = ("--weights", f"minilm_l6={weights['efflite0']}", f"mpnet={weights['efflite0']}", "--out", "never")
+    line = refused("evaluate.py", sample_ridge, *flags, *wrong, says="folder")
+    assert "connector/s" not in line.err and not (tmp_path / "never").exists()
+
+
+def test_the_only_task_without_weights_is_refused_before_it_is_scored(run, refused, tmp_path):
+    """Labels for captions: nothing but prompts can be scored, and they need an encoder."""
+    rows = []
+    for k in range(120):
+        rows.append({"label": f"{k % 4}", "caption": f"{k % 4}", "split": ("test", "val", "train")[k % 3]})
+    vectors = {"efflite0": unit_vectors(120, 1280), "minilm_l6": unit_vectors(120, 384)}
+    folder = make_embedding_folder(tmp_path / "e", rows, **vectors)
+    flags = ("--data", folder, "--closed-form", "ridge", "--batch-size", "16", "--device", "cpu", "--out", "x")
+    assert run("train_grid.py", *flags).code == 0
+    line = refused("evaluate.py", "x", says=["cannot load the weights of minilm_l6", "--weights minilm_l6=FOLDER"])
+    assert "connector/s" not in line.err and not (tmp_path / "report").exists()
