@@ -318,10 +318,9 @@ def main():
     pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
     flags = resolve_flags(flags, device, len(train_rows), pairs.image_names, pairs.trained, pairs.untrained)
-    print(
-        f"pairs: {len(pairs.trained)} of {len(pairs.image_names)} image and {len(pairs.text_names)} text encoders, "
-        f"{flags.pairs_per_step} pairs per step"
-    )
+    encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
+    per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
+    print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
     store = RowStore(data, pairs.image_names + pairs.text_names, device)
     retrieval = Retrieval(data, val_rows, device)
     must_match = {

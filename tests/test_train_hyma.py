@@ -210,7 +210,7 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     assert run("train_hyma.py", *flags, "--out", "x").code == 0
     add = ("--add-encoder", "efflite1", "--from", "x")
     result = run("train_hyma.py", *add, "--out", "y")
-    assert result.code == 0 and "2 of 3 image and 2 text encoders, 1 a step" in result.out, result.err
+    assert result.code == 0 and "2 of 3 image and 2 text encoders, 1 pair per step" in result.out, result.err
     rows, before, after = read_ranking(tmp_path / "y"), read_connectors(tmp_path / "x"), read_connectors(tmp_path / "y")
     assert len(rows) == 6 and {row["image"] for row in rows[:2]} == {"efflite1"}
     assert float(rows[1]["val_recall10"]) > 0.8  # the planted best, though only its own part was trained
