@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -43,7 +44,6 @@ from hyma.embeddings import (
     seal_folder,
     shard_path,
     sound_record,
-    unique,
     write_manifest,
 )
 from hyma.files import Signals, lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
@@ -353,11 +353,12 @@ def embed_shards(name, encoder, folder, fixed, flags):
 
 def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
     """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
-    images = unique(row["image"] for row in rows)
+    digests = {row["image"]: row.get("image_sha256") for row in rows}  # as the scan read the pictures
+    images = list(digests)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
     def read_ahead(batch):
-        return [pool.submit(load_pixels, encoder, root / image) for image in batch]
+        return [pool.submit(load_pixels, encoder, root / image, digests[image]) for image in batch]
 
     vectors = partial.load()  # of batches that are done
     batches = batches[sum(map(len, vectors)) // batch_size :]
@@ -374,12 +375,16 @@ def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
     return torch.cat(vectors)[[place[row["image"]] for row in rows]]
 
 
-def load_pixels(encoder, path):
-    """Pixels [3, H, W] of a picture that the scan could read."""
+def load_pixels(encoder, path, sha256):
+    """Pixels [3, H, W] of a picture that the scan could read, whose bytes are still those of the scan."""
     try:
-        return encoder.transform(vlm.open_image(path))
+        data = path.read_bytes()
+        pixels = encoder.transform(vlm.open_image(io.BytesIO(data)))
     except Exception as error:  # nothing else may take its place: the rows are fixed
         raise BadInput(f"{path}: was readable in the scan and is not now ({error}); restore it") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise BadInput(f"{path}: is not the picture that the scan read (sha256); restore it, or choose another --out")
+    return pixels
 
 
 def join_shards(name, encoder, folder, plan, fixed, shard_rows):

@@ -413,3 +413,12 @@ def test_encoders_that_can_be_loaded_are_embedded_beside_those_that_cannot(run, 
     assert (tmp_path / "e" / "tiny.pt").is_file() and not (tmp_path / "e" / "manifest.json").exists()
     again = run("embed.py", "--encoder", "tiny=random:test_vit", *flags[4:])
     assert again.code == 0 and (tmp_path / "e" / "manifest.json").is_file()
+
+
+def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, tmp_path):
+    """Both pictures can be read, but the second encoder would embed another one than the first."""
+    assert run("embed.py", *TINY, "--data", corpus, "--out", "e").code == 0
+    first, second = corpus.parent / "0.webp", corpus.parent / "1.webp"
+    first.write_bytes(second.read_bytes())
+    other = ("--encoder", "other=random:test_vit", "--device", "cpu", "--data", corpus, "--out", "e")
+    refused("embed.py", *other, says=["0.webp", "is not the picture that the scan read"])
