@@ -1,4 +1,4 @@
-"""Which pictures train, which choose and which judge: names of splits, and the split that embed.py makes.
+"""Which pictures train, which choose and which test: names of splits, and the split that embed.py makes.
 
 A split is a name, `train`, `val` or `test`, in `rows.jsonl`. Rows train the connectors; val chooses among them; test is
 read once, by evaluate.py.
@@ -40,7 +40,8 @@ def give_splits(rows, picture_of, source):
     name, for messages.
 
     Rows keep the split that they come with, and a row without one trains where others have one. Where training rows
-    have no val or no test beside them, pictures are set aside from them. A row whose picture is held out elsewhere does
+    have no val beside them, pictures are set aside from them to choose by, and, if there is no test either, to test on:
+    data that come with train and val keep just these. A row whose picture is held out elsewhere does
     not count, else that picture would be trained on. Raises BadInput if no row's split has a known name.
     """
     lines = read_names(rows, source)
@@ -72,7 +73,9 @@ def read_names(rows, source):
         )
     lines = []
     if unknown:
-        lines.append(f"splits of unknown names, which neither train, choose nor judge: {counts}; known: {spellings()}")
+        lines.append(
+            f"splits of unknown names are used neither to train, to choose nor to test: {counts}; known: {spellings()}"
+        )
     if known and unnamed:
         lines.append("1 row has no split and trains" if unnamed == 1 else f"{unnamed:,} rows have no split and train")
     for row in rows:
@@ -105,13 +108,13 @@ def refuse_held_out(rows, picture_of):
 
 
 def set_aside(rows, picture_of):
-    """Moves training rows to val and to test where these are empty: all rows of a picture together.
+    """Moves training rows to val, where it is empty, and then to test: all rows of a picture together.
 
     The digest of a picture alone says where it belongs, so that the split stays as it is when rows are added or are in
     another order. Returns lines about what was moved.
     """
     found = {row["split"] for row in rows}
-    if "train" not in found:
+    if "train" not in found or "val" in found:
         return []
     training = {picture_of(row) for row in rows if row["split"] == "train"}
     place = {picture: place_of(picture) for picture in training}

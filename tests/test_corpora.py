@@ -17,6 +17,7 @@ from PIL import Image
 from hyma import pictures as pictures_on_disk
 from hyma.embeddings import Embeddings, split_rows
 from hyma.files import read_jsonl
+from hyma.splits import give_splits
 from vlm import BadInput
 
 
@@ -627,3 +628,11 @@ def test_the_sample_keeps_one_of_two_equal_pictures(tmp_path):
     table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "captions.csv").read_text())))
     assert [row["caption"] for row in table] == ["caption 0", "caption 2"]
     assert len(list((tmp_path / "out" / "images").rglob("*.webp"))) == 2
+
+
+def test_data_that_come_with_train_and_val_keep_just_these():
+    """Nothing is taken from what somebody wants to train on; evaluate.py warns that no test rows are left."""
+    rows = [{"image": f"{k}.png", "split": "train" if k % 4 else "val"} for k in range(100)]
+    lines, refused = give_splits(rows, lambda row: hashlib.sha256(row["image"].encode()).hexdigest(), "rows")
+    assert [row["split"] for row in rows] == ["train" if k % 4 else "val" for k in range(100)]
+    assert lines == [] and refused == {}
