@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -392,6 +393,8 @@ def meaning(path):
     if path.suffix == ".csv":
         rows = list(csv.DictReader(path.read_text().splitlines()))
         return repr([{key: value for key, value in row.items() if "seconds" not in key} for row in rows]).encode()
+    if path.suffix == ".html":  # its tables show the selectors' seconds with one decimal
+        return re.sub(rb"<td>\d+\.\d</td>", b"<td></td>", path.read_bytes())
     return path.read_bytes()
 
 
