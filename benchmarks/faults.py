@@ -32,6 +32,7 @@ import resource
 import runpy
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -368,15 +369,20 @@ def open_bench(work, seed=0, workers=2):
 VOLATILE = {"seconds", "started", "peak_bytes", "versions", "made"}  # of a result: what no two runs share
 
 
-def snapshot(folder):
+def snapshot(folder, without=None):
     """{path in the folder: digest of what it says, without times}. Locks and the checkpoint before the last are left out."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
         if path.name in (".lock", "checkpoint.previous.pt"):
             continue
+        if path == without:
+            continue
         if path.is_file() and not path.is_symlink():
-            found[name] = hashlib.sha256(meaning(path)).hexdigest()
+            try:
+                found[name] = hashlib.sha256(meaning(path)).hexdigest()
+            except ValueError:  # what a damage has left is no JSON
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif not path.is_dir():
             found[name] = "link or no file"
     return found
@@ -445,11 +451,12 @@ def fresh_folder(bench, name):
     return folder
 
 
-def difference(expected, folder):
-    """What of a result differs from the undisturbed one, or None."""
-    found = snapshot(folder)
+def difference(expected, folder, without=None):
+    """What of a result differs from the undisturbed one, or None. without: a file that is not compared."""
+    found = snapshot(folder, without)
+    left_out = {*expected.differs, str(without.relative_to(folder)) if without else None}
     for name in sorted(found.keys() | expected.snapshot.keys()):
-        if name not in expected.differs and found.get(name) != expected.snapshot.get(name):
+        if name not in left_out and found.get(name) != expected.snapshot.get(name):
             state = "is missing" if name not in found else "is too many" if name not in expected.snapshot else "differs"
             return f"{name} {state}"
     return None
@@ -703,22 +710,32 @@ class Target(NamedTuple):
     readers: list
 
 
+def made(bench, name):
+    """The result of an undisturbed stage, made once."""
+    stage, folder = bench.stages[name], bench.work / "made" / name
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for command in stage.commands:
+            bench.runner.run(command, folder)
+    return folder / stage.result
+
+
 def targets(bench):
     """{part: Target}."""
     stages, inputs = bench.stages, bench.inputs
     first = "i1_mlp0_t1"
 
     def with_run(folder):
-        shutil.copytree(inputs / "runs" / "hyma", folder / "r")
+        shutil.copytree(made(bench, "hyma"), folder / "r")
 
     def with_embeddings(folder):
         shutil.copytree(inputs / "embeddings", folder / "data")
 
     def with_embedded(folder):
-        shutil.copytree(bench.work / "embedded" / "e", folder / "e")
+        shutil.copytree(made(bench, "embed"), folder / "e")
 
     def with_report(folder):
-        shutil.copytree(bench.work / "evaluated" / "report", folder / "report")
+        shutil.copytree(made(bench, "evaluate"), folder / "report")
 
     refine = ["train_grid.py", "--from", "r", *SHORT, "--epochs", 1, "--out", "new"]
     budget = ["train_grid.py", "--budget-of", "r", "--data", inputs / "embeddings", *SHORT, "--out", "new"]
@@ -735,7 +752,7 @@ def targets(bench):
         "--device",
         "cpu",
     ]
-    again = [word for word in stages["hyma"].commands[0]]
+    again = stages["hyma"].commands[0]
     of_run = ["config.json", "metrics.jsonl", "checkpoint.pt", "ranking.csv", "ledger.json"]
     of_run += [f"connectors/{first}.pt", f"connectors/{first}.json"]
     return {
@@ -772,11 +789,6 @@ def targets(bench):
 
 def damage(bench, part, limit=None):
     """Damages each file in each way, and runs every command that reads it. limit: only so many cases, drawn."""
-    for name, stage in (("embedded", "embed"), ("evaluated", "evaluate")):
-        folder = bench.work / name
-        if not folder.exists():
-            folder.mkdir()
-            bench.runner.run(bench.stages[stage].commands[0], folder)
     target = targets(bench)[part]
     expected = {reader.name: undamaged(bench, part, target, reader) for reader in target.readers}
     cases = [(file, kind, reader) for file in target.files for kind in DAMAGES for reader in target.readers]
@@ -822,10 +834,13 @@ def damage_case(bench, part, target, expected, case, ended):
     elsewhere.mkdir()
     target.make(folder)
     DAMAGES[kind](folder / file, elsewhere)
-    before = everything(elsewhere)
+    before, damaged = everything(elsewhere), contents(folder / file)
     done = bench.runner.run(reader.command, folder, seconds=60)
     outside = everything(elsewhere) != before
-    problem = judge_damage(done, file, expected[reader.name], folder / reader.result)
+    result = folder / reader.result
+    # A damaged file that the command neither needs nor writes stays as it is; all others must be as undisturbed.
+    untouched = folder / file if contents(folder / file) == damaged and result in (folder / file).parents else None
+    problem = judge_damage(done, file, expected[reader.name], result, untouched)
     if outside:
         problem = "a file outside was changed"
     ended["one line" if done.code else "undisturbed result"] += problem is None
@@ -839,14 +854,24 @@ def everything(folder):
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def judge_damage(done, file, expected, result):
+def contents(path):
+    """What is at a path: its type and bytes."""
+    if path.is_symlink():
+        return "link", os.readlink(path)
+    if not path.exists():
+        return "nothing", None
+    mode = path.stat().st_mode
+    return stat.S_IFMT(mode), path.read_bytes() if stat.S_ISREG(mode) else None
+
+
+def judge_damage(done, file, expected, result, untouched):
     """What is wrong with how a command ended on a damaged file, or None."""
     if done.code is None:
         return "hangs"
     if "Traceback" in done.err:
         return f"traceback: {done.last[:200]}"
     if done.code == 0:
-        found = difference(expected, result)
+        found = difference(expected, result, untouched)
         return f"exit status 0, but {found}" if found else None
     script, _, message = done.last.partition(": ")
     if not message:
@@ -980,6 +1005,11 @@ def mutate_bytes(data, draw):
             case 5:
                 del data[place : place + draw.randrange(1, 64)]
     return bytes(data)
+
+
+def odd_flag(draw):
+    """Text that somebody could type as a flag: there is no NUL in it, and it is UTF-8 or was."""
+    return odd_text(draw).replace("\x00", "")
 
 
 class Fuzz:
@@ -1144,9 +1174,7 @@ class Fuzz:
 
     def read_manifest(self, draw):
         """A sealed folder with another manifest."""
-        value = (
-            read_json(self.inputs / "small.json") if (self.inputs / "small.json").exists() else self.small_manifest()
-        )
+        value = self.small_manifest()
         for _ in range(draw.choice((1, 1, 2))):
             value = mutate_value(value, draw)
         self.write("small/manifest.json", self.as_json(value))
@@ -1226,12 +1254,12 @@ class Fuzz:
             raise AssertionError(f"the name {encoder.name!r} leads out of its folder")
 
     def read_pairs(self, draw):
-        text = odd_text(draw)
+        text = odd_flag(draw)
         self.input = text.encode(errors="surrogatepass")
         choose_pairs(self.data, [draw.choice([text, f"i1:{text}", f"{text}:t1"])])
 
     def read_shard_flag(self, draw):
-        text = odd_text(draw)
+        text = odd_flag(draw)
         self.input = text.encode(errors="surrogatepass")
         self.script["train_grid"]["shard_of"](argparse.Namespace(shard=text))
         flags = {
@@ -1245,7 +1273,7 @@ class Fuzz:
         self.script["embed"]["resolve_flags"](argparse.Namespace(**flags, shard=text, device="cpu"))
 
     def read_named_flags(self, draw):
-        text = odd_text(draw)
+        text = odd_flag(draw)
         self.input = text.encode(errors="surrogatepass")
         if draw.random() < 0.5:
             self.script["embed"]["match_weights"]([text, f"vit_l16={text}"], [vlm.ENCODERS["vit_l16"]])
@@ -1253,7 +1281,7 @@ class Fuzz:
             self.evaluate["named_paths"]("--task", [text], "FOLDER")
 
     def read_device(self, draw):
-        text = odd_text(draw) or "cpu"
+        text = odd_flag(draw) or "cpu"
         self.input = text.encode(errors="surrogatepass")
         vlm.pick_device(text)
 
@@ -1261,7 +1289,7 @@ class Fuzz:
         from hyma.datasets import read_corpus
         from hyma.standard_sets import parse_standard_set
 
-        text = odd_text(draw)
+        text = odd_flag(draw)
         self.input = text.encode(errors="surrogatepass")
         parse_standard_set(Path(text))
         if "\0" not in text and len(text) > 1 and not Path(text).is_absolute():
@@ -1270,9 +1298,9 @@ class Fuzz:
     def read_templates(self, draw):
         from hyma.tasks import read_templates
 
-        lines = "\n".join(draw.choice(["a photo of {}", odd_text(draw)]) for _ in range(3))
+        lines = "\n".join(draw.choice(["a photo of {}", odd_flag(draw)]) for _ in range(3))
         path = self.write("templates.txt", lines.encode(errors="surrogatepass"))
-        read_templates(draw.choice([str(path), odd_text(draw) or "1"]))
+        read_templates(draw.choice([str(path), odd_flag(draw) or "1"]))
 
     def read_picture(self, draw):
         """A mutated picture of any format. The scan catches whatever Pillow raises, so only time and memory count."""
