@@ -33,6 +33,7 @@ import runpy
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -204,6 +205,8 @@ class Runner:
 
     def start(self, command, folder, hook=None):
         logs = Path(folder).with_name(Path(folder).name + ".log")
+        for name in ("out", "err"):
+            Path(f"{logs}.{name}").unlink(missing_ok=True)
         process = self.context.Process(target=child, args=(list(command), str(folder), str(logs), hook))
         process.start()
         return process, logs, time.monotonic()
@@ -216,6 +219,8 @@ class Runner:
             process.kill()
             process.join()
         texts = [Path(f"{logs}.{name}") for name in ("out", "err")]
+        if code is not None and code >= 0 and not texts[1].exists():
+            raise RuntimeError("a process has not even begun")
         out, err = (path.read_text(errors="replace") if path.exists() else "" for path in texts)
         return Done(code, out, err, time.monotonic() - begin)
 
@@ -1420,11 +1425,582 @@ def fuzz_share(bench, place, numbers):
     return failures, outcomes, tried
 
 
-FAULTS = []
+# -------------------------------------------------------------------------------------------- the list of known faults
 
 
-def known_faults(bench):
-    return Counts(0)
+class Fault(NamedTuple):
+    """A known kind of fault.
+
+    shown_by: a function of (bench, folder) that gives a problem or None; names of tests, "file::test ..."; a part, "part
+    kills-hyma", whose counts in the JSON show it; or "no: " and the reason why it is not tried here.
+    """
+
+    name: str
+    expected: str
+    shown_by: object
+
+
+def refused(done, *words):
+    """A problem, unless the command ended in one line with these words."""
+    if done.code is None:
+        return "hangs"
+    if done.code == 0:
+        return f"expected a refusal; it ended well: {done.out.strip().splitlines()[-1:]}"
+    if "Traceback" in done.err:
+        return f"traceback: {done.last[:200]}"
+    if not re.match(r"\w+\.py: ", done.last):
+        return f"exit status {done.code}, no line: {done.last[:200]}"
+    missing = [word for word in words if word not in done.last]
+    return f"the line lacks {missing}: {done.last[:200]}" if missing else None
+
+
+def embed_table(bench, folder, text, name="captions.csv", pictures=24, texts=()):
+    """Runs embed.py over a table beside the planted pictures. Returns (Done, rows or None, quarantine or None)."""
+    data = folder / "data"
+    data.mkdir()
+    for k in range(pictures):
+        shutil.copy(bench.inputs / "pictures" / f"{k}.png", data)
+    (data / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    encoders = ("--encoder", "tiny=random:test_vit", *texts)
+    command = ["embed.py", *encoders, "--data", data / name, "--out", "e", "--device", "cpu"]
+    done = bench.runner.run(command, folder)
+    rows, quarantine = folder / "e" / "rows.jsonl", folder / "e" / "quarantine.jsonl"
+    return done, *(read_jsonl(path) if path.exists() else None for path in (rows, quarantine))
+
+
+QUICK_REPORT = ("--bootstrap", 20, "--selector-rows", 0, "--device", "cpu")
+
+
+def table_of(lines, header="image,caption"):
+    return "\n".join([header, *lines]) + "\n"
+
+
+def stray_quote(bench, folder):
+    lines = [f"{k}.png,{chr(34) if k == 3 else ''}a red square {k}" for k in range(24)]
+    done, rows, quarantine = embed_table(bench, folder, table_of(lines))
+    if done.code != 0:
+        return refused(done)
+    told = len(rows) + len(quarantine)
+    return None if told >= 24 else f"24 rows became {len(rows)}, and the quarantine has {len(quarantine)}"
+
+
+def late_split(bench, folder):
+    """JSON lines whose first record has no split."""
+    rows = [{"image": f"{k}.png", "caption": f"a {k}"} | ({"split": "test"} if k else {}) for k in range(24)]
+    text = "\n".join(map(json.dumps, rows))
+    done, rows, _ = embed_table(bench, folder, text, "captions.jsonl")
+    if done.code != 0:
+        return refused(done)
+    return None if sum(row.get("split") == "test" for row in rows) == 23 else "the split of the later rows is lost"
+
+
+def unknown_split(bench, folder):
+    lines = [f"{k}.png,a red square {k},{('train', 'restval', 'Validate')[k % 3]}" for k in range(24)]
+    words = [f"words={bench.inputs / 'words'}"]
+    done, rows, _ = embed_table(bench, folder, table_of(lines, "image,caption,split"), texts=words)
+    if done.code != 0:
+        return refused(done, "split")
+    command = ["train_hyma.py", "--data", "e", *SHORT, "--batch-size", 4, "--out", "r"]
+    done = bench.runner.run(command, folder)
+    if "16 training and 8 validation" in done.out:
+        return None
+    return f"24 rows: {done.out.splitlines()[:1]} {done.last[:160]}"
+
+
+def lists_of_captions(bench, folder):
+    rows = [{"image": f"{k}.png", "caption": [f"a red {k}", f"a square {k}"]} for k in range(24)]
+    done, rows, _ = embed_table(bench, folder, "\n".join(map(json.dumps, rows)), "captions.jsonl")
+    if done.code != 0:
+        return f"a list of captions is refused: {done.last[:160]}"
+    return None if len(rows) == 48 else f"24 pictures of two captions became {len(rows)} rows"
+
+
+def spellings_of_a_picture(bench, folder):
+    names = ["0.png", "./0.png", "../data/0.png"] + [f"{k}.png" for k in range(1, 24)]
+    done, rows, _ = embed_table(bench, folder, table_of(f"{name},red {k}" for k, name in enumerate(names)))
+    if done.code != 0:
+        return refused(done)
+    different = len({row["image"] for row in rows})
+    return None if different == 24 else f"24 pictures count as {different}"
+
+
+def labels_of_several_types(bench, folder):
+    rows = [{"image": f"{k}.png", "caption": f"a {k}", "label": [1, 1.0, float("nan"), "1"][k % 4]} for k in range(24)]
+    done, rows, _ = embed_table(bench, folder, "\n".join(map(json.dumps, rows)), "captions.jsonl")
+    if done.code != 0:
+        return refused(done)
+    labels = {row.get("label") for row in rows}
+    return None if "nan" not in labels and len(labels - {None}) == 1 else f"classes: {sorted(map(str, labels))}"
+
+
+def many_missing(bench, folder):
+    lines = [f"{k}.png,a red square {k}" for k in range(24)]
+    done, *_ = embed_table(bench, folder, table_of(lines), pictures=16)
+    return refused(done)
+
+
+def repaired_pictures(bench, folder):
+    lines = [f"{k}.png,a red square {k}" for k in range(24)]
+    embed_table(bench, folder, table_of(lines), pictures=23)
+    (folder / "e" / "manifest.json").rename(folder / "e" / "manifest.partial.json")
+    shutil.copy(bench.inputs / "pictures" / "23.png", folder / "data")
+    command = ["embed.py", "--encoder", "tiny=random:test_vit", "--data", folder / "data" / "captions.csv"]
+    bench.runner.run([*command, "--out", "e", "--device", "cpu"], folder)
+    count = len(read_jsonl(folder / "e" / "rows.jsonl"))
+    return None if count == 24 else f"a picture that was repaired is not looked at again: {count} rows of 24"
+
+
+def odd_captions(bench, folder):
+    """Empty, blank, 50,000 characters, no UTF-8, NUL, right to left: neighbours stay where they are."""
+    odd = [
+        b"",
+        b"  ",
+        b"x" * 50_000,
+        b"caf\xe9",
+        b"a\x00b",
+        "\u05e9\u05dc\u05d5\u05dd".encode(),
+        b"http://x/y.jpg",
+        b"0.png",
+    ]
+    lines = [f"{k}.png,".encode() + (odd[k // 2] if k % 2 and k < 16 else f"plain {k}".encode()) for k in range(24)]
+    done, rows, quarantine = embed_table(bench, folder, b"image,caption\n" + b"\n".join(lines) + b"\n")
+    if done.code != 0:
+        return refused(done)
+    shifted = [
+        row for row in rows if row["caption"].startswith("plain") and row["caption"][6:] + ".png" != row["image"]
+    ]
+    whole = len(rows) + len(quarantine) == 24
+    return (
+        None if whole and not shifted else f"{len(rows)} rows and {len(quarantine)} in quarantine of 24; {shifted[:1]}"
+    )
+
+
+def open_file_limit(bench, folder):
+    """Pictures that cannot be opened because the machine has no more files for the process are no bad pictures."""
+    import errno
+
+    from hyma import datasets
+
+    opened = datasets.open_image
+
+    def fail(_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    datasets.open_image = fail
+    try:
+        reason = datasets.why_unusable(folder, {"image": "a.png", "caption": "a"})
+    except OSError:
+        return None
+    except BadInput:
+        return None
+    finally:
+        datasets.open_image = opened
+    return f"counts as a bad picture: {reason}"
+
+
+def bombs(bench, folder):
+    """Headers of 100 and of 182 megapixels are refused before anything is decoded."""
+    import struct
+    import zlib
+
+    def header(width, height):
+        def chunk(kind, data):
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    for width, height in ((10_000, 10_000), (14_000, 13_000), (1, 60_000)):
+        path = folder / "bomb.png"
+        path.write_bytes(header(width, height))
+        try:
+            vlm.open_image(path)
+            return f"{width} x {height} is opened"
+        except MemoryError:
+            return f"{width} x {height} fills the memory"
+        except Exception as error:
+            if "truncated" in str(error):
+                return f"{width} x {height} is decoded"
+    return None
+
+
+def other_formats(bench, folder):
+    from PIL import Image
+
+    for kind in ("TIFF", "ICO", "PPM", "TGA", "PCX", "SGI"):
+        path = folder / f"picture.{kind.lower()}"
+        Image.new("RGB", (16, 16)).save(path, kind)
+        with contextlib.suppress(Exception):
+            vlm.open_image(path)
+            return f"{kind} is opened"
+    return None
+
+
+def no_folder_to_write(bench, folder):
+    (folder / "file").write_text("x")
+    command = [*bench.stages["hyma"].commands[0][:-1], "file/r"]
+    return refused(bench.runner.run(command, folder), "file")
+
+
+def odd_run_folders(bench, folder):
+    """--out at the root, at the folder itself, at a folder with other files."""
+    (folder / "mine.txt").write_text("x")
+    for out in ("/", "."):
+        command = [*bench.stages["hyma"].commands[0][:-1], out]
+        if problem := refused(bench.runner.run(command, folder), "--out"):
+            return f"--out {out}: {problem}"
+    return None
+
+
+def permissions(bench, folder):
+    """Files have the mode that the umask leaves, and not that of a temporary file."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    bench.runner.run(bench.stages["closed"].commands[0], folder)
+    odd = [
+        p.name for p in (folder / "r").rglob("*") if p.is_file() and stat.S_IMODE(p.stat().st_mode) != 0o666 & ~umask
+    ]
+    return f"other modes: {odd[:3]}" if odd else None
+
+
+def two_seeds(bench, folder):
+    """The same seed gives the same bytes, another seed other bytes."""
+    command = bench.stages["hyma"].commands[0]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        bench.runner.run([*command[:-1], name, "--seed", seed], folder)
+    one, same, other = ((folder / name / "connectors" / "i1_mlp0_t1.pt").read_bytes() for name in "abc")
+    return None if one == same != other else "seeds do not decide the bytes"
+
+
+def expanded_view(bench, folder):
+    """An embedding file of a few bytes that says it has 10^10 rows: refused at once."""
+    data = folder / "data"
+    data.mkdir()
+    torch.save(torch.full((1, 1), 0.05).half().expand(10**10, 384), data / "vit_s16.pt")
+    torch.save(torch.full((1, 1), 0.05).half().expand(10**10, 384), data / "minilm.pt")
+    command = ["train_hyma.py", "--data", "data", *SHORT, "--out", "r"]
+    return refused(bench.runner.run(command, folder, seconds=20))
+
+
+def picture_elsewhere(bench, folder):
+    """A stranger's folder whose rows name pictures outside it: the report shows none of them."""
+    rows = read_jsonl(bench.inputs / "embeddings" / "rows.jsonl")
+    secret = bench.inputs / "pictures" / "1.png"
+    rows = [
+        row | {"image": f"{'/' * (k % 2)}..{'/..' * 12}{secret}" if k % 3 else str(secret)}
+        for k, row in enumerate(rows)
+    ]
+    rows = [row | {"image": f"{row['image'][:-5]}{k % 24}.png"} for k, row in enumerate(rows)]
+    make_embeddings(folder / "data", rows)
+    bench.runner.run(
+        ["train_grid.py", "--data", "data", "--closed-form", "ridge", "--out", "r", "--device", "cpu"], folder
+    )
+    done = bench.runner.run(["evaluate.py", "r", *QUICK_REPORT, "--out", "report"], folder)
+    shown = list((folder / "report" / "thumbnails").glob("*")) if (folder / "report" / "thumbnails").exists() else []
+    if done.code != 0:
+        return refused(done)
+    return f"{len(shown)} pictures outside the folder are in the report" if shown else None
+
+
+def prompts_without_encoder(bench, folder):
+    """Labels ask for prompts, and their text encoder is not to be had: said before the scoring, or left out with a line."""
+    rows = [
+        row | {"label": "ab"[k % 2]} for k, row in enumerate(read_jsonl(bench.inputs / "embeddings" / "rows.jsonl"))
+    ]
+    make_embeddings(folder / "data", rows)
+    bench.runner.run(
+        ["train_grid.py", "--data", "data", "--closed-form", "ridge", "--out", "r", "--device", "cpu"], folder
+    )
+    done = bench.runner.run(["evaluate.py", "r", "--bootstrap", 20, "--out", "report", "--device", "cpu"], folder)
+    if done.code == 0:
+        return None
+    return f"the report is lost after the scoring has begun: {done.last[:160]}" if "connector/s" in done.err else None
+
+
+def repeated_captions(bench, folder):
+    done, *_ = embed_table(bench, folder, table_of(f"{k}.png,red {k // 2}" for k in range(24)))
+    return None if "12 captions repeat" in done.out else "repeated captions are not counted"
+
+
+def no_rows(bench, folder):
+    for k, text in enumerate(("image,caption\n", "", table_of(["none.png,a"]))):
+        (folder / str(k)).mkdir()
+        done, *_ = embed_table(bench, folder / str(k), text)
+        if problem := refused(done):
+            return problem
+    return None
+
+
+def linked_lock(bench, folder):
+    """.lock as a link and as a pipe: neither followed nor waited for."""
+    target = folder / "target"
+    target.write_text("mine")
+    for name in ("link", "pipe"):
+        out = folder / name
+        out.mkdir()
+        if name == "link":
+            (out / ".lock").symlink_to(target)
+        else:
+            os.mkfifo(out / ".lock")
+        done = bench.runner.run([*bench.stages["closed"].commands[0][:-3], out, "--device", "cpu"], folder, seconds=20)
+        if problem := refused(done, ".lock"):
+            return f"{name}: {problem}"
+    return None if target.read_text() == "mine" else "the link was followed"
+
+
+def linked_folders(bench, folder):
+    """A stranger's embedding folder with .shards, prompts or connectors as links: nothing is written behind them."""
+    for name in (".shards", "prompts"):
+        out, elsewhere = folder / f"e{name}", folder / f"elsewhere{name}"
+        elsewhere.mkdir()
+        out.mkdir()
+        (out / name).symlink_to(elsewhere)
+        command = [word if word != "e" else out for word in bench.stages["embed"].commands[0]]
+        bench.runner.run(command, folder)
+        if any(elsewhere.iterdir()):
+            return f"{name}: written through a link"
+    return None
+
+
+def typed_again(bench, folder):
+    """A finished run typed again says that it is finished, and changes no connector."""
+    command = bench.stages["hyma"].commands[0]
+    bench.runner.run(command, folder)
+    before = snapshot(folder / "r")
+    done = bench.runner.run(command, folder)
+    if done.code != 0 or "is finished" not in done.out:
+        return f"{done.code}: {done.last[:100]}"
+    return None if snapshot(folder / "r") == before else "the finished run has changed"
+
+
+def bad_values(bench, folder):
+    """Flags whose values no run can have."""
+    for flags in (["--seed", 2**64], ["--weight-decay", "nan"], ["--lr", "inf"], ["--device", "meta"], ["--epochs", 0]):
+        done = bench.runner.run([*bench.stages["hyma"].commands[0], *flags], folder)
+        if problem := refused(done):
+            return f"{flags}: {problem}"
+    return None
+
+
+NO_TAR = "no: no tar file is read"
+KERNELS = "no: no process and no file is part of it; needs a GPU or Triton's interpreter, and has tests of its own"
+
+# Numbers: the fifty faults of the design's reliability notes. Letters: what was found wrong before.
+FAULTS = [
+    Fault(
+        "1 killed while training", "the same bits", "part kills-hyma kills-grid kills-halving kills-shards kills-closed"
+    ),
+    Fault("2 killed between write and rename", "the old file; the new one later removed", "part kills-hyma kills-grid"),
+    Fault("3 killed between two renames", "never a mix", "part kills-hyma kills-grid"),
+    Fault(
+        "4 newest checkpoint cut",
+        "the one before it",
+        "tests/test_train_hyma.py::test_a_damaged_checkpoint_has_a_predecessor",
+    ),
+    Fault("5 a byte of a run flipped", "named, or the same result", "part damage-run"),
+    Fault("6 disk full", "the old file is kept", "tests/test_files.py::test_a_full_disk_leaves_the_old_file"),
+    Fault("7 no folder to write to", "one line", no_folder_to_write),
+    Fault(
+        "8 two processes on a folder",
+        "the second is refused",
+        "tests/test_files.py::test_lock_keeps_a_second_process_out "
+        "tests/test_runs.py::test_a_run_folder_belongs_to_one_run_and_one_process",
+    ),
+    Fault(
+        "9 resumed with other flags",
+        "the flag is named",
+        "tests/test_train_hyma.py::test_resume_of_a_finished_run_and_contradictions",
+    ),
+    Fault("10 resumed at the end", "trains nothing", typed_again),
+    Fault(
+        "11 a newer format",
+        "refused by version",
+        "tests/test_embeddings.py::test_faults_of_rows_and_manifest_are_named",
+    ),
+    Fault("12 file modes", "the umask's", permissions),
+    Fault("13 two checkpoints while saving", "one can always be read", "part kills-hyma kills-grid"),
+    Fault("14 killed while embedding", "the same bytes", "part kills-embed"),
+    Fault("15 an unsealed folder", "refused", "tests/test_embeddings.py::test_faults_of_rows_and_manifest_are_named"),
+    Fault("16 a bad shard", "made again", "tests/test_embed.py::test_a_bad_shard_is_made_again"),
+    Fault(
+        "17 encoders of other rows", "refused", "tests/test_embeddings.py::test_faults_of_rows_and_manifest_are_named"
+    ),
+    Fault("18 rows permuted", "refused", "tests/test_embeddings.py::test_a_sealed_folder_is_checked_byte_for_byte"),
+    Fault("19 a few bytes that say they are many rows", "refused at once", expanded_view),
+    Fault("20 zero rows", "refused", "tests/test_embeddings.py::test_a_sealed_folder_is_checked_byte_for_byte"),
+    Fault(
+        "21 other types and layouts",
+        "refused",
+        "tests/test_vlm.py::test_connectors_that_are_no_plain_numbers_are_refused",
+    ),
+    Fault("22 NaN in a row", "refused", "tests/test_embeddings.py::test_a_sealed_folder_is_checked_byte_for_byte"),
+    Fault(
+        "23 other weights than recorded",
+        "refused",
+        "tests/test_weights.py::test_a_connector_is_not_stitched_to_other_weights",
+    ),
+    Fault("24 repeated captions", "counted", repeated_captions),
+    Fault("25 no rows", "one line", no_rows),
+    Fault("26 one and three processes", "the same bytes", "tests/test_embed.py::test_shards_of_several_processes"),
+    Fault("27 a tar that is cut", "counted", NO_TAR),
+    Fault("28 a prefix over two tars", "not merged", NO_TAR),
+    Fault("29 unreadable pictures", "quarantined for all encoders", "tests/test_embed.py::test_quarantine"),
+    Fault(
+        "30 a picture that breaks after the scan",
+        "stops",
+        "tests/test_embed.py::test_a_picture_that_breaks_after_the_scan_stops_the_run",
+    ),
+    Fault("31 pictures of 100 and 182 megapixels, and thin ones", "refused at the header", bombs),
+    Fault("32 every mode", "upright RGB", "tests/test_vlm.py::test_pictures_of_every_mode_become_upright_rgb"),
+    Fault("33 other formats", "not opened", other_formats),
+    Fault("34 odd captions", "no row shifts", odd_captions),
+    Fault(
+        "35 captions that are addresses",
+        "text",
+        "tests/test_vlm.py::test_captions_are_text_to_a_multimodal_model",
+    ),
+    Fault("36 a third of the pictures missing", "stops", many_missing),
+    Fault(
+        "37 a loss that is not finite",
+        "stops before the update",
+        "tests/test_train_hyma.py::test_a_loss_that_is_not_finite_stops_before_the_update",
+    ),
+    Fault(
+        "38 one pair's loss is not finite",
+        "the pair is named",
+        "tests/test_train_grid.py::test_a_loss_that_is_not_finite_stops_before_the_update",
+    ),
+    Fault("39 a row of length zero", "finite", KERNELS),
+    Fault("40 scale at its limit, one row, equal pairs", "finite", KERNELS),
+    Fault("41 seeds", "the same seed, the same bytes", two_seeds),
+    Fault("42 kernels against the reference", "within the bound", KERNELS),
+    Fault("43 outputs that nobody wrote", "none", KERNELS),
+    Fault("44 odd shapes", "as the reference", KERNELS),
+    Fault("45 wrong arguments", "named", "tests/test_kernels_arguments.py::test_bad_arguments_are_named"),
+    Fault("46 no GPU, no triton", "one line", "tests/test_kernels_arguments.py::test_impl"),
+    Fault(
+        "47 code in a file",
+        "never runs",
+        "tests/test_vlm.py::test_damaged_and_hostile_files_are_refused tests/test_forbidden_calls.py",
+    ),
+    Fault(
+        "48 names that lead elsewhere",
+        "refused",
+        "tests/test_embeddings.py::test_an_encoder_of_a_manifest_has_a_name_that_can_be_a_files",
+    ),
+    Fault("48b pictures of a stranger's rows that lie elsewhere", "not shown", picture_elsewhere),
+    Fault(
+        "49 signals",
+        "saved; 143, 130, 152; the same bits",
+        "part signals-embed signals-hyma signals-grid signals-halving signals-shards signals-closed signals-evaluate",
+    ),
+    Fault("50 out of memory", "the flag is named", "tests/test_files.py::test_running_out_of_memory_names_the_flags"),
+    Fault(
+        "A1 weights that do not fit",
+        "refused",
+        "tests/test_weights.py::test_weights_that_leave_tensors_random_are_refused",
+    ),
+    Fault(
+        "A2 --from", "that run's data", "tests/test_train_grid.py::test_from_takes_the_data_and_the_split_of_its_run"
+    ),
+    Fault("A3 a stray quote", "no row is lost unsaid", stray_quote),
+    Fault("A6 the first record lacks a column", "the others keep it", late_split),
+    Fault("A7 other names of splits", "known or named", unknown_split),
+    Fault("A8 several captions in a record", "a row each", lists_of_captions),
+    Fault("A9 a picture under several paths", "one picture", spellings_of_a_picture),
+    Fault("A11 labels of several types", "one class, NaN is none", labels_of_several_types),
+    Fault("A12 errors of the machine", "stop", open_file_limit),
+    Fault("A13 pictures repaired after the scan", "scanned again", repaired_pictures),
+    Fault(
+        "A14 connectors that are not finite",
+        "refused",
+        "tests/test_evaluate.py::test_a_connector_that_is_not_finite_is_named",
+    ),
+    Fault(
+        "A19 an encoder's file lost after sealing",
+        "embedded again",
+        "tests/test_embed.py::test_a_file_that_was_lost_or_cut_is_embedded_again",
+    ),
+    Fault(
+        "B1 a card that names a local folder", "refused", "tests/test_vlm.py::test_vlm_works_alone_beside_a_connector"
+    ),
+    Fault("B3 .lock as a link or a pipe", "neither followed nor waited for", linked_lock),
+    Fault("B3b folders as links", "nothing is written behind them", linked_folders),
+    Fault(
+        "B4 thin pictures", "refused", "tests/test_vlm.py::test_a_thin_picture_is_refused_before_it_fills_the_memory"
+    ),
+    Fault("C prompts without their encoder", "said before the scoring, or left out", prompts_without_encoder),
+    Fault("D odd values of flags", "one line", bad_values),
+    Fault("D odd run folders", "refused", odd_run_folders),
+    Fault(
+        "D degenerate data",
+        "a ranking or one line",
+        "tests/test_train_hyma.py::test_degenerate_data_end_with_a_ranking_or_one_line",
+    ),
+]
+
+
+def known_faults(bench, parts=None, with_tests=True):
+    """Tries every known fault. parts: counts of the other parts, as far as they have run."""
+    counts = Counts(len(FAULTS))
+    outcomes = tests_outcomes() if with_tests else {}
+    table = {}
+    for number, fault in enumerate(FAULTS):
+        folder = fresh_folder(bench, f"fault-{number}")
+        how = fault.shown_by
+        if callable(how):
+            problem, _ = guarded(lambda folder, how=how: how(bench, folder))(folder)
+            outcome = "held" if problem is None else "not held"
+        elif how.startswith("no: "):
+            outcome, problem = "not tried", how[4:]
+        elif how.startswith("part "):
+            outcome, problem = outcome_of_parts(how.split()[1:], parts or {})
+        else:
+            outcome, problem = outcome_of_tests(how.split(), outcomes)
+        table[fault.name] = {"expected": fault.expected, "outcome": outcome, "why": problem}
+        if outcome in ("held", "not held"):
+            counts.add(fault.name, problem if outcome == "not held" else None)
+    counts.more = {"table": table}
+    return counts
+
+
+def outcome_of_parts(names, parts):
+    """What the counts of other parts show."""
+    missing = [name for name in names if name not in parts]
+    if missing:
+        return "not tried", f"{' '.join(missing)} not run yet"
+    bad = [f"{name}: {parts[name]['not_held']} of {parts[name]['tried']}" for name in names if parts[name]["not_held"]]
+    return ("not held", "; ".join(bad)) if bad else ("held", None)
+
+
+def outcome_of_tests(names, outcomes):
+    """What tests show. outcomes: {test without parameters: whether it passed}."""
+    matching = {name: [passed for test, passed in outcomes.items() if test.startswith(name)] for name in names}
+    missing = [name for name, found in matching.items() if not found]
+    if missing:
+        return "not tried", f"{missing[0]} was not run"
+    failed = [name for name, found in matching.items() if not all(found)]
+    return ("not held", f"{failed[0]} fails") if failed else ("held", None)
+
+
+def tests_outcomes():
+    """{test: whether it passed} of the tests that FAULTS names; a skipped one is left out."""
+    import xml.etree.ElementTree as xml
+
+    names = {name for fault in FAULTS if isinstance(fault.shown_by, str) for name in fault.shown_by.split()}
+    names = sorted(name for name in names if name.startswith("tests/"))
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *names]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        cases = xml.parse(results).iter("testcase") if results.exists() else []
+        outcomes = {}
+        for case in cases:
+            children = {child.tag for child in case}
+            if "skipped" not in children:
+                name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+                outcomes[name] = not children & {"failure", "error"}
+    return outcomes
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -1446,9 +2022,9 @@ def parse_flags():
     return parser.parse_args()
 
 
-def plan_parts(bench, flags):
-    """{part: (what is asked, function that makes its Counts)}."""
-    parts = {"list": (len(FAULTS), lambda: known_faults(bench))}
+def plan_parts(bench, flags, record):
+    """{part: (what is asked, function that makes its Counts)}. record: what has run, which the list refers to."""
+    parts = {}
     for part in targets(bench):
         parts[part] = (flags.sample, lambda part=part: damage(bench, part, flags.sample))
     parts["fuzz"] = (flags.fuzz, lambda: fuzz(bench, flags.fuzz))
@@ -1459,6 +2035,7 @@ def plan_parts(bench, flags):
             (flags.kills, flags.sample),
             lambda stage=stage: kills(bench, stage, flags.kills, flags.sample),
         )
+    parts["list"] = (len(FAULTS), lambda: known_faults(bench, record["parts"]))
     if flags.only:
         parts = {part: found for part, found in parts.items() if part.startswith(tuple(flags.only))}
     return parts
@@ -1471,7 +2048,7 @@ def main():
     bench = open_bench(work.resolve(), flags.seed, flags.workers)
     made = provenance("cpu")
     record = json.loads(flags.json.read_text()) if flags.json.exists() else {"parts": {}}
-    for part, (asked, make) in plan_parts(bench, flags).items():
+    for part, (asked, make) in plan_parts(bench, flags, record).items():
         size = {
             "commit": made["commit"],
             "seed": flags.seed,
