@@ -379,7 +379,7 @@ def snapshot(folder, without=None):
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in (".lock", "checkpoint.previous.pt"):
+        if path.name in (".lock", "checkpoint.previous.pt") or is_left_over(path):
             continue
         if path == without:
             continue
@@ -391,6 +391,13 @@ def snapshot(folder, without=None):
         elif not path.is_dir():
             found[name] = "link or no file"
     return found
+
+
+def is_left_over(path):
+    """Whether a file is of no use once a command has finished; `leftovers` looks for them."""
+    return (
+        path.suffix == ".tmp" or path.name in (".scan.jsonl", "checkpoint.next.pt") or path.name.endswith(".partial.pt")
+    )
 
 
 def meaning(path):
@@ -477,32 +484,37 @@ class Counts:
         self.asked, self.tried, self.held, self.failed, self.more = asked, 0, 0, [], {}
 
     def add(self, case, problem, count=1):
-        """Adds a case, which held if there is no problem."""
+        """Adds a case, or several alike. It held if there is no problem."""
         self.tried += count
         if problem:
             self.failed.append({"case": case, "problem": problem})
         else:
             self.held += count
 
+    def kinds(self):
+        """{problem, its numbers left out: how often}."""
+        return Counter(re.sub(r"\d+", "#", failure["problem"][:160]) for failure in self.failed)
+
     def record(self):
-        """As faults.json holds it: at most twenty failures of a kind, but all of them counted."""
-        kinds = Counter(failure["problem"][:60] for failure in self.failed)
+        """As faults.json holds it: at most three failures of a kind, but all of them counted."""
         shown, seen = [], Counter()
         for failure in self.failed:
-            kind = failure["problem"][:60]
+            kind = re.sub(r"\d+", "#", failure["problem"][:160])
             seen[kind] += 1
-            if seen[kind] <= 20:
+            if seen[kind] <= 3:
                 shown.append(failure)
         counts = {"asked": self.asked, "tried": self.tried, "held": self.held, "not_held": len(self.failed)}
-        return counts | self.more | {"kinds_of_failure": dict(kinds), "failures": shown}
+        return counts | self.more | {"kinds_of_failure": dict(self.kinds().most_common()), "failures": shown}
 
 
 def all_cases(bench, cases, judge, counts):
-    """Judges cases several at a time: judge(case) gives a problem or None, and how many it counts for."""
+    """Judges cases several at a time: judge(case) gives a problem or None, and how many kills it had."""
+    killed = 0
     with ThreadPoolExecutor(bench.workers) as pool:
         for case, (problem, count) in zip(cases, pool.map(guarded(judge), cases)):
-            counts.add(str(case), problem, count)
-    return counts
+            counts.add(str(case), problem)
+            killed += count
+    return killed
 
 
 def guarded(judge):
@@ -511,9 +523,9 @@ def guarded(judge):
     def judged(case):
         try:
             found = judge(case)
-            return found if isinstance(found, tuple) else (found, 1)
+            return found if isinstance(found, tuple) else (found, 0)
         except Exception:
-            return f"the harness failed: {traceback.format_exc().splitlines()[-1]}", 1
+            return f"the harness failed: {traceback.format_exc().splitlines()[-1]}", 0
 
     return judged
 
@@ -534,7 +546,8 @@ def kills(bench, stage, asked, writes=None):
     def judge(case):
         return kill_case(bench, stage, expected, case)
 
-    return all_cases(bench, cases, judge, counts)
+    counts.more["kills"] = all_cases(bench, cases, judge, counts)
+    return counts
 
 
 def kill_case(bench, stage, expected, case):
@@ -555,13 +568,13 @@ def kill_case(bench, stage, expected, case):
                 done = bench.runner.kill_after(command, folder, moment, hook)
                 killed += done.code == -signal.SIGKILL
                 if done.code not in (0, -signal.SIGKILL):
-                    return f"after a kill: {done.last}", max(1, killed)
+                    return f"after a kill: {done.last}", killed
         if problem := finish_command(bench, command, folder):
-            return problem, max(1, killed)
+            return problem, killed
     problem = difference(expected, folder / stage.result) or leftovers(folder)
     if problem is None:
         shutil.rmtree(folder)
-    return problem, max(1, killed)
+    return problem, killed
 
 
 def finish_command(bench, command, folder):
@@ -575,11 +588,9 @@ def finish_command(bench, command, folder):
 
 
 def leftovers(folder):
-    """Temporary files that nobody has removed, or None."""
-    left = [
-        path for path in folder.rglob("*") if path.suffix == ".tmp" or path.name == ".shards" and any(path.iterdir())
-    ]
-    return f"left over: {left[0].relative_to(folder)}" if left else None
+    """Files of no use that nobody has removed, or None."""
+    left = [path for path in folder.rglob("*") if is_left_over(path) or path.name == ".shards" and any(path.iterdir())]
+    return f"the same bits, but left over: {left[0].relative_to(folder)}" if left else None
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -808,8 +819,8 @@ def damage(bench, part, limit=None):
 
     names = [f"{file}, {kind}, {reader.name}" for file, kind, reader in cases]
     with ThreadPoolExecutor(bench.workers) as pool:
-        for name, (problem, count) in zip(names, pool.map(guarded(judge), cases)):
-            counts.add(name, problem, count)
+        for name, (problem, _) in zip(names, pool.map(guarded(judge), cases)):
+            counts.add(name, problem)
     counts.more["ended"] = dict(ended)
     return counts
 
@@ -1679,7 +1690,7 @@ def expanded_view(bench, folder):
     torch.save(torch.full((1, 1), 0.05).half().expand(10**10, 384), data / "vit_s16.pt")
     torch.save(torch.full((1, 1), 0.05).half().expand(10**10, 384), data / "minilm.pt")
     command = ["train_hyma.py", "--data", "data", *SHORT, "--out", "r"]
-    return refused(bench.runner.run(command, folder, seconds=20))
+    return refused(bench.runner.run(command, folder, seconds=20), ".pt")
 
 
 def picture_elsewhere(bench, folder):
@@ -2068,7 +2079,7 @@ def main():
         print(
             f"{part}: {counts.tried} tried, {counts.held} held, {len(counts.failed)} not, {seconds:.0f} s", flush=True
         )
-        for problem, count in Counter(failure["problem"][:160] for failure in counts.failed).most_common(15):
+        for problem, count in counts.kinds().most_common(15):
             print(f"  {count} x {problem}", flush=True)
     if flags.work is None:
         shutil.rmtree(work, ignore_errors=True)
@@ -2078,9 +2089,10 @@ def add_up(parts):
     """{kind of part: tried, held, not held}."""
     totals = {}
     for part, counts in parts.items():
-        total = totals.setdefault(part.partition("-")[0], {"tried": 0, "held": 0, "not_held": 0})
-        for key in total:
-            total[key] += counts[key]
+        total = totals.setdefault(part.partition("-")[0], {})
+        for key in ("tried", "held", "not_held", "kills"):
+            if key in counts:
+                total[key] = total.get(key, 0) + counts[key]
     return totals
 
 
