@@ -892,8 +892,8 @@ def judge_damage(done, file, expected, result, untouched):
     script, _, message = done.last.partition(": ")
     if not message:
         return f"exit status {done.code}, no line: {done.last[:200]}"
-    names = {Path(file).name, Path(file).stem, str(Path(file).parent)}
-    if not any(name in message for name in names):
+    name, stem, folder = Path(file).name, Path(file).stem, Path(file).parts[0]
+    if name not in message and not re.search(rf"\b({re.escape(stem)}\b|{folder}[/:])", message):
         return f"names no file: {done.last[:200]}"
     return None
 
