@@ -1212,7 +1212,9 @@ class Fuzz:
             changed = mutate_value(rows[place], draw)
             rows[place] = changed if isinstance(changed, dict) else {"caption": changed}
         self.input = self.as_json(rows)
-        write_jsonl(self.folder / "small" / "rows.jsonl", rows)
+        path = self.folder / "small" / "rows.jsonl"
+        path.write_bytes(b"".join(self.as_json(row) + b"\n" for row in rows))
+        rows = read_jsonl(path)
         keys = hash_keys(rows)
         manifest = self.small_manifest() | {"keys_sha256": keys}
         for record in manifest["encoders"].values():
@@ -1231,7 +1233,7 @@ class Fuzz:
         choose_pairs(data, ["all"])
         train, validation = split_rows(data, 0)
         Retrieval(data, validation, torch.device("cpu"))
-        data.load("i1")
+        data.load(data.names("image")[0])
         open_tasks(None, data.folder, argparse.Namespace(templates="1", device=torch.device("cpu")))
 
     def read_run_folder(self, draw):
@@ -1542,6 +1544,18 @@ def labels_of_several_types(bench, folder):
         return refused(done)
     labels = {row.get("label") for row in rows}
     return None if "nan" not in labels and len(labels - {None}) == 1 else f"classes: {sorted(map(str, labels))}"
+
+
+def odd_labels(bench, folder):
+    """A label and a split with a byte that is not UTF-8: the row is read or quarantined."""
+    lines = [
+        f"{k}.png,a {k},".encode() + (b"caf\xe9,train" if k == 3 else b"a,tr\xe9n" if k == 4 else b"a,train")
+        for k in range(24)
+    ]
+    done, rows, quarantine = embed_table(bench, folder, b"image,caption,label,split\n" + b"\n".join(lines) + b"\n")
+    if done.code != 0:
+        return refused(done)
+    return None if len(rows) + len(quarantine) == 24 else f"{len(rows)} rows and {len(quarantine)} in quarantine of 24"
 
 
 def many_missing(bench, folder):
@@ -1931,6 +1945,7 @@ FAULTS = [
     Fault("A8 several captions in a record", "a row each", lists_of_captions),
     Fault("A9 a picture under several paths", "one picture", spellings_of_a_picture),
     Fault("A11 labels of several types", "one class, NaN is none", labels_of_several_types),
+    Fault("D labels and splits that are not UTF-8", "read or quarantined", odd_labels),
     Fault("A12 errors of the machine", "stop", open_file_limit),
     Fault("A13 pictures repaired after the scan", "scanned again", repaired_pictures),
     Fault(
