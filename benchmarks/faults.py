@@ -92,6 +92,7 @@ def child(command, folder, logs, hook):
         os.dup2(os.open(f"{logs}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(folder)
     os.environ["MPLBACKEND"] = "agg"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the machine, which a kill would leave behind
     script, *arguments = command
