@@ -2058,8 +2058,8 @@ def parse_flags():
     return parser.parse_args()
 
 
-def plan_parts(bench, flags, record):
-    """{part: (what is asked, function that makes its Counts)}. record: what has run, which the list refers to."""
+def plan_parts(bench, flags, parts_so_far):
+    """{part: (what is asked, function that makes its Counts)}. parts_so_far: what has run, which the list refers to."""
     parts = {}
     for part in targets(bench):
         parts[part] = (flags.sample, lambda part=part: damage(bench, part, flags.sample))
@@ -2071,7 +2071,7 @@ def plan_parts(bench, flags, record):
             (flags.kills, flags.sample),
             lambda stage=stage: kills(bench, stage, flags.kills, flags.sample),
         )
-    parts["list"] = (len(FAULTS), lambda: known_faults(bench, record["parts"]))
+    parts["list"] = (len(FAULTS), lambda: known_faults(bench, parts_so_far))
     if flags.only:
         parts = {part: found for part, found in parts.items() if part.startswith(tuple(flags.only))}
     return parts
@@ -2084,7 +2084,7 @@ def main():
     bench = open_bench(work.resolve(), flags.seed, flags.workers)
     made = provenance("cpu")
     record = json.loads(flags.json.read_text()) if flags.json.exists() else {"parts": {}}
-    for part, (asked, make) in plan_parts(bench, flags, record).items():
+    for part, (asked, make) in plan_parts(bench, flags, record["parts"]).items():
         size = {
             "commit": made["commit"],
             "seed": flags.seed,
@@ -2100,6 +2100,8 @@ def main():
         record["parts"][part] = size | {"seconds": seconds} | counts.record()
         record["made"] = made
         record["counts"] = add_up(record["parts"])
+        shown = json.dumps(record["parts"][part]).replace(str(bench.work), "WORK")  # no paths of this machine
+        record["parts"][part] = json.loads(shown)
         write_json(flags.json, record)
         print(
             f"{part}: {counts.tried} tried, {counts.held} held, {len(counts.failed)} not, {seconds:.0f} s", flush=True
