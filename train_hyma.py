@@ -56,7 +56,7 @@ from hyma.training import (
     validate,
 )
 from kernels import adamw_outer, outer_grad_norm_sq
-from vlm import BadInput, load_tensors, pick_device, read_json
+from vlm import BadInput, pick_device, read_json
 
 # Defaults that differ between the two hypernetworks; None: the flag belongs to the other. factored starts from a closed
 # form and only refines it, so its rate is low, and a third of the image encoders per step is enough.
@@ -165,7 +165,7 @@ def arrange_added_encoder(name, run, data):
     """The Pairs of an encoder that is added to a finished run, whose own pairs stay as they are."""
     if not (run / "ledger.json").is_file():
         raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
-    base_state = load_tensors(run / "checkpoint.pt")["state"]
+    base_state = Checkpoints(run).load("state")["state"]
     if "fold_recall10" not in base_state:
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
     old = [tuple(pair.split(":")) for pair in base_state["best"]["recalls"]]

@@ -42,6 +42,9 @@ MAPPED_AT_ONCE = 8192  # texts that go through a connector at a time, to bound t
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: which file, row or flag, and what to do next."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))  # a value that is quoted in it may hold several
+
 
 # ------------------------------------------------------------------------------------------------------- encoders
 
@@ -521,7 +524,7 @@ def read_connector(path, image_dim=None, text_dim=None):
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
     text_dim = text_dim or registered_dim(text) or (first.shape[1] if first.dim() == 2 else 0)
-    image_dim = image_dim or registered_dim(image) or last.shape[0]
+    image_dim = image_dim or registered_dim(image) or (last.shape[0] if last.dim() == 2 else 0)
     dims = [text_dim] + [HIDDEN_DIM] * hidden_layers + [image_dim]
     for layer, wide, narrow in zip(layers, dims, dims[1:]):
         for key, shape in ((layer + "weight", (narrow, wide)), (layer + "bias", (narrow,))):
@@ -642,6 +645,8 @@ def encoder_of_connector(path, kind, name):
     if name in ENCODERS:
         return name
     spec = read_card(path).get(f"{kind}_encoder")
+    if spec is not None and not isinstance(spec, str):
+        raise BadInput(f"{path}: its card has no name for the {kind} encoder; pass {kind}_encoder={name}=SPEC")
     if spec is not None and is_local(spec):
         raise BadInput(
             f"{path}: its card names a local {kind} encoder, {spec}; if you trust it, pass {kind}_encoder={name}={spec}"
@@ -657,7 +662,8 @@ def encoder_of_connector(path, kind, name):
 def is_local(spec):
     """Whether an encoder's SPEC is a folder of this machine: loading one may run what is in it, so that a card, which a
     stranger may have written, is no authority for it."""
-    return spec.startswith(("local-dir:", "/", ".", "~")) or Path(spec).exists()
+    path = re.sub(r"^((timm|hf-hub|hf_hub|random):)+", "", spec)
+    return path.startswith(("local-dir:", "/", ".", "~")) or Path(path).exists()
 
 
 def read_card(path):
@@ -668,9 +674,9 @@ def read_card(path):
 
 def check_weights(path, name, model):
     """Raises BadInput if the card of a connector says that it was trained on other weights of an encoder than `model`'s."""
-    digests = read_card(path).get("weights_sha256") or {}
-    expected = digests.get(name)
-    if expected and weights_digest(model) != expected:
+    digests = read_card(path).get("weights_sha256")
+    expected = digests.get(name) if isinstance(digests, dict) else None
+    if isinstance(expected, str) and weights_digest(model) != expected:
         raise BadInput(
             f"{path}: was trained on other weights of {name} than those loaded here (sha256 {expected[:12]}..., see its card)"
         )
@@ -684,11 +690,7 @@ class EmbeddingDataset(torch.utils.data.Dataset):
 
     def __init__(self, filepath):
         self.embeddings = load_tensors(filepath, mmap=True)
-        if (
-            not torch.is_tensor(self.embeddings)
-            or self.embeddings.dim() != 2
-            or not self.embeddings.is_floating_point()
-        ):
+        if not is_plain_tensor(self.embeddings) or self.embeddings.dim() != 2:
             raise BadInput(f"{filepath}: expected one floating-point tensor [rows, dim]")
         self.embed_dim = self.embeddings.shape[1]
 

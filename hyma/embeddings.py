@@ -65,6 +65,8 @@ class Embeddings:
                     raise BadInput(f"{path}: {name!r} is no name of an encoder: use letters, digits, '.', '_' and '-'")
                 self.encoders[name] = Encoder(name, record["kind"], record["spec"], record["dim"])
                 bytes.fromhex(record["file_sha256"])
+                if record["kind"] not in ("image", "text"):
+                    raise BadInput(f"{path}: {name} is of the kind {record['kind']!r}, which is neither image nor text")
                 if (record["rows"], record["keys_sha256"]) != (self.row_count, keys_sha256):
                     raise BadInput(f"{path}: {name} was embedded from other rows than the folder's; {MAKE_AGAIN}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -73,6 +75,9 @@ class Embeddings:
             raise BadInput(f"{path}: is damaged ({error} is missing or wrong); {MAKE_AGAIN}") from None
         path = self.folder / "rows.jsonl"
         self.rows = read_jsonl(path)
+        for number, row in enumerate(self.rows, start=1):
+            if not is_row(row):
+                raise BadInput(f"{path}: line {number}: is no row with key, image and caption; {MAKE_AGAIN}")
         if len(self.rows) != self.row_count:
             raise BadInput(f"{path}: has {len(self.rows)} rows; the manifest was sealed with {self.row_count}")
         if hash_keys(self.rows) != keys_sha256:
@@ -135,6 +140,12 @@ class Embeddings:
     def weights_sha256(self, name):
         """The digest of the weights that an encoder's embeddings were made with, None where it is not known."""
         return self.manifest["encoders"][name].get("weights_sha256") if self.manifest else None
+
+
+def is_row(row):
+    """Whether a line of rows.jsonl has what every row has, and nothing in it is of another kind than text."""
+    has_text = all(isinstance(row.get(part), str) for part in ("key", "image", "caption"))
+    return has_text and all(isinstance(row.get(part, ""), str) for part in ("label", "split", "question", "answer"))
 
 
 class RowStore:
@@ -373,6 +384,6 @@ def sound_record(out, name):
         if path.is_file() and sha256_file(path) == record["file_sha256"]:
             return record
         print(f"{path}: is missing or is not what was embedded (sha256); embedding it again")
-        del manifest["encoders"][name]
+        manifest["encoders"][name] = None  # its place among the others is kept
         write_manifest(out, manifest)
         return None

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import stat
@@ -28,11 +29,26 @@ def sha256_file(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+HOST = re.sub(r"\W", "-", platform.node()) or "host"
+
+
+def remove_leftovers(folder, alone=False):
+    """Removes what a killed process left half-written in a folder and below it.
+
+    alone: nobody else writes there now. Otherwise only what processes of this machine left that are gone.
+    """
+    for path in Path(folder).rglob(".*.tmp"):
+        found = re.fullmatch(rf".*\.{re.escape(HOST)}\.(\d+)\.tmp", path.name)
+        is_dead = found is not None and not Path("/proc", found[1]).exists()
+        if alone or is_dead:
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_file(path):
     """A file to write to: `path` holds either all of what is written or what was there before, whatever happens."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         # O_EXCL: a link that somebody has put there is not followed
@@ -108,20 +124,20 @@ def lock_folder(folder, wait=False):
     process left half-written there is removed."""
     path = Path(folder) / ".lock"
     try:
-        handle = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "rb+")  # noqa: SIM115
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise BadInput(f"{path}: is a link or no file; remove it") from None
         raise
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise BadInput(f"{path}: is no regular file; remove it")
+    handle = open(number, "rb+")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         raise BadInput(f"{folder}: another process is writing here; wait for it, or choose another --out") from None
-    if not wait:  # others that wait for their turn may be writing
-        for left in Path(folder).glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+    remove_leftovers(folder, alone=not wait)  # others that wait for their turn may be writing
     return handle
 
 

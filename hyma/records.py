@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 import vlm
 from hyma.costs import cost_ratio
 from hyma.embeddings import unique
-from hyma.files import atomic_file, read_jsonl, write_csv, write_json
+from hyma.files import atomic_file, read_jsonl, remove_leftovers, write_csv, write_json
 from hyma.metrics import INTERVAL, METRICS, best_pairs, bootstrap_scores, fidelity, mean_recalls, pair_name, true_scores
 from hyma.selectors import SelectionMethod
 from hyma.tasks import KINDS, image_inputs, text_inputs
@@ -115,6 +115,7 @@ def write_records(folder, result, gallery, results):
     files = ["report.html", "results.json", *images, *tables, *gallery.thumbnails]
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     delete_stale(folder, files)
     for name, rows in tables.items():
         write_csv(folder / name, rows)

@@ -53,7 +53,7 @@ def create_run(out, flags, typed, must_match, run_info, device, wait=False):
 def check_run_folder(out):
     """Raises BadInput for a folder that holds other files than a run's: a home, a repository, the root of the disk."""
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    others = sorted(held - {".lock", "connectors"})
+    others = sorted(name for name in held - {".lock", "connectors"} if not name.endswith(".tmp"))
     if others:
         raise BadInput(f"--out {out}: is a folder with other files in it ({others[0]}); choose a new one")
 
@@ -117,6 +117,8 @@ class Checkpoints:
                 found = load_tensors(path)
                 if not isinstance(found, dict) or not found.keys() >= set(keys):
                     raise BadInput(f"{path}: is no checkpoint of this script")
+                if path == self.next:  # saving it was interrupted before its last step
+                    self.finish_saving()
                 return found
             except BadInput as error:
                 damaged = str(error)
@@ -131,10 +133,13 @@ class Checkpoints:
 
     def save(self, value):
         save_tensors(value, self.next)
+        self.finish_saving()
+        self.saved = time.monotonic()
+
+    def finish_saving(self):
         if self.newest.exists():
             os.replace(self.newest, self.previous)
         os.replace(self.next, self.newest)
-        self.saved = time.monotonic()
 
 
 def find_run(out=None):
@@ -276,7 +281,7 @@ def read_run(folder) -> Run:
             run.ledger["updates_per_pair"][pair_name(pair)]
     except BadInput:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f"{folder}: is damaged ({type(error).__name__}: {error}); make the run again") from None
     for pair in run.ranks:
         if not run.connector(*pair).is_file():
