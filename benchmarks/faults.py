@@ -1289,7 +1289,7 @@ class Fuzz:
             "encoder": ["control"],
             "weights": [],
         }
-        self.script["embed"]["resolve_flags"](argparse.Namespace(**flags, shard=text, device="cpu"))
+        self.script["embed"]["resolve_flags"](argparse.Namespace(**flags, shard=text, device="cpu", allow_bad=0.05))
 
     def read_named_flags(self, draw):
         text = odd_flag(draw)

@@ -75,13 +75,13 @@ class Embeddings:
             raise BadInput(f"{path}: is damaged ({error} is missing or wrong); {MAKE_AGAIN}") from None
         path = self.folder / "rows.jsonl"
         self.rows = read_jsonl(path)
-        for number, row in enumerate(self.rows, start=1):
-            if not is_row(row):
-                raise BadInput(f"{path}: line {number}: is no row with key, image and caption; {MAKE_AGAIN}")
         if len(self.rows) != self.row_count:
             raise BadInput(f"{path}: has {len(self.rows)} rows; the manifest was sealed with {self.row_count}")
         if hash_keys(self.rows) != keys_sha256:
             raise BadInput(f"{path}: the rows or their order have changed since the folder was sealed; {MAKE_AGAIN}")
+        for number, row in enumerate(self.rows, start=1):
+            if not is_row(row):
+                raise BadInput(f"{path}: line {number}: is no row with key, image and caption; {MAKE_AGAIN}")
 
     def _open_bare(self):
         files = {path.stem: EmbeddingDataset(path) for path in sorted(self.folder.glob("*.pt"))}

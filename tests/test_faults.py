@@ -13,14 +13,7 @@ import faults  # noqa: E402
 
 # What is known and not mended yet: patterns of problems that the long run reports as not held. Take a line out when its
 # fault is mended.
-NOT_MENDED = [
-    "the same bits, but left over",  # half-written files in connectors/, in report/ and of embed.py are not swept
-    r"checkpoint\.pt (is missing|differs)",  # a kill between the two renames of the last checkpoint
-    r".* is a folder with other files in it \(\.config\.json\.",  # a kill while config.json is written
-    ".*, but manifest.json differs",  # an encoder that is embedded again stands last in the manifest
-    "read_(pairs|named_flags|device|shard_flag|templates|data_flag): a message of several lines",
-    "read_(journal|embedding_file|sealed_rows|connector_card|table|manifest|templates|run_folder|pairs): [A-Z]",
-]
+NOT_MENDED = []
 
 
 def problems(counts):
