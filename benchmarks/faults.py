@@ -1173,12 +1173,14 @@ class Fuzz:
 
     def scan(self, corpus):
         """What embed.py does with the rows of a corpus before it embeds."""
-        from hyma.datasets import why_unusable
+        from hyma.datasets import row_fault
+        from hyma.pictures import scan_picture
+        from hyma.scan import sort_rows
 
-        embed = self.script["embed"]
         json.dumps(corpus.rows, default=str)
-        reasons = [why_unusable(corpus.root, row) for row in corpus.rows]
-        usable, quarantine = embed["sort_rows"](corpus, reasons)
+        images = {row["image"] for row in corpus.rows if not row_fault(row)}
+        pictures = {image: scan_picture(corpus.root, image) for image in images}
+        usable, quarantine, _ = sort_rows(corpus, pictures)
         write_jsonl(self.folder / "q.jsonl", quarantine)
         write_jsonl(self.folder / "u.jsonl", usable)
         hash_keys(usable)
@@ -1187,7 +1189,9 @@ class Fuzz:
         """The journal of an interrupted scan."""
         lines = self.as_json("digest") + b"\n" + b"null\n" * 3
         data = mutate_bytes(lines, draw) if draw.random() < 0.7 else lines + self.as_json(odd_value(draw)) + b"\n"
-        self.script["embed"]["read_journal"](self.write(".scan.jsonl", data), "digest")
+        from hyma.scan import read_journal
+
+        read_journal(self.write(".scan.jsonl", data), "digest")
 
     def read_manifest(self, draw):
         """A sealed folder with another manifest."""
