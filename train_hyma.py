@@ -150,7 +150,7 @@ def arrange_pairs(flags, data, trained):
     """The Pairs of --pairs, --predict and --add-encoder."""
     if flags.add_encoder:
         return arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
-    predicted = choose_pairs(data, flags.predict) if flags.predict else []
+    predicted = choose_pairs(data, flags.predict, "--predict") if flags.predict else []
     untrained = [pair for pair in predicted if pair not in trained]
     image_names = unique(image for image, _ in trained)
     text_names = unique(text for _, text in trained)

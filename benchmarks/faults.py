@@ -1498,8 +1498,8 @@ def stray_quote(bench, folder):
     done, rows, quarantine = embed_table(bench, folder, table_of(lines))
     if done.code != 0:
         return refused(done)
-    told = len(rows) + len(quarantine)
-    return None if told >= 24 else f"24 rows became {len(rows)}, and the quarantine has {len(quarantine)}"
+    accounted = len(rows) + len(quarantine)
+    return None if accounted >= 24 else f"24 rows became {len(rows)}, and the quarantine has {len(quarantine)}"
 
 
 def late_split(bench, folder):

@@ -243,7 +243,7 @@ def draw_share(rows, share, random):
     return rows[order[: max(1, int(share * len(rows)))]]
 
 
-def choose_pairs(data: Embeddings, patterns):
+def choose_pairs(data: Embeddings, patterns, flag="--pairs"):
     """The (image, text) pairs that `--pairs` asks for: `all`, `vit_l16:mpnet`, wildcards like `vit_*:*`, several."""
     images, texts = data.names("image"), data.names("text")
     pairs = [(image, text) for image in images for text in texts]
@@ -257,7 +257,7 @@ def choose_pairs(data: Embeddings, patterns):
         matched = {pair for pair in pairs if fnmatch.fnmatchcase(":".join(pair), wildcard)}
         if not matched:
             known = f"images {', '.join(images)}; texts {', '.join(texts)}"
-            raise BadInput(f"--pairs {pattern}: no such pair in {data.folder}, which has {known}")
+            raise BadInput(f"{flag} {pattern}: no such pair in {data.folder}, which has {known}")
         chosen |= matched
     return [pair for pair in pairs if pair in chosen]
 
