@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hyma import closed_form
-from hyma.costs import connector_flops, connector_shapes, flop_counter, logit_flops
+from hyma.costs import connector_flops, connector_shapes, flop_counter, step_flops
 from hyma.embeddings import RowStore, seeded_generator, split_rows, unique
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.metrics import Retrieval, mean_recalls, pair_name, rank_pairs
@@ -196,16 +196,12 @@ class FreeConnectors(nn.Module):
         return separate_layers(features, pairs, [self.predict(*pair) for pair in pairs])
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (of the connectors, which grows with the samples; nothing grows with the steps)."""
-        shapes = [[weight.shape for weight, _ in self.predict(*pair)] for pair in pairs]
-        return sum(connector_flops(batch_size, layers) for layers in shapes), 0
-
-
-def flops_per_step(connectors, batch_size, pairs, dims):
-    """(of all, of the logits alone) for one step of these pairs. connectors: FreeConnectors. dims: {encoder: width}."""
-    of_samples, _ = connectors.flops(batch_size, pairs)
-    of_logits = logit_flops(batch_size, [dims[image] for image, _ in pairs])
-    return of_samples + of_logits, of_logits
+        """(of the connectors, 0: nothing is predicted)."""
+        total = 0
+        for pair in pairs:
+            shapes = [weight.shape for weight, _ in self.predict(*pair)]
+            total += connector_flops(batch_size, shapes)
+        return total, 0
 
 
 def connector_of_run(run, image, text, hidden_layers):
@@ -233,7 +229,8 @@ def plan_steps(flags, pairs, dims, row_count):
         raise BadInput(f"--budget-of {flags.budget_of}: its ledger.json has no flops above zero")
     with torch.device("meta"):  # shapes alone
         connectors = FreeConnectors(pairs, dims, hidden_layers_of(flags), seed=0)
-    steps = max(1, round(budget / flops_per_step(connectors, flags.batch_size, pairs, dims)[0]))
+    flops = step_flops(connectors, flags.batch_size, pairs, dims)["flops"]
+    steps = max(1, round(budget / flops))
     if steps > MOST_STEPS:
         raise BadInput(
             f"--budget-of {flags.budget_of}: its {budget:.3g} FLOPs would be {steps:.3g} steps; is it damaged?"
@@ -375,9 +372,8 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
             state["losses"].append(losses.mean().item())
 
             # What it cost.
-            of_all, of_logits = flops_per_step(connectors, flags.batch_size, surviving, store.dims)
-            state["flops"] += of_all
-            state["logit_flops"] += of_logits
+            for key, flops in step_flops(connectors, flags.batch_size, surviving, store.dims).items():
+                state[key] += flops
             for pair in surviving:
                 state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1

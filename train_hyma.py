@@ -27,7 +27,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from hyma import closed_form
-from hyma.costs import flop_counter, logit_flops
+from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore, choose_pairs, seeded_generator, unique
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
@@ -379,11 +379,8 @@ def main():
             update(generator, optimizer, moments, step + 1, lr, flags)
 
             # What it cost.
-            of_samples, of_steps = generator.flops(flags.batch_size, batch_pairs)
-            of_logits = logit_flops(flags.batch_size, [store.dims[image] for image, _ in batch_pairs])
-            state["flops"] += of_samples + of_steps + of_logits
-            state["step_flops"] += of_steps
-            state["logit_flops"] += of_logits
+            for key, flops in step_flops(generator, flags.batch_size, batch_pairs, store.dims).items():
+                state[key] += flops
             for pair in batch_pairs:
                 state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1

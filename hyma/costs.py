@@ -1,6 +1,8 @@
-"""What things cost: FLOPs of everything, 2 per multiply-add, one counter, and the ledger that compares methods.
+"""What things cost, in FLOPs, 2 per multiply-add: a layer, the logits, a step; and the ledgers that compare methods.
 
-A trainer writes what its run cost as coefficients (`hyma.runs.write_results`); here they are multiplied, so code that
+To change what counts as a FLOP, or the formula of a step, change this file alone. A generator lists the layers that a
+step runs, by shape (`Generator.flops`); a closed form is counted while it runs (`flop_counter`). A trainer adds up what
+its steps cost and writes the sums as coefficients (`hyma.runs.write_results`); here they are multiplied, so code that
 compares runs does not depend on how they were trained.
 """
 
@@ -12,7 +14,7 @@ import torch
 
 from vlm import HIDDEN_DIM
 
-# ----------------------------------------------------------------------------------------------------------- counting
+# --------------------------------------------------------------------------------------------------- counted by torch
 
 # What torch's own counter does not count; factorisations are of D x D unless a comment says otherwise (Golub and Van Loan,
 # sections 4.2, 5.2, 8.3 and 8.6).
@@ -31,11 +33,25 @@ EXTRA_FLOP_FORMULAS = {
 
 
 def flop_counter():
-    """Entered, it counts the FLOPs of torch's own products and factorisations: .get_total_flops(). The kernels' it does
-    not see: `connector_flops` and `logit_flops` are theirs."""
+    """Entered, it counts the FLOPs of torch's own products and factorisations: .get_total_flops(). It does not see those
+    of the kernels: `step_flops` has the formulas."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
     return FlopCounterMode(display=False, custom_mapping=EXTRA_FLOP_FORMULAS)
+
+
+# ------------------------------------------------------------------------------------- the formulas of a training step
+
+
+def linear_flops(rows, shape, weight_gradient=True, input_gradient=True):
+    """FLOPs of one linear layer with a weight [out, in] on inputs [rows, in], forward and backward.
+
+    2 rows out in for each of up to three matrix products: the outputs, the weight's gradient where the weight is trained,
+    and the input's gradient where anything before the layer is trained.
+    """
+    out, into = shape
+    products = 1 + weight_gradient + input_gradient
+    return products * 2 * rows * out * into
 
 
 def connector_shapes(text_dim, hidden_layers, image_dim):
@@ -45,17 +61,38 @@ def connector_shapes(text_dim, hidden_layers, image_dim):
 
 
 def connector_flops(batch_size, shapes):
-    """Of a connector with layers [(out, in)] on a batch, forward and backward: 4 B out in for the first layer, whose
-    inputs are frozen embeddings and get no gradient, 6 B out in for every other."""
+    """FLOPs of a trained connector with layers [(out, in)] on a batch. The first layer's inputs are frozen embeddings, which
+    get no gradient."""
     total = 0
-    for depth, (out, into) in enumerate(shapes):
-        total += (4 if depth == 0 else 6) * out * into
-    return batch_size * total
+    for depth, shape in enumerate(shapes):
+        total += linear_flops(batch_size, shape, input_gradient=depth > 0)
+    return total
 
 
 def logit_flops(batch_size, dims):
-    """Of the similarities of a batch with itself, for image vectors of these widths D, forward and backward: 4 B^2 D each."""
-    return sum(4 * batch_size**2 * dim for dim in dims)
+    """FLOPs of the logits [B, B] of each pair, forward and backward: 4 B^2 D. dims: the width D of each pair's image vectors,
+    which are frozen and get no gradient."""
+    total = 0
+    for dim in dims:
+        total += linear_flops(batch_size, (batch_size, dim), weight_gradient=False)
+    return total
+
+
+def step_flops(generator, batch_size, pairs, dims):
+    """FLOPs of one step of these pairs, {"flops": all, "step_flops", "logit_flops"}: what a ledger adds up.
+
+    flops       = of the connectors on the batch + of predicting their weights + of the logits
+    step_flops  = of predicting the weights: grow with the number of steps, at any batch size
+    logit_flops = grow with the batch size at equal samples
+
+    The optimiser's update is elementwise and is not counted. generator: its `flops` gives the first two. dims: {image
+    encoder: width of its vectors in the loss}.
+    """
+    of_connectors, of_predicting = generator.flops(batch_size, pairs)
+    image_dims = [dims[image] for image, _ in pairs]
+    of_logits = logit_flops(batch_size, image_dims)
+    total = of_connectors + of_predicting + of_logits
+    return {"flops": total, "step_flops": of_predicting, "logit_flops": of_logits}
 
 
 # ------------------------------------------------------------------------------------------------- comparing methods

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyma.closed_form import SHARED_RIDGE, CentredRows, SharedSpace, image_map
-from hyma.costs import connector_flops, connector_shapes
+from hyma.costs import connector_flops, connector_shapes, linear_flops
 from hyma.embeddings import unique
 from hyma.training import Generator, hidden_layers_of, separate_layers
 from kernels import Layer
@@ -185,24 +185,19 @@ class FactoredHyperNetwork(nn.Module):
         return (x - self.means[place].to(x)) * self.scale
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (what grows with the samples, what grows with the steps: nothing).
-
-        A layer [out, in] costs 2 B out in forward, as much for its weight's gradient where it is trained, and as much for
-        its input's where anything before it is trained. A text's layers are computed once for all its pairs.
-        """
-        per_sample = 0
+        """(of the connectors, 0: nothing is predicted apart from them). A text encoder's layers are computed once for all of its
+        pairs."""
+        total = 0
         for text in unique(text for _, text in pairs):
             part = self.text_parts[self.text_names.index(text)]
             for depth, layer in enumerate(part):
                 trained = layer.weight.requires_grad
-                products = 1 + trained + (trained and depth > 0)
-                per_sample += 2 * products * layer.weight.numel()
+                total += linear_flops(batch_size, layer.weight.shape, trained, trained and depth > 0)
         for image, text in pairs:
-            head = self.image_parts[self.image_names.index(image)]
-            text_trained = self.text_parts[self.text_names.index(text)][0].weight.requires_grad
-            products = 1 + head.weight.requires_grad + text_trained
-            per_sample += 2 * products * head.weight.numel()
-        return batch_size * per_sample, 0
+            last = self.image_parts[self.image_names.index(image)].weight
+            first = self.text_parts[self.text_names.index(text)][0].weight
+            total += linear_flops(batch_size, last.shape, last.requires_grad, first.requires_grad)
+        return total, 0
 
     def project_images(self, store, image_names, rows):
         """The store with image vectors as coordinates along this generator's axes, [rows, k] instead of [rows, D]."""
@@ -315,13 +310,16 @@ class HyperNetwork(nn.Module):
         return separate_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
-        """Of one step without its logits: (of the connectors, which grows with the samples; of predicting them, 6 for each
-        weight of trunk and head and predicted layer, which grows with the steps)."""
-        connectors = sum(connector_flops(batch_size, self.shapes(*pair)) for pair in pairs)
-        weights = self.head.numel() + sum(
-            linear.weight.numel() for linear in self.trunk if isinstance(linear, nn.Linear)
-        )
-        return connectors, 6 * len(pairs) * (self.hidden_layers + 1) * weights
+        """(of the connectors; of predicting their weights by trunk and head, which take a row for each layer of each pair)."""
+        of_connectors = 0
+        for pair in pairs:
+            of_connectors += connector_flops(batch_size, self.shapes(*pair))
+        rows = len(pairs) * (self.hidden_layers + 1)
+        of_predicting = linear_flops(rows, self.head.shape)
+        for layer in self.trunk:
+            if isinstance(layer, nn.Linear):
+                of_predicting += linear_flops(rows, layer.weight.shape)
+        return of_connectors, of_predicting
 
     def project_images(self, store, image_names, rows):
         """The store itself: its connectors end in the image encoders' own spaces."""

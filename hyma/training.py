@@ -32,8 +32,8 @@ class Generator(Protocol):
         """The pair's connector as it is exported: (weight [out, in], bias [out]) of each layer."""
 
     def flops(self, batch_size: int, pairs) -> tuple[int, int]:
-        """Of one step of these pairs without its logits, forward and backward, 2 per multiply-add: what grows with the samples
-        (connectors), and what grows with the steps at any batch size (predicting the weights)."""
+        """FLOPs of one step of these pairs without its logits, a sum over the layers that it runs (`costs.linear_flops`): (of the
+        connectors on the batch, which grow with the samples; of predicting their weights, which grow with the steps)."""
 
 
 # ------------------------------------------------------------------------------------------------------------- flags

@@ -19,8 +19,10 @@ from hyma.costs import (
     cost_ratio,
     embedding_flops,
     flop_counter,
+    linear_flops,
     logit_flops,
     scale_ledger,
+    step_flops,
     trained_by_batches,
 )
 from hyma.embeddings import Embeddings
@@ -47,6 +49,29 @@ def test_flops_of_logits_against_torch():
         (texts @ images.T).square().sum().backward()
     assert counter.get_total_flops() == logit_flops(64, [24])
     assert logit_flops(64, [24, 32]) == 4 * 64**2 * (24 + 32)
+
+
+@pytest.mark.parametrize("weight_gradient", [False, True])
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_flops_of_a_linear_layer_against_torch(weight_gradient, input_gradient):
+    """A product forward, one for the weight's gradient, one for the input's."""
+    weight = torch.randn(40, 24, requires_grad=weight_gradient)
+    inputs = torch.randn(64, 24, requires_grad=input_gradient)
+    with FlopCounterMode(display=False) as counter:
+        outputs = inputs @ weight.T
+        if outputs.requires_grad:
+            outputs.sum().backward()
+    assert counter.get_total_flops() == linear_flops(64, weight.shape, weight_gradient, input_gradient)
+
+
+def test_flops_of_a_step_are_of_connectors_prediction_and_logits():
+    class Fixed:
+        def flops(self, batch_size, pairs):
+            return 1000 * len(pairs), 7
+
+    flops = step_flops(Fixed(), 64, [("a", "t"), ("b", "t")], {"a": 24, "b": 32, "t": 48})
+    of_logits = 4 * 64**2 * (24 + 32)
+    assert flops == {"flops": 2007 + of_logits, "step_flops": 7, "logit_flops": of_logits}
 
 
 def test_flops_of_factorisations_by_hand():
