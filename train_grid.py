@@ -22,40 +22,47 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from hyma import closed_form
-from hyma.costs import connector_flops, connector_shapes, flop_counter, step_flops
-from hyma.embeddings import RowStore, seeded_generator, split_rows, unique
+from hyma.costs import flop_counter, step_flops
+from hyma.embeddings import RowStore, split_rows
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
-from hyma.metrics import Retrieval, mean_recalls, pair_name, rank_pairs
-from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
+from hyma.free_connectors import FreeConnectors, connector_of_run
+from hyma.grid_state import keep_best, merge_states, new_state
+from hyma.halving import halving_rungs, surviving_pairs
+from hyma.metrics import Retrieval, pair_name, rank_pairs
+from hyma.pairs import group_by_text, images_of, texts_of
+from hyma.runs import Checkpoints, find_run, write_results
+from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
 from hyma.training import (
-    add_training_flags,
-    check_seeds,
-    check_training_flags,
     draw_rows,
-    hidden_layers_of,
     learning_rate,
+    mean_loss,
     mean_recall10,
+    metrics_line,
     open_data,
     open_run_folder,
     pair_losses,
-    parse_resumed_flags,
-    parse_with_defaults,
     print_results,
-    recipe_of,
-    recorded_flags,
-    resolve_training_flags,
     resumed_line,
-    separate_layers,
     split_for_training,
     training_dtype,
     validate,
 )
-from vlm import BadInput, connector_name, pick_device, read_connector, read_json
+from hyma.training_flags import (
+    add_training_flags,
+    check_seeds,
+    check_training_flags,
+    describe_run,
+    hidden_layers_of,
+    parse_resumed_flags,
+    parse_with_defaults,
+    recorded_flags,
+    resolve_training_flags,
+)
+from vlm import BadInput, pick_device, read_json
 
 VALIDATIONS = 5  # per run, about so many, each with a checkpoint
 MOST_STEPS = 10**8  # of a --budget-of: more would be a damaged ledger
@@ -113,8 +120,10 @@ def flags_to_keep(run, data):
             )
         return {}
     config = read_json(path)
-    kept = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
-    return {name: config["flags"][name] for name in kept} | {"seeds": [config["seed"]]}
+    kept = {"seeds": [config["seed"]]}
+    for name in ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision"):
+        kept[name] = config["flags"][name]
+    return kept
 
 
 def check_same_data(run, data, pairs, seeds):
@@ -124,9 +133,8 @@ def check_same_data(run, data, pairs, seeds):
     if not path.is_file():
         return
     config = read_json(path)
-    for name in unique(name for pair in pairs for name in pair):
-        trained_on = config["embeddings"].get(name)
-        if trained_on and data.fingerprint([name])[name] != trained_on:
+    for name, digest in data.fingerprint(images_of(pairs) + texts_of(pairs)).items():
+        if config["embeddings"].get(name, digest) != digest:
             raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")
     has_split = any(row.get("split") for row in data.rows or [])
     if not has_split and set(seeds) != {config["seed"]}:
@@ -150,74 +158,13 @@ def folders_to_resume(flags):
     return of_seeds
 
 
-def shard_of(flags):
-    """(i, n) of --shard i/n; (0, 1) without."""
-    parts = re.fullmatch(r"(\d+)/(\d+)", flags.shard or "0/1")
-    if not parts or not int(parts[1]) < int(parts[2]):
-        raise BadInput(f"--shard {flags.shard}: expected I/N with I from 0 to N - 1, such as 0/4")
-    return int(parts[1]), int(parts[2])
-
-
-def shard_suffix(flags):
-    return "-shard-{}-of-{}".format(*shard_of(flags)) if flags.shard else ""
-
-
 def run_folder(flags, seed):
+    """The folder of a seed's run, or of this shard of it."""
     of_seed = f"-s{seed}" if len(flags.seeds) > 1 else ""
     return flags.out.with_name(flags.out.name + of_seed + shard_suffix(flags))
 
 
-# ------------------------------------------------------------------------------------------------------ free weights
-
-
-class FreeConnectors(nn.Module):
-    """A connector of its own for each pair (the protocol of `hyma.training.Generator`), started from random weights, which
-    depend on the seed and the pair's name alone, or from the run folder `source`."""
-
-    def __init__(self, pairs, dims, hidden_layers, seed, source=None):
-        super().__init__()
-        self.pairs, self.layers = list(pairs), nn.ModuleList()
-        for image, text in pairs:
-            shapes = connector_shapes(dims[text], hidden_layers, dims[image])
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeded_generator("weights", seed, image, text).initial_seed())
-                self.layers.append(nn.ModuleList(nn.Linear(into, out) for out, into in shapes))
-            if source:
-                tensors = connector_of_run(source, image, text, hidden_layers)
-                for parameter, tensor in zip(self.layers[-1].parameters(), tensors):
-                    parameter.data.copy_(tensor)
-
-    def predict(self, image, text):
-        """The pair's connector: [(weight [out, in], bias [out])] per layer."""
-        return [(layer.weight, layer.bias) for layer in self.layers[self.pairs.index((image, text))]]
-
-    def forward(self, features, pairs):
-        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
-        return separate_layers(features, pairs, [self.predict(*pair) for pair in pairs])
-
-    def flops(self, batch_size, pairs):
-        """(of the connectors, 0: nothing is predicted)."""
-        total = 0
-        for pair in pairs:
-            shapes = [weight.shape for weight, _ in self.predict(*pair)]
-            total += connector_flops(batch_size, shapes)
-        return total, 0
-
-
-def connector_of_run(run, image, text, hidden_layers):
-    """The pair's tensors in a run folder: weight, bias, and so on, layer after layer."""
-    path = Path(run, "connectors", connector_name(image, hidden_layers, text))
-    return read_connector(path)[3].values()
-
-
-def clip_each(connectors, pairs, clip_norm):
-    """Bounds the gradient norm of each pair by itself, so that no pair depends on the others."""
-    for pair in pairs:
-        tensors = [tensor for layer in connectors.predict(*pair) for tensor in layer]
-        nn.utils.clip_grad_norm_(tensors, clip_norm)
-
-
-# ---------------------------------------------------------------------------------------------------------- schedule
+# ---------------------------------------------------------------------------------------------------------- training
 
 
 def plan_steps(flags, pairs, dims, row_count):
@@ -236,86 +183,6 @@ def plan_steps(flags, pairs, dims, row_count):
             f"--budget-of {flags.budget_of}: its {budget:.3g} FLOPs would be {steps:.3g} steps; is it damaged?"
         )
     return steps
-
-
-def halving_rungs(pair_count, steps):
-    """{step: how many pairs are trained from there on}: half of them each time, at 1/2^r, ..., 1/4, 1/2 of the schedule,
-    until one is left, so that every rung costs about as much as training one pair for half the schedule."""
-    rungs, doublings = {}, math.ceil(math.log2(pair_count))
-    if 2**doublings > steps:
-        raise BadInput(f"--halving: {steps} steps are too few to halve {pair_count} pairs; give more --epochs")
-    for k in range(doublings):
-        pair_count = math.ceil(pair_count / 2)
-        rungs[steps >> (doublings - k)] = pair_count
-    return rungs
-
-
-def selection_key(six):
-    """Pairs and states are compared by this: R@10, then R@5, then R@1, each the mean of both directions."""
-    return tuple(reversed(mean_recalls(six)))
-
-
-def surviving_pairs(pairs, state, count):
-    """The `count` pairs with the best scores so far, in their old order; of equals, the first."""
-    if count >= len(pairs):
-        return pairs
-    kept = sorted(pairs, key=lambda pair: selection_key(state["best"][pair_name(pair)]["recalls"]), reverse=True)[
-        :count
-    ]
-    return [pair for pair in pairs if pair in kept]
-
-
-# ------------------------------------------------------------------------------------------------------------- state
-
-COSTS = ("flops", "start_flops", "step_flops", "logit_flops", "seconds")  # summed over groups of pairs
-
-
-def new_state(pairs):
-    """All that training changes besides the tensors. best: {pair: its best recalls, with the layers that reached them}."""
-    updates = {pair_name(pair): 0 for pair in pairs}
-    return {"step": 0, "updates": updates, "losses": [], "metrics": [], "best": {}, "peak_bytes": 0} | dict.fromkeys(
-        COSTS, 0
-    )
-
-
-def keep_best(state, name, six, layers, card_info):
-    """Keeps these layers, [(weight, bias)], as the pair's if none before scored as high. card_info: for its card."""
-    if name not in state["best"] or selection_key(six) > selection_key(state["best"][name]["recalls"]):
-        layers = [(weight.detach().cpu().clone(), bias.detach().cpu().clone()) for weight, bias in layers]
-        state["best"][name] = {"recalls": six, "layers": layers, "about": card_info}
-
-
-def merge_states(states, pairs):
-    """One state of several that went through the same steps with different pairs: costs are added up."""
-    whole = new_state(pairs)
-    whole["step"] = states[0]["step"]
-    whole["peak_bytes"] = max(state["peak_bytes"] for state in states)
-    for key in COSTS:
-        whole[key] = sum(state[key] for state in states)
-    for key in ("updates", "best"):
-        found = {}
-        for state in states:
-            found |= state[key]
-        whole[key] = {pair_name(pair): found[pair_name(pair)] for pair in pairs}
-    for lines in zip(*(state["metrics"] for state in states)):
-        whole["metrics"].append(merge_lines(lines))
-    return whole
-
-
-def merge_lines(lines):
-    """One line of metrics.jsonl of several with different pairs: means over the pairs, seconds added up."""
-    merged = dict(lines[0])
-    merged["recalls"] = {}
-    for line in lines:
-        merged["recalls"] |= line["recalls"]
-    pair_count = len(merged["recalls"])
-    for key in {"loss", "val_recall10"} & merged.keys():  # a closed form has no loss
-        merged[key] = sum(line[key] * (len(line["recalls"]) / pair_count) for line in lines)
-    merged["seconds"] = sum(line["seconds"] for line in lines)
-    return merged
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, saved):
@@ -337,16 +204,15 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
     # Where a budget makes the schedule shorter than the epochs, the warm-up is as much shorter.
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
-    # Halving: the pairs that are still trained. A dropped pair has fewer updates than steps have passed; if the checkpoint
-    # was saved right at a rung, the rung is still to be applied.
-    surviving = [pair for pair in pairs if state["updates"][pair_name(pair)] == state["step"]]
-    surviving = surviving_pairs(surviving, state, rungs.get(state["step"], len(surviving)))
+    surviving = surviving_pairs(pairs, state, rungs)
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     def save_checkpoint():
         tensors = {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoints.save({"done": saved["done"], "state": state} | tensors)
-        lines = [line for group in [*saved["done"], state] for line in group["metrics"]]
+        lines = []
+        for group in [*saved["done"], state]:
+            lines += group["metrics"]
         write_jsonl(flags.out / "metrics.jsonl", lines)
 
     progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step")
@@ -355,21 +221,15 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
             # A batch of rows, every pair's connector, a loss each.
             rows = draw_rows(step, seed, train_rows, flags.batch_size)  # [B]
             losses = pair_losses(connectors, store, rows, surviving, dtype, flags.logit_scale)  # [P]
-            if not losses.isfinite().all():
-                bad = losses.isfinite().long().argmin().item()
-                raise BadInput(
-                    f"step {step}: the loss of {pair_name(surviving[bad])} is {losses[bad].item()}; stopped before the update; "
-                    "try a lower --lr"
-                )
+            state["losses"].append(mean_loss(losses, surviving, step))
 
             # The update: each pair under its own gradient norm.
             optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
             losses.sum().backward()  # the sum, so that each pair has its own gradient
-            clip_each(connectors, surviving, flags.clip_norm)
+            connectors.clip_each(surviving, flags.clip_norm)
             lr = learning_rate(step, steps, flags.lr, warmup_steps)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            state["losses"].append(losses.mean().item())
 
             # What it cost.
             for key, flops in step_flops(connectors, flags.batch_size, surviving, store.dims).items():
@@ -395,8 +255,7 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
             for pair in surviving:
                 keep_best(state, pair_name(pair), recalls[pair_name(pair)], connectors.predict(*pair), card_info)
             state["seconds"] = time.perf_counter() - started
-            line = {"epoch": epoch, "step": step + 1, "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr}
-            line |= {"val_recall10": mean_recall10(recalls), "seconds": state["seconds"], "recalls": recalls}
+            line = metrics_line(state, epoch, lr, mean_recall10(recalls), recalls)
             state["metrics"].append(line)
             state["losses"] = []
             progress.set_postfix(
@@ -404,7 +263,7 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
             )
             save_checkpoint()
             signals.leave_if_asked()
-            surviving = surviving_pairs(surviving, state, rungs.get(step + 1, len(surviving)))
+            surviving = surviving_pairs(pairs, state, rungs)
     return state
 
 
@@ -415,26 +274,27 @@ def fit_closed_forms(flags, pairs, store, retrieval, rows):
     are perpendicular to the pictures' mean scores a picture as if the mean had been subtracted, but for its length, so the
     mean's direction is removed from the outputs.
     """
-    state, started, counter = new_state(pairs), time.perf_counter(), flop_counter()
-    means = {name: closed_form.mean_of(store, name, rows) for name in unique(name for pair in pairs for name in pair)}
-    for text in unique(text for _, text in pairs):
-        with counter:
-            text_gram = closed_form.cross_covariance(store, text, text, rows, means)  # [D_t, D_t]
-            factors = None if flags.closed_form == "procrustes" else closed_form.ridge_factors(text_gram)
-        state["flops"] += counter.get_total_flops()
+    state, started = new_state(pairs), time.perf_counter()
+    covariances = closed_form.Covariances(store, rows, images_of(pairs) + texts_of(pairs))
+    for text, group in group_by_text(pairs).items():
         texts = store.take(text, retrieval.rows)  # [n, D_t]
-        for image in (image for image, other in pairs if other == text):
-            with counter:
-                maps = closed_form_maps(flags.closed_form, store, image, text, rows, means, text_gram, factors)
+        with flop_counter() as counter:
+            text_gram = covariances.between(text, text)  # [D_t, D_t]
+            factors = {} if flags.closed_form == "procrustes" else closed_form.ridge_factors(text_gram)
+        state["flops"] += counter.get_total_flops()
+        for image, _ in group:
+            pictures = store.take(image, retrieval.rows)  # [n, D_i]
+            with flop_counter() as counter:
+                maps = closed_form.maps_of_pair(flags.closed_form, covariances, image, text, text_gram, factors)
             state["flops"] += counter.get_total_flops()
-            name, pictures = f"{image}:{text}", store.take(image, retrieval.rows)  # [n, D_i]
-            for strength, weight in maps.items():
-                weight = closed_form.without_mean_direction(weight, means[image])
-                bias = -weight @ means[text]
-                six = retrieval.recalls(F.linear(texts, weight.float(), bias.float()), pictures)
+            for strength, weight in maps.items():  # weight [D_i, D_t], float64
+                weight = closed_form.without_mean_direction(weight, covariances.means[image])
+                bias = (-weight @ covariances.means[text]).float()  # [D_i]
+                weight = weight.float()
+                six = retrieval.recalls(F.linear(texts, weight, bias), pictures)
                 card_info = {"closed_form": flags.closed_form, "regularisation": strength}
-                keep_best(state, name, six, [(weight.float(), bias.float())], card_info)
-            state["updates"][name] = 1
+                keep_best(state, f"{image}:{text}", six, [(weight, bias)], card_info)
+            state["updates"][f"{image}:{text}"] = 1
     state["start_flops"] = state["flops"]
     state["step"] = 1
     state["seconds"] = time.perf_counter() - started
@@ -443,17 +303,6 @@ def fit_closed_forms(flags, pairs, store, retrieval, rows):
     line = {"epoch": 1, "step": 1, "val_recall10": mean_recall10(recalls), "seconds": state["seconds"]}
     state["metrics"].append(line | {"recalls": recalls})
     return state
-
-
-def closed_form_maps(kind, store, image, text, rows, means, text_gram, factors):
-    """{strength: map [D_i, D_t]} of a pair; Procrustes has no strength."""
-    cross = closed_form.cross_covariance(store, image, text, rows, means)  # [D_i, D_t]
-    if kind == "ridge":
-        return closed_form.ridge_maps(cross, factors)
-    image_gram = closed_form.cross_covariance(store, image, image, rows, means)  # [D_i, D_i]
-    if kind == "whitened":
-        return closed_form.whitened_maps(cross, factors, image_gram)
-    return {None: closed_form.procrustes_map(cross, image_gram, text_gram)}
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -471,8 +320,7 @@ def main():
     pairs = all_pairs[index::count]
     if not pairs:
         raise BadInput(f"--shard {flags.shard}: there are only {len(all_pairs)} pairs")
-    image_names = unique(image for image, _ in pairs)
-    text_names = unique(text for _, text in pairs)
+    image_names, text_names = images_of(pairs), texts_of(pairs)
     steps = None
     if resumed_config is None:
         runs, steps = plan_runs(flags, data, all_pairs, pairs, device)
@@ -489,8 +337,7 @@ def main():
             must_match |= {"seed": resumed_config["seed"], "steps": resumed_config["steps"]}
         else:
             must_match |= {"seed": seed, "steps": steps}
-        run_info = describe_run(flags, data, must_match["seed"])
-        resumed_config = resumed_config or run_of_same_command(flags.out, typed)
+        run_info = describe_grid(flags, data, must_match["seed"])
         lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)
         opened.append((flags, must_match, lock))
     for flags, must_match, _ in opened:
@@ -526,27 +373,12 @@ def plan_runs(flags, data, all_pairs, pairs, device):
     return runs, steps
 
 
-def describe_run(flags, data, seed):
+def describe_grid(flags, data, seed):
     """The run_info of `create_run`."""
-    hidden_layers = hidden_layers_of(flags)
-    method = flags.closed_form or ("halving" if flags.halving else "grid")
-    method += f" mlp{hidden_layers}"
-    if flags.budget_of != "full":
-        method += f", FLOPs of {Path(flags.budget_of).name}"
-    if flags.from_run:
-        method += f", from {Path(flags.from_run).name}"
-    if flags.rows:
-        method += f", {flags.rows} rows"
+    kind = flags.closed_form or ("halving" if flags.halving else "grid")
+    is_part = flags.halving or flags.closed_form or flags.from_run or flags.rows or flags.budget_of != "full"
     train_rows, val_rows = split_rows(data, seed, flags.rows)
-    is_part = flags.halving or flags.closed_form or flags.from_run or flags.rows
-    return {
-        "method": method,
-        "recipe": recipe_of(flags),
-        "full_grid": flags.budget_of == "full" and not is_part,
-        "hidden_layers": hidden_layers,
-        "rows": {"train": len(train_rows), "val": len(val_rows)},
-        "starts_from": flags.from_run,
-    }
+    return describe_run(flags, kind, not is_part, train_rows, val_rows)
 
 
 def run_groups(flags, must_match, pairs, store, retrieval, train_rows):
@@ -554,14 +386,16 @@ def run_groups(flags, must_match, pairs, store, retrieval, train_rows):
     checkpoints = Checkpoints(flags.out)
     saved = checkpoints.load("done") or {"done": []}
     done = saved["done"]  # the states of the groups that are finished
-    if sum(len(state["updates"]) for state in done) == len(pairs):
+    finished = sum(len(state["updates"]) for state in done)
+    if finished == len(pairs):
         print(resumed_line(flags.out, must_match["steps"], must_match["steps"]))
         return merge_states(done, pairs)
     if flags.closed_form:
         done.append(fit_closed_forms(flags, pairs, store, retrieval, train_rows))
-    size = flags.pairs_per_pass or len(pairs)
-    while sum(len(state["updates"]) for state in done) < len(pairs):
-        group = pairs[size * len(done) :][:size]
+        finished = len(pairs)
+    group_size = flags.pairs_per_pass or len(pairs)
+    for start in range(finished, len(pairs), group_size):
+        group = pairs[start : start + group_size]
         done.append(train(flags, must_match, group, store, retrieval, train_rows, checkpoints, saved))
         saved = {"done": done}
     checkpoints.save({"done": done})
@@ -571,8 +405,10 @@ def run_groups(flags, must_match, pairs, store, retrieval, train_rows):
 def export(flags, data, state, retrieval, row_count):
     """Writes each pair's best connector, ranking.csv, ledger.json and metrics.jsonl, and prints the ranking."""
     best, updates = state["best"], state["updates"]
-    tensors = [tensor for pair in best.values() for layer in pair["layers"] for tensor in layer]
-    state["trainable_parameters"] = sum(tensor.numel() for tensor in tensors)
+    state["trainable_parameters"] = 0
+    for of_pair in best.values():
+        for weight, bias in of_pair["layers"]:
+            state["trainable_parameters"] += weight.numel() + bias.numel()
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
 
     def connector_of(pair):
@@ -594,35 +430,24 @@ def export(flags, data, state, retrieval, row_count):
 
 def merge_shards(flags, must_match, data, pairs, retrieval, row_count, device):
     """Writes OUT from the n folders OUT-shard-i-of-n, once all of them are finished; else prints which are not."""
-    suffix, (_, count) = shard_suffix(flags), shard_of(flags)
-    out = flags.out.with_name(flags.out.name.removesuffix(suffix))
-    shards = [out.with_name(f"{out.name}-shard-{k}-of-{count}") for k in range(count)]
-    missing = [shard.name for shard in shards if not (shard / "ledger.json").is_file()]
+    out = flags.out.with_name(flags.out.name.removesuffix(shard_suffix(flags)))
+    _, count = shard_of(flags)
+    folders = shard_folders(out, count)
+    missing = [folder.name for folder in folders if not (folder / "ledger.json").is_file()]
     if missing:
         print(f"\n{out} will hold all {len(pairs)} pairs once these are finished: {', '.join(missing)}")
         return
-    configs = [read_json(shard / "config.json") for shard in shards]
-    not_compared = {"shard": None, "out": None, "device": None}
-    for shard, config in zip(shards, configs):
-        same_flags = config["flags"] | not_compared == configs[0]["flags"] | not_compared
-        if not same_flags or config["steps"] != must_match["steps"]:
-            raise BadInput(f"{shard}: was started with other flags than {shards[0]}; not merged into {out}")
+    shards = read_shards(folders, out, must_match["steps"])
+    must_match = must_match | {"pairs": [pair_name(pair) for pair in pairs], "embeddings": shards.embeddings}
     flags = argparse.Namespace(**vars(flags) | {"out": out, "shard": None})
-    embeddings = {}
-    for config in configs:
-        embeddings |= config["embeddings"]
-    must_match = must_match | {"pairs": [pair_name(pair) for pair in pairs], "embeddings": embeddings}
     resumed_config = read_json(out / "config.json") if (out / "config.json").is_file() else None
-    run_info = describe_run(flags, data, must_match["seed"])
+    run_info = describe_grid(flags, data, must_match["seed"])
     typed = recorded_flags(flags)
     # Another shard may be merging, so this waits for its turn.
     lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=True)  # noqa: F841
     if (out / "ledger.json").is_file():
         return
-    states = []
-    for shard in shards:
-        states += Checkpoints(shard).load("done")["done"]
-    state = merge_states(states, pairs)
+    state = merge_states(shards.states, pairs)
     Checkpoints(out).save({"done": [state]})
     print(f"\nall {count} shards are finished; merged into {out}")
     export(flags, data, state, retrieval, row_count)

@@ -20,7 +20,6 @@ import math
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,32 +27,36 @@ from tqdm import tqdm
 
 from hyma import closed_form
 from hyma.costs import flop_counter, step_flops
-from hyma.embeddings import RowStore, choose_pairs, seeded_generator, unique
+from hyma.embeddings import RowStore
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
 from hyma.metrics import Retrieval, expected_recall10, pair_name, rank_pairs
-from hyma.runs import Checkpoints, find_run, run_of_same_command, write_results
+from hyma.pairs import arrange_pairs, draw_pairs, images_of
+from hyma.runs import Checkpoints, find_run, write_results
 from hyma.training import (
-    add_training_flags,
-    check_seeds,
-    check_training_flags,
     draw_rows,
-    hidden_layers_of,
     learning_rate,
+    mean_loss,
     mean_recall10,
+    metrics_line,
     open_data,
     open_run_folder,
     pair_losses,
-    parse_resumed_flags,
-    parse_with_defaults,
     print_results,
-    recipe_of,
-    recorded_flags,
-    resolve_training_flags,
     resumed_line,
     split_for_training,
     training_dtype,
     validate,
+)
+from hyma.training_flags import (
+    add_training_flags,
+    check_seeds,
+    check_training_flags,
+    describe_run,
+    parse_resumed_flags,
+    parse_with_defaults,
+    recorded_flags,
+    resolve_training_flags,
 )
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
@@ -112,19 +115,21 @@ def flags_to_keep(run):
     config = read_json(Path(run) / "config.json")
     if config.get("script") != "train_hyma.py" or config["flags"]["generator"] != "factored":
         raise BadInput(f"--from {run}: no run of train_hyma.py with --generator factored")
-    own = ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step")
-    return {name: value for name, value in config["flags"].items() if name not in own}
+    kept = dict(config["flags"])
+    for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
+        kept.pop(name, None)
+    return kept
 
 
-def resolve_flags(flags, device, row_count, image_names, pairs, untrained):
+def resolve_flags(flags, device, row_count, pairs):
     """A copy of the flags with numbers for those whose default depends on the data, so that config.json holds them."""
     flags = resolve_training_flags(flags, "hyma", device, row_count)
     defaults = DEFAULTS[flags.generator]
-    default_pairs_per_step = math.ceil(len(image_names) * defaults["share_of_images"])
+    default_pairs_per_step = len(pairs.image_names) * defaults["share_of_images"]
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
-        share_of_pairs = Fraction(len(pairs), len(pairs + untrained))
-        default_pairs_per_step = max(1, math.floor(len(image_names) * defaults["share_of_images"] * share_of_pairs))
-    flags.pairs_per_step = min(flags.pairs_per_step or default_pairs_per_step, len(pairs))
+        share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
+        default_pairs_per_step = max(1, math.floor(default_pairs_per_step * share_of_pairs))
+    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(default_pairs_per_step), len(pairs.trained))
     flags.width = flags.width or defaults["width"]
     if defaults["rank"]:
         flags.rank = min(flags.rank or defaults["rank"], row_count)
@@ -132,90 +137,15 @@ def resolve_flags(flags, device, row_count, image_names, pairs, untrained):
     return flags
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs
-
-
-class Pairs(NamedTuple):
-    """What a run trains, scores and exports. Pairs are (image, text)."""
-
-    trained: list
-    untrained: list  # exported too: predicted by --predict, or of the run that --add-encoder adds to
-    scored: list  # validated and cross-validated
-    image_names: list  # encoders; an added one comes last, so that the base run's parts keep their places
-    text_names: list
-    base_state: dict | None  # the state of the run that --add-encoder adds to
-
-
-def arrange_pairs(flags, data, trained):
-    """The Pairs of --pairs, --predict and --add-encoder."""
-    if flags.add_encoder:
-        return arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
-    predicted = choose_pairs(data, flags.predict, "--predict") if flags.predict else []
-    untrained = [pair for pair in predicted if pair not in trained]
-    image_names = unique(image for image, _ in trained)
-    text_names = unique(text for _, text in trained)
-    for image, text in untrained:
-        if image not in image_names or text not in text_names:
-            name = text if image in image_names else image
-            raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
-    return Pairs(trained, untrained, trained + untrained, image_names, text_names, None)
-
-
-def arrange_added_encoder(name, run, data):
-    """The Pairs of an encoder that is added to a finished run, whose own pairs stay as they are."""
-    if not (run / "ledger.json").is_file():
-        raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
-    base_state = Checkpoints(run).load("state")["state"]
-    if "fold_recall10" not in base_state:
-        raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
-    old = [tuple(pair.split(":")) for pair in base_state["best"]["recalls"]]
-    if name not in data.encoders:
-        raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")
-    if any(name in pair for pair in old):
-        raise BadInput(f"--add-encoder {name}: is in {run} already")
-    names = unique(part for pair in old for part in pair)
-    trained_on = read_json(run / "config.json")["embeddings"]
-    if data.fingerprint(names) != {part: trained_on[part] for part in names}:
-        raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")
-    image_names = unique(image for image, _ in old)
-    text_names = unique(text for _, text in old)
-    if data.encoders[name].kind == "image":
-        added = [(name, text) for text in text_names]
-        image_names = [*image_names, name]
-    else:
-        added = [(image, name) for image in image_names]
-        text_names = [*text_names, name]
-    return Pairs(added, old, added, image_names, text_names, base_state)
-
-
-def draw_pairs(step, seed, pairs, pairs_per_step):
-    """The pairs of a step, a pure function of (seed, step).
-
-    A round is as many steps as it takes to draw every pair once. The pairs of a step have the same text encoder, whose part
-    of the connectors is then computed once for all of them.
-    """
-    groups = [[pair for pair in pairs if pair[1] == text] for text in unique(text for _, text in pairs)]
-    steps_per_round = sum(math.ceil(len(group) / pairs_per_step) for group in groups)
-    round_index, place = divmod(step, steps_per_round)
-    random = seeded_generator("pairs", seed, round_index)
-    steps = []  # of the round, the pairs of each
-    for group in groups:
-        order = torch.randperm(len(group), generator=random)
-        shuffled = [group[k] for k in order]
-        steps += [shuffled[start : start + pairs_per_step] for start in range(0, len(group), pairs_per_step)]
-    order = torch.randperm(len(steps), generator=random)
-    return steps[order[place]]
-
-
 # ---------------------------------------------------------------------------------------------------------- training
 
 
 def new_state(pairs):
-    """All that the loop changes besides the tensors, as a checkpoint stores it."""
+    """All that the loop changes besides the tensors, as a checkpoint stores it. FLOPs as `write_results` has them."""
     return {
         "step": 0,
         "flops": 0,
-        "start_flops": 0,  # see `write_results`
+        "start_flops": 0,
         "step_flops": 0,
         "logit_flops": 0,
         "seconds": 0.0,
@@ -223,7 +153,7 @@ def new_state(pairs):
         "fold_recall10": {},  # cross-validated scores of the closed form, see `cross_validate`
         "fold_rows": 0,  # of one fold
         "losses": [],  # of the steps since the last validation
-        "metrics": [],
+        "metrics": [],  # lines of metrics.jsonl
         "best": None,  # the best validation: score, epoch, recalls, weights
     }
 
@@ -238,11 +168,12 @@ def load_base_parts(generator, base_state):
 def start_from_closed_form(generator, store, folds, data, pairs, added):
     """Starts the parts of all encoders, or of the added one. Returns the cross-validated scores of the scored pairs
     (`cross_validate`)."""
-    image_names = unique(image for image, _ in pairs.scored)
+    image_names = images_of(pairs.scored)
     # The texts of an added encoder do not span the shared space: it stays that of the base run.
     spanned_by = [text for text in generator.text_names if text != added]
-    width = generator.shared_width
-    space = closed_form.make_shared_space(store, folds, image_names, generator.text_names, width, spanned_by)
+    space = closed_form.make_shared_space(
+        store, folds, image_names, generator.text_names, generator.shared_width, spanned_by
+    )
     if added:
         generator.initialise_added_encoder(added, space)
     else:
@@ -250,42 +181,35 @@ def start_from_closed_form(generator, store, folds, data, pairs, added):
     return closed_form.cross_validate(space, folds, data, pairs.scored)
 
 
-class Start(NamedTuple):
-    """Where the loop starts. It trains on `store`."""
-
-    state: dict
-    moments: list  # of `Hypernetwork.outer_moments`
-    store: object  # see `Hypernetwork.project_images`
-
-
-def start_training(flags, generator, optimizer, checkpoints, store, data, pairs, train_rows, val_rows):
-    """The Start at a checkpoint, at the closed form, or at the random weights that the generator has by now."""
+def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
+    """(the state before the first step, the store that the loop trains on): the generator's parts are set to the closed form,
+    or stay the random weights that they are. What that costs is in the state."""
     state = new_state(pairs)
-    moments = generator.outer_moments()
-    counter = flop_counter()  # entering it again sets it to zero
-    saved = checkpoints.load("generator", "optimizer", "moments", "state")
-    if saved:
-        generator.load_state_dict(saved["generator"])
-        optimizer.load_state_dict(saved["optimizer"])
-        moments = [moment.to(store.device) for moment in saved["moments"]]
-        state |= saved["state"]
-    elif generator.starts_from_closed_form:
-        folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
-        with counter:
+    with flop_counter() as counter:
+        if generator.starts_from_closed_form:
+            folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
             state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
-        state["start_flops"] = counter.get_total_flops()
-        state["fold_rows"] = len(folds[0])
-        if pairs.base_state:
-            state["fold_recall10"] |= pairs.base_state["fold_recall10"]
+            state["fold_rows"] = len(folds[0])
+        store = project_store(generator, store, pairs, train_rows, val_rows)
+    if pairs.base_state:
+        state["fold_recall10"] |= pairs.base_state["fold_recall10"]
+    state["start_flops"] = state["flops"] = counter.get_total_flops()
+    return state, store
 
-    # From here on image vectors are k coordinates, not D.
-    with counter:
-        image_names = unique(image for image, _ in pairs.scored)
-        store = generator.project_images(store, image_names, torch.cat([train_rows, val_rows]))
-    if state["step"] == 0:  # a checkpoint's costs have it already
-        state["start_flops"] += counter.get_total_flops()
-        state["flops"] = state["start_flops"]
-    return Start(state, moments, store)
+
+def resume_training(saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
+    """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
+    generator.load_state_dict(saved["generator"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for moment, saved_moment in zip(moments, saved["moments"]):
+        moment.copy_(saved_moment)
+    store = project_store(generator, store, pairs, train_rows, val_rows)
+    return new_state(pairs) | saved["state"], store
+
+
+def project_store(generator, store, pairs, train_rows, val_rows):
+    """The store with image vectors in the space that the generator's connectors end in, k coordinates for D."""
+    return generator.project_images(store, images_of(pairs.scored), torch.cat([train_rows, val_rows]))
 
 
 def update(generator, optimizer, moments, count, lr, flags):
@@ -293,8 +217,8 @@ def update(generator, optimizer, moments, count, lr, flags):
 
     moments: of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`). count: of updates, this one included.
     """
-    parameters = [p for p in generator.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = [parameter for parameter in generator.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if moments:
         grad_out, inputs = generator.outer
         norm = (norm.double() ** 2 + outer_grad_norm_sq(grad_out, inputs)).sqrt().float()
@@ -317,7 +241,7 @@ def main():
     data, chosen_pairs = open_data(flags)
     pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
-    flags = resolve_flags(flags, device, len(train_rows), pairs.image_names, pairs.trained, pairs.untrained)
+    flags = resolve_flags(flags, device, len(train_rows), pairs)
     encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
     per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
     print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
@@ -327,8 +251,7 @@ def main():
         "pairs": [pair_name(pair) for pair in pairs.trained],
         "embeddings": data.fingerprint(pairs.image_names + pairs.text_names),
     }
-    run_info = describe_run(flags, len(train_rows), len(val_rows))
-    resumed_config = resumed_config or run_of_same_command(flags.out, typed)
+    run_info = describe_run(flags, f"hyma {flags.generator}", False, train_rows, val_rows) | {"seed": flags.seed}
     lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)  # noqa: F841  held until the end
 
     # The hypernetwork and its optimiser.
@@ -340,18 +263,22 @@ def main():
         load_base_parts(generator, pairs.base_state)
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=flags.weight_decay, fused=True)
+    moments = generator.outer_moments()
 
-    # Where training starts.
+    # The schedule.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
     validation_period = math.ceil(flags.epochs / VALIDATIONS) * steps_per_epoch
+
+    # Where training starts: at the closed form, at random weights, or at a checkpoint.
     checkpoints = Checkpoints(flags.out)
     started = time.perf_counter()
-    state, moments, store = start_training(
-        flags, generator, optimizer, checkpoints, store, data, pairs, train_rows, val_rows
-    )
-    if state["step"]:
+    saved = checkpoints.load("generator", "optimizer", "moments", "state")
+    if saved:
+        state, store = resume_training(saved, generator, optimizer, moments, store, pairs, train_rows, val_rows)
         print(resumed_line(flags.out, state["step"], steps))
+    else:
+        state, store = start_training(flags, generator, store, data, pairs, train_rows, val_rows)
     started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
     dtype = training_dtype(flags.precision)
     # Not before: the closed form needs float32.
@@ -364,17 +291,11 @@ def main():
             rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
             batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
             losses = pair_losses(generator, store, rows, batch_pairs, dtype, flags.logit_scale)  # [P]
-            loss = losses.mean()
-            state["losses"].append(loss.item())
-            if not math.isfinite(state["losses"][-1]):
-                bad = pair_name(batch_pairs[losses.isfinite().long().argmin().item()])
-                raise BadInput(
-                    f"step {step}: the loss of {bad} is {state['losses'][-1]}; stopped before the update; try a lower --lr"
-                )
+            state["losses"].append(mean_loss(losses, batch_pairs, step))
 
             # The update.
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            losses.mean().backward()
             lr = learning_rate(step, steps, flags.lr, flags.warmup_steps)
             update(generator, optimizer, moments, step + 1, lr, flags)
 
@@ -394,15 +315,16 @@ def main():
                     checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
                     signals.leave_if_asked()
                 continue
-            recalls = dict(pairs.base_state["best"]["recalls"]) if pairs.base_state else {}
-            recalls |= validate(generator, store, retrieval, pairs.scored)
-            score = mean_recall10({pair_name(pair): recalls[pair_name(pair)] for pair in pairs.trained})
+            recalls = validate(generator, store, retrieval, pairs.scored)
+            of_trained = {name: recalls[name] for name in must_match["pairs"]}  # pairs of --predict choose nothing
+            score = mean_recall10(of_trained)
+            if pairs.base_state:
+                recalls = pairs.base_state["best"]["recalls"] | recalls
             epoch = round((step + 1) / steps * flags.epochs)
             if message := keep_best(state, generator, score, epoch, recalls, retrieval.chance[2]):
                 progress.write(message)
             state["seconds"] = time.perf_counter() - started
-            line = {"epoch": epoch, "step": step + 1, "loss": sum(state["losses"]) / len(state["losses"]), "lr": lr}
-            line |= {"val_recall10": score, "seconds": state["seconds"], "recalls": recalls}
+            line = metrics_line(state, epoch, lr, score, recalls)
             state["metrics"].append(line)
             state["losses"] = []
             progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
@@ -412,25 +334,6 @@ def main():
 
     state["peak_bytes"] = peak_bytes(device)
     export(flags, data, generator, state, retrieval)
-
-
-def describe_run(flags, train_count, val_count):
-    """The run_info of `create_run`."""
-    hidden_layers = hidden_layers_of(flags)
-    method = f"hyma {flags.generator} mlp{hidden_layers}"
-    if flags.from_run:
-        method += f", from {Path(flags.from_run).name}"
-    if flags.rows:
-        method += f", {flags.rows} rows"
-    return {
-        "method": method,
-        "recipe": recipe_of(flags),
-        "full_grid": False,
-        "hidden_layers": hidden_layers,
-        "rows": {"train": train_count, "val": val_count},
-        "starts_from": flags.from_run,
-        "seed": flags.seed,
-    }
 
 
 def checkpoint_of(generator, optimizer, moments, state):
@@ -460,24 +363,39 @@ def export(flags, data, generator, state, retrieval):
     best = state["best"]
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
     generator.load_state_dict(best["weights"])
-    trained = [tensor for tensor in generator.parameters() if tensor.requires_grad]
-    trained += generator.outer_moments()[:1]  # as large as the weight that they belong to
-    state["trainable_parameters"] = sum(tensor.numel() for tensor in trained)
+    state["trainable_parameters"] = count_trainable(generator)
 
-    expected = expected_recall10(best["recalls"], state["fold_recall10"], state["fold_rows"] / len(retrieval.rows))
+    rows_ratio = state["fold_rows"] / len(retrieval.rows)
+    expected = expected_recall10(best["recalls"], state["fold_recall10"], rows_ratio)
     ranking = rank_pairs(best["recalls"], before=expected)
-    for row in ranking if expected else []:
-        row["expected_recall10"] = expected[f"{row['image']}:{row['text']}"]
-
-    card_info = {"generator": flags.generator, "logit_scale": flags.logit_scale, "seed": flags.seed}
-    card_info["epoch"] = best["epoch"]
+    if expected:
+        for row in ranking:
+            row["expected_recall10"] = expected[f"{row['image']}:{row['text']}"]
 
     def connector_of(pair):
-        return generator.predict(*pair.split(":")), card_info | {"updates": state["updates"][pair]}
+        card_info = {
+            "generator": flags.generator,
+            "logit_scale": flags.logit_scale,
+            "seed": flags.seed,
+            "epoch": best["epoch"],
+            "updates": state["updates"][pair],
+        }
+        return generator.predict(*pair.split(":")), card_info
 
     paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)
     description = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
     print_results(ranking, best["recalls"], retrieval, description, state, paths[0])
+
+
+def count_trainable(generator):
+    """How many numbers of the generator are trained."""
+    count = 0
+    for parameter in generator.parameters():
+        if parameter.requires_grad:
+            count += parameter.numel()
+    for first_moment in generator.outer_moments()[:1]:  # as large as the weight that it belongs to
+        count += first_moment.numel()
+    return count
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Connectors without training: covariances, whitened maps, ridge regression, Procrustes, cross-validation.
 
-Functions take statistics of rows and return maps. Callers turn a map into a connector, or load it into a generator.
+Functions take statistics of rows and return maps. Callers turn a map into a connector (train_grid.py), or load it into a
+generator, which training then starts from (`FactoredHyperNetwork.initialise_from_closed_form`). Notation: x text vectors,
+y image vectors, s coordinates of the space that all texts share, each centred; C_yx = sum of y x^T over the rows [D_i, D_t].
 """
 
 import math
@@ -10,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hyma.embeddings import seeded_generator, unique
-from hyma.metrics import Retrieval, mean_recalls, pair_name
+from hyma.embeddings import seeded_generator
+from hyma.metrics import Retrieval, mean_recalls, number_names, pair_name
+from hyma.pairs import images_of, texts_of
 from vlm import BadInput
 
 # Regularisation is in mean eigenvalues of the Gram matrix that it is added to.
 TEXT_RIDGE = SHARED_RIDGE = 0.3  # of texts and of the shared space, where a hypernetwork starts
 PICTURE_RIDGE = 3.0  # of pictures in a whitened map
 RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of texts, where validation chooses for each pair
+FOLDS = 3  # that cross-validation leaves out, one at a time
+MOST_FOLD_ROWS = 16384  # of the training rows, which bounds the memory of the start
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
 
 
@@ -76,36 +81,67 @@ def whitened_map(cross, inputs, outputs):
 # --------------------------------------------------------------- one text, one image: maps in float64, untrained runs
 
 
-def mean_of(store, name, rows, block=8192):
-    """The mean vector [D] of an encoder's rows, float64."""
-    return sum(store.take(name, part).double().sum(0) for part in rows.split(block)) / len(rows)
+class Covariances:
+    """Means [D] and sums of products [D_left, D_right] of encoders' vectors over fixed rows, float64, unnormalised."""
+
+    def __init__(self, store, rows, names, block=8192):
+        """names: the encoders. block: rows taken at a time, which bounds the memory."""
+        self.store = store
+        self.blocks = rows.split(block)
+        self.means = {}  # encoder -> [D]
+        for name in names:
+            total = 0
+            for part in self.blocks:
+                total = total + store.take(name, part).double().sum(0)
+            self.means[name] = total / len(rows)
+
+    def between(self, left, right):
+        """Sum over the rows of (left - its mean) (right - its mean)^T: [D_left, D_right]."""
+        total = 0
+        for part in self.blocks:
+            centred_left = self.store.take(left, part).double() - self.means[left]  # [block, D_left]
+            centred_right = self.store.take(right, part).double() - self.means[right]  # [block, D_right]
+            total = total + centred_left.T @ centred_right
+        return total
 
 
-def cross_covariance(store, left, right, rows, means, block=8192):
-    """Sum over the rows of (left - its mean) (right - its mean)^T: [D_left, D_right], float64."""
-    total = 0
-    for part in rows.split(block):
-        centred_left = store.take(left, part).double() - means[left]
-        centred_right = store.take(right, part).double() - means[right]
-        total = total + centred_left.T @ centred_right
-    return total
+def maps_of_pair(kind, covariances, image, text, text_gram, factors):
+    """{strength: map [D_i, D_t]} of a pair, from texts to pictures; Procrustes has no strength.
+
+    kind: ridge, whitened or procrustes. text_gram: C_xx [D_t, D_t]. factors: its `ridge_factors`; Procrustes needs none.
+    """
+    cross = covariances.between(image, text)  # C_yx [D_i, D_t]
+    if kind == "ridge":
+        return ridge_maps(cross, factors)
+    image_gram = covariances.between(image, image)  # C_yy [D_i, D_i]
+    if kind == "whitened":
+        return whitened_maps(cross, factors, image_gram)
+    return {None: procrustes_map(cross, image_gram, text_gram)}
 
 
 def ridge_factors(text_gram):
-    """{strength: Cholesky factor of the regularised Gram matrix}, for `ridge_maps` and `whitened_maps`."""
-    return {strength: torch.linalg.cholesky(regularised(text_gram, strength)) for strength in RIDGE_CHOICES}
+    """{strength: Cholesky factor [D_t, D_t] of the regularised Gram matrix}, for `ridge_maps` and `whitened_maps`."""
+    factors = {}
+    for strength in RIDGE_CHOICES:
+        factors[strength] = torch.linalg.cholesky(regularised(text_gram, strength))
+    return factors
 
 
 def ridge_maps(cross, factors):
     """Ridge regression {strength: C_yx C_xx^-1 [D_i, D_t]}. cross: C_yx."""
-    return {strength: torch.cholesky_solve(cross.T, factor).T for strength, factor in factors.items()}
+    maps = {}
+    for strength, factor in factors.items():
+        maps[strength] = torch.cholesky_solve(cross.T, factor).T
+    return maps
 
 
 def whitened_maps(cross, factors, image_gram):
     """The same with the pictures whitened too, {strength: C_yy^-1 C_yx C_xx^-1 [D_i, D_t]}; see `whitened_map`."""
-    image_factor = torch.linalg.cholesky(regularised(image_gram, PICTURE_RIDGE))
+    image_factor = torch.linalg.cholesky(regularised(image_gram, PICTURE_RIDGE))  # [D_i, D_i]
     maps = ridge_maps(cross, factors)
-    return {strength: torch.cholesky_solve(weight, image_factor) for strength, weight in maps.items()}
+    for strength, weight in maps.items():
+        maps[strength] = torch.cholesky_solve(weight, image_factor)
+    return maps
 
 
 def procrustes_map(cross, image_gram, text_gram):
@@ -153,19 +189,24 @@ def make_shared_space(store, folds, image_names, text_names, width, spanned_by):
     for name in tqdm(image_names + text_names, desc="start", unit="encoder"):
         strength = PICTURE_RIDGE if name in image_names else TEXT_RIDGE
         encoders[name] = CentredRows(store.take(name, rows), strength)
-    shared = CentredRows(leading_coordinates([encoders[name].rows for name in spanned_by], width), SHARED_RIDGE)
+    coordinates = leading_coordinates([encoders[name].rows for name in spanned_by], width)  # [n, width]
+    shared = CentredRows(coordinates, SHARED_RIDGE)
     cross_of_folds = {}
     for name, centred in encoders.items():
-        by_fold = zip(centred.rows.split(sizes), shared.rows.split(sizes))
-        cross_of_folds[name] = torch.stack([x.T @ s for x, s in by_fold])
+        of_folds = []
+        for x, s in zip(centred.rows.split(sizes), shared.rows.split(sizes)):
+            of_folds.append(x.T @ s)  # [D, m]
+        cross_of_folds[name] = torch.stack(of_folds)
     return SharedSpace(encoders, shared, cross_of_folds, sizes)
 
 
 def leading_coordinates(text_rows, width):
-    """Coordinates s [n, width] along the principal axes of several encoders' texts [n, D_t], side by side."""
-    concatenated = torch.cat([x / at_least_tiny(x.norm()) for x in text_rows], dim=1)  # [n, sum D_t]
+    """Coordinates s [n, width] along the principal axes of the concatenated texts of several encoders, each [n, D_t] and
+    scaled to the same norm. Their root mean square is SHARED_RMS."""
+    scaled = [x / at_least_tiny(x.norm()) for x in text_rows]
+    concatenated = torch.cat(scaled, dim=1)  # [n, sum D_t]
     count = min(width, *concatenated.shape)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # pca_lowrank draws random directions: the same ones for every seed
         torch.manual_seed(0)
         axes = torch.pca_lowrank(concatenated, count, center=False, niter=1)[2]  # [sum D_t, count]
     s = (concatenated @ axes)[:, torch.arange(width) % count]  # few narrow texts: axes are repeated
@@ -207,19 +248,22 @@ def image_map(cross, shared, pictures, rank):
 
 
 def fold_rows(data, rows, val_rows, seed):
-    """At most 16,384 of the training rows: three folds, each about as large as the validation rows, and last the rest. All
-    captions of a picture are in one."""
-    rows = rows[:: math.ceil(len(rows) / 16384)]
-    pictures = [data.rows[i]["image"] for i in rows.tolist()] if data.rows else rows.tolist()
-    index = {name: k for k, name in enumerate(unique(pictures))}
-    if len(index) < 2:
+    """[rows of each of FOLDS folds, rows of none of them]: at most MOST_FOLD_ROWS of the training rows. A fold is about as
+    large as the validation rows, and all captions of a picture are in one."""
+    rows = rows[:: math.ceil(len(rows) / MOST_FOLD_ROWS)]
+    pictures = rows.tolist()  # what tells pictures apart: where the folder has no rows.jsonl, each row has its own
+    if data.rows:
+        pictures = [data.rows[i]["image"] for i in pictures]
+    place, first = number_names(pictures)  # [n], [pictures]
+    picture_count = len(first)
+    if picture_count < 2:
         raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
-    count = min(len(index), max(3, round(len(rows) / len(val_rows))))
-    order = torch.randperm(len(index), generator=seeded_generator("folds", seed))
-    fold_of_picture = order * count // len(index)  # [pictures]
-    fold_of = fold_of_picture[torch.tensor([index[name] for name in pictures])]  # [n]
-    folds = [rows[fold_of == k] for k in range(min(3, count))]
-    return [*folds, rows[fold_of >= 3]]
+    fold_count = min(picture_count, max(FOLDS, round(len(rows) / len(val_rows))))
+    order = torch.randperm(picture_count, generator=seeded_generator("folds", seed))
+    fold_of_picture = order * fold_count // picture_count  # [pictures]
+    fold_of_row = fold_of_picture[place]  # [n]
+    folds = [rows[fold_of_row == k] for k in range(min(FOLDS, fold_count))]
+    return [*folds, rows[fold_of_row >= FOLDS]]
 
 
 def cross_validate(space, folds, data, pairs):
@@ -230,18 +274,19 @@ def cross_validate(space, folds, data, pairs):
     regularisation leaves a fold little weight.
     """
     retrievals = [Retrieval(data, fold, space.shared.mean.device) for fold in folds[:-1]]
-    mapped = {
-        text: map_held_out_texts(space, text) for text in unique(text for _, text in pairs)
-    }  # [h, m] for each fold
+    mapped = {}
+    for text in texts_of(pairs):
+        mapped[text] = map_held_out_texts(space, text)  # [h, m] for each fold
     recall10 = {pair_name(pair): [] for pair in pairs}
-    for image in tqdm(unique(image for image, _ in pairs), desc="cross-validate", unit="encoder"):
+    for image in tqdm(images_of(pairs), desc="cross-validate", unit="encoder"):
         pictures = space.encoders[image]
+        texts = [text for other, text in pairs if other == image]
         for k, (y, _, cross) in enumerate(held_out(space, image)):
             weight = without_mean_direction(pictures.solve(cross), pictures.mean)  # [D, m]
             # Along the columns of `root` outputs have the lengths and products that they have in the pictures' space.
             root = torch.linalg.cholesky(regularised(weight.T @ weight, 1e-4))  # [m, m]
             candidates = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
-            for text in (text for other, text in pairs if other == image):
+            for text in texts:
                 six = retrievals[k].recalls(mapped[text][k] @ root, candidates)
                 recall10[f"{image}:{text}"].append(mean_recalls(six)[2])
     return recall10

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hyma.closed_form import SHARED_RIDGE, CentredRows, SharedSpace, image_map
 from hyma.costs import connector_flops, connector_shapes, linear_flops
-from hyma.embeddings import unique
-from hyma.training import Generator, hidden_layers_of, separate_layers
+from hyma.pairs import images_of, texts_of
+from hyma.training import Generator, separate_layers
+from hyma.training_flags import hidden_layers_of
 from kernels import Layer
 from vlm import HIDDEN_DIM
 
@@ -87,13 +88,36 @@ class FactoredHyperNetwork(nn.Module):
         else:
             self.scale, wide = 1.0, HIDDEN_DIM // 4  # a linear map needs no more shared coordinates than its rank
             self.shared_width = wide
-        self.text_parts = nn.ModuleList()
+        self.text_parts = nn.ModuleList()  # of each text encoder, its layers
+        self.means = nn.ParameterList()  # of its texts, [D_t]
         for dim in text_dims.values():
-            widths = [dim] + [wide] * max(1, hidden_layers)
-            self.text_parts.append(nn.ModuleList(nn.Linear(*shape) for shape in zip(widths, widths[1:])))
-        self.image_parts = nn.ModuleList(nn.Linear(wide, min(rank, dim)) for dim in image_dims.values())
-        self.axes = nn.ParameterList(fixed(torch.eye(dim, min(rank, dim))) for dim in image_dims.values())
-        self.means = nn.ParameterList(fixed(torch.zeros(dim)) for dim in text_dims.values())
+            layers = nn.ModuleList([nn.Linear(dim, wide)])
+            for _ in range(hidden_layers - 1):
+                layers.append(nn.Linear(wide, wide))
+            self.text_parts.append(layers)
+            self.means.append(fixed(torch.zeros(dim)))
+        self.image_parts = nn.ModuleList()  # of each image encoder, the last layer
+        self.axes = nn.ParameterList()  # of its space, orthonormal columns [D, k]
+        for dim in image_dims.values():
+            k = min(rank, dim)
+            self.image_parts.append(nn.Linear(wide, k))
+            self.axes.append(fixed(torch.eye(dim, k)))
+
+    def text_part(self, text):
+        """The layers of a text encoder."""
+        return self.text_parts[self.text_names.index(text)]
+
+    def image_part(self, image):
+        """The last layer of an image encoder."""
+        return self.image_parts[self.image_names.index(image)]
+
+    def axes_of(self, image):
+        """The axes [D, k] of an image encoder."""
+        return self.axes[self.image_names.index(image)]
+
+    def mean_of(self, text):
+        """The mean [D_t] of a text encoder's texts."""
+        return self.means[self.text_names.index(text)]
 
     # ------------------------------------------------------------------------------ where training starts
 
@@ -104,55 +128,59 @@ class FactoredHyperNetwork(nn.Module):
         A text part maps to s by ridge regression, an image part maps s to image vectors by a whitened map, and s passes a
         ReLU between them as relu(s) - relu(-s) = s.
         """
-        for place, text in enumerate(self.text_names):
-            self.load_text_map(place, space.encoders[text], self.both_signs(space.cross(text)))
-            for layer in self.text_parts[place][1:]:
+        for text in self.text_names:
+            self.load_text_map(text, space.encoders[text], self.both_signs(space.cross(text)))
+            for layer in self.text_part(text)[1:]:
                 nn.init.eye_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        for place, image in enumerate(self.image_names):
-            self.load_image_map(place, space.encoders[image], space.shared, space.cross(image))
+        for image in self.image_names:
+            self.load_image_map(image, space.encoders[image], space.shared, space.cross(image))
 
     @torch.no_grad()
     def initialise_added_encoder(self, name, space):
-        """Starts the part of an encoder that is added to trained ones in the same way, with s taken from their hidden space."""
-        trained = [place for place, text in enumerate(self.text_names) if text != name]
-        text_rows = [self.scale * space.encoders[self.text_names[place]].rows for place in trained]  # each [n, D_t]
+        """Starts the part of an encoder that is added to trained ones in the same way, with s taken from their hidden space: the
+        mean over the trained text encoders of what their layers give for the same rows."""
+        trained = [text for text in self.text_names if text != name]
         added = space.encoders[name]
+        total = 0
         if name in self.text_names:
-            place = self.text_names.index(name)
-            outputs = sum(self.text_parts[k][0](x) for k, x in zip(trained, text_rows)) / len(trained)  # [n, out]
+            for text in trained:
+                total = total + self.text_part(text)[0](self.scale * space.encoders[text].rows)
+            outputs = total / len(trained)  # [n, out] of a first layer
             mean = outputs.mean(0)
-            self.load_text_map(place, added, added.rows.T @ (outputs - mean), mean)
-            for layer, other in zip(self.text_parts[place][1:], self.text_parts[trained[0]][1:]):
-                layer.load_state_dict(other.state_dict())
+            self.load_text_map(name, added, added.rows.T @ (outputs - mean), mean)
+            for layer, trained_layer in zip(self.text_part(name)[1:], self.text_part(trained[0])[1:]):
+                layer.load_state_dict(trained_layer.state_dict())
         else:
-            hidden = sum(self.hidden(x, k) for k, x in zip(trained, text_rows)) / len(trained)  # [n, m]
-            shared = CentredRows(hidden, SHARED_RIDGE)
-            self.load_image_map(self.image_names.index(name), added, shared, added.rows.T @ shared.rows)
+            for text in trained:
+                total = total + self.hidden(self.scale * space.encoders[text].rows, text)
+            shared = CentredRows(total / len(trained), SHARED_RIDGE)  # of s [n, m]
+            self.load_image_map(name, added, shared, added.rows.T @ shared.rows)
 
-    def load_text_map(self, place, texts, cross, bias=0.0):
-        """Sets a text encoder's first layer by ridge regression. texts: its CentredRows. cross: texts.T @ outputs [D_t, out],
-        both centred. bias: the outputs' mean."""
-        first = self.text_parts[place][0]
-        first.weight.copy_(texts.solve(cross).T / self.scale)
+    def load_text_map(self, text, rows, cross, bias=0.0):
+        """Sets a text encoder's first layer by ridge regression. rows: the CentredRows of its texts. cross: texts.T @ outputs
+        [D_t, out], both centred. bias: the outputs' mean [out]."""
+        first = self.text_part(text)[0]
+        first.weight.copy_(rows.solve(cross).T / self.scale)
         first.bias.copy_(torch.as_tensor(bias))
-        self.means[place].copy_(texts.mean)
+        self.mean_of(text).copy_(rows.mean)
 
-    def load_image_map(self, place, pictures, shared, cross):
+    def load_image_map(self, image, pictures, shared, cross):
         """Sets an image encoder's axes and last layer by the whitened map from s. pictures, shared: the CentredRows of its
         vectors and of s. cross: pictures.T @ s [D, m]."""
-        found = image_map(cross, shared, pictures, rank=self.axes[place].shape[1])
-        self.axes[place].copy_(found.axes)
-        self.image_parts[place].weight.copy_(self.both_signs(found.weight))
-        self.image_parts[place].bias.copy_(found.bias)
+        axes, last = self.axes_of(image), self.image_part(image)
+        found = image_map(cross, shared, pictures, rank=axes.shape[1])
+        axes.copy_(found.axes)
+        last.weight.copy_(self.both_signs(found.weight))
+        last.bias.copy_(found.bias)
 
     def both_signs(self, weight):
         """[D, m] to [D, 2 m], the weights of relu(s) and of relu(-s); without a ReLU as it is."""
         return torch.cat([weight, -weight], dim=1) if self.hidden_layers else weight
 
-    def hidden(self, x, place):
-        """Centred texts [n, D_t] to s [n, m]: what the last layer takes, or relu(s) minus relu(-s) of that."""
-        for layer in self.text_parts[place]:
+    def hidden(self, x, text):
+        """Centred and scaled texts [n, D_t] to s [n, m]: what the last layer takes, or relu(s) minus relu(-s) of that."""
+        for layer in self.text_part(text):
             x = F.relu(layer(x)) if self.hidden_layers else layer(x)
         if self.hidden_layers:
             positive, negative = x.chunk(2, dim=1)
@@ -162,63 +190,62 @@ class FactoredHyperNetwork(nn.Module):
     # ------------------------------------------------------------------------------------------- training
 
     def forward(self, features, pairs):
-        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs, which
-        end in their image encoders' axes."""
-        text_names = unique(text for _, text in pairs)
-        image_names = unique(image for image, _ in pairs)
-        places = [self.text_names.index(name) for name in text_names]
-        inputs = [self.centred(features[name], place) for name, place in zip(text_names, places)]  # each [B, D_t]
-        parts = [self.text_parts[place] for place in places]
+        """Centred texts (of a linear connector, the shared coordinates of these, [B, m]), and the layers of these pairs, which
+        end in coordinates along their image encoders' axes, [B, k]."""
+        text_names, image_names = texts_of(pairs), images_of(pairs)
+        inputs = []
+        for text in text_names:
+            x = self.centred(features[text], text)  # [B, D_t]
+            if self.hidden_layers == 0:
+                first = self.text_part(text)[0]
+                x = F.linear(x, first.weight.to(x), first.bias.to(x))  # [B, m]
+            inputs.append(x)
+
         layers = []
-        if self.hidden_layers == 0:
-            firsts = [part[0] for part in parts]
-            inputs = [F.linear(x, f.weight.to(x), f.bias.to(x)) for x, f in zip(inputs, firsts)]  # each [B, m]
+        wiring = [(k, k) for k in range(len(text_names))]  # a text encoder's layers take its own texts
         for depth in range(self.hidden_layers):
-            of_texts = [part[depth] for part in parts]
-            layers.append(layer_of(of_texts, wiring=[(k, k) for k in range(len(text_names))]))
-        heads = [self.image_parts[self.image_names.index(name)] for name in image_names]
-        wiring = [(text_names.index(text), image_names.index(image)) for image, text in pairs]
-        layers.append(layer_of(heads, wiring))
+            layers.append(layer_of([self.text_part(text)[depth] for text in text_names], wiring))
+        wiring = []
+        for image, text in pairs:
+            wiring.append((text_names.index(text), image_names.index(image)))
+        layers.append(layer_of([self.image_part(image) for image in image_names], wiring))
         return inputs, layers
 
-    def centred(self, x, place):
-        return (x - self.means[place].to(x)) * self.scale
+    def centred(self, x, text):
+        """Texts [B, D_t] minus their encoder's mean, scaled."""
+        return (x - self.mean_of(text).to(x)) * self.scale
 
     def flops(self, batch_size, pairs):
         """(of the connectors, 0: nothing is predicted apart from them). A text encoder's layers are computed once for all of its
         pairs."""
         total = 0
-        for text in unique(text for _, text in pairs):
-            part = self.text_parts[self.text_names.index(text)]
-            for depth, layer in enumerate(part):
+        for text in texts_of(pairs):
+            for depth, layer in enumerate(self.text_part(text)):
                 trained = layer.weight.requires_grad
                 total += linear_flops(batch_size, layer.weight.shape, trained, trained and depth > 0)
         for image, text in pairs:
-            last = self.image_parts[self.image_names.index(image)].weight
-            first = self.text_parts[self.text_names.index(text)][0].weight
+            last, first = self.image_part(image).weight, self.text_part(text)[0].weight
             total += linear_flops(batch_size, last.shape, last.requires_grad, first.requires_grad)
         return total, 0
 
     def project_images(self, store, image_names, rows):
         """The store with image vectors as coordinates along this generator's axes, [rows, k] instead of [rows, D]."""
-        axes = {name: self.axes[self.image_names.index(name)] for name in image_names}
-        return ProjectedStore(store, axes, rows)
+        return ProjectedStore(store, {image: self.axes_of(image) for image in image_names}, rows)
 
     def outer_moments(self):
-        """None: autograd forms every gradient."""
+        """There are none, as autograd forms every gradient."""
         return []
 
     @torch.no_grad()
     def predict(self, image, text):
-        """The pair's connector: [(weight [out, in], bias [out])] per layer."""
-        text_place, image_place = self.text_names.index(text), self.image_names.index(image)
-        linears = [*self.text_parts[text_place], self.image_parts[image_place]]
+        """The layers of both parts, taking texts as they are and ending in the image encoder's own space."""
+        linears = [*self.text_part(text), self.image_part(image)]
         layers = [(linear.weight, linear.bias) for linear in linears]
 
-        weight, bias = layers[0]  # takes texts as they are, not centred and scaled
-        layers[0] = self.scale * weight, bias - self.scale * (weight @ self.means[text_place])
-        weight, bias = layers[-1]  # ends in the image encoder's space, not in its axes
-        layers[-1] = self.axes[image_place] @ weight, self.axes[image_place] @ bias
+        weight, bias = layers[0]  # W (scale (x - mean)) + b = (scale W) x + (b - scale W mean)
+        layers[0] = self.scale * weight, bias - self.scale * (weight @ self.mean_of(text))
+        weight, bias = layers[-1]  # coordinates y [k] along the axes are the vector axes @ y [D]
+        layers[-1] = self.axes_of(image) @ weight, self.axes_of(image) @ bias
         if self.hidden_layers == 0:
             (first, first_bias), (last, last_bias) = layers
             return [(last @ first, last @ first_bias + last_bias)]
@@ -258,7 +285,7 @@ class ProjectedStore:
 
 class HyperNetwork(nn.Module):
     """The paper's hypernetwork: its inputs are a pair code and a layer code, its output is as long as the largest layer, and
-    the front of the output is that layer's weights and bias.
+    the front of the output is that layer's weights and bias (arXiv 2507.10015, section 3).
 
     The pair code concatenates a code of the image encoder and one of the text encoder, so that any pair has one. The
     output is scaled by 1 / sqrt(3 in), which gives every predicted layer the variance that torch gives a new nn.Linear.
@@ -276,8 +303,11 @@ class HyperNetwork(nn.Module):
         self.trunk = nn.Sequential(
             nn.Linear(3 * CODE_DIM, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width), nn.GELU()
         )
-        shapes = [shape for image in image_dims for text in text_dims for shape in self.shapes(image, text)]
-        self.size = max(out * (into + 1) for out, into in shapes)
+        self.size = 0  # of the largest layer of any pair, weights and bias
+        for image in image_dims:
+            for text in text_dims:
+                for out, into in self.shapes(image, text):
+                    self.size = max(self.size, out * (into + 1))
         # [size, width + 1], the last column being the bias: no Parameter, because its gradient, an outer product of a
         # few rows, is never formed (adamw_outer)
         self.register_buffer("head", torch.randn(self.size, width + 1) / width**0.5)
@@ -289,24 +319,27 @@ class HyperNetwork(nn.Module):
         return connector_shapes(self.text_dims[text], self.hidden_layers, self.image_dims[image])
 
     def weights(self, pairs):
-        """[[(weight, bias)] per layer] per pair."""
+        """The connectors of P pairs: of each pair, (weight [out, in], bias [out]) of each layer."""
         image_names, text_names = list(self.image_dims), list(self.text_dims)
         device, depth = self.head.device, self.hidden_layers + 1
-        image_indices = torch.tensor([image_names.index(image) for image, _ in pairs], device=device)
-        text_indices = torch.tensor([text_names.index(text) for _, text in pairs], device=device)
+        image_indices = torch.tensor([image_names.index(image) for image, _ in pairs], device=device)  # [P]
+        text_indices = torch.tensor([text_names.index(text) for _, text in pairs], device=device)  # [P]
         pair_codes = torch.cat([self.image_codes(image_indices), self.text_codes(text_indices)], dim=1)  # [P, 2 code]
         pair_codes = pair_codes.repeat_interleave(depth, dim=0)  # [P * depth, 2 code]
         layer_codes = self.layer_codes.weight.repeat(len(pairs), 1)  # [P * depth, code]
         hidden = self.trunk(torch.cat([pair_codes, layer_codes], dim=1))  # [P * depth, width]
-        raw = OuterLinear.apply(F.pad(hidden, (0, 1), value=1.0), self.head, self)  # [P * depth, size]
-        predicted = []
-        for pair, rows in zip(pairs, raw.split(depth)):
-            shapes = self.shapes(*pair)
-            predicted.append([cut_layer(row, out, into) for row, (out, into) in zip(rows.unbind(0), shapes)])
-        return predicted
+        hidden = F.pad(hidden, (0, 1), value=1.0)  # [P * depth, width + 1], for the bias of the head
+        outputs = OuterLinear.apply(hidden, self.head, self)  # [P * depth, size]
+        connectors = []
+        for pair, rows in zip(pairs, outputs.split(depth)):
+            layers = []
+            for row, (out, into) in zip(rows.unbind(0), self.shapes(*pair)):
+                layers.append(cut_layer(row, out, into))
+            connectors.append(layers)
+        return connectors
 
     def forward(self, features, pairs):
-        """features: {text: [B, D_t]}. Returns what `connector_mlp` takes: inputs, and the layers of these pairs."""
+        """The texts [B, D_t] as they are, and the predicted layers of each pair."""
         return separate_layers(features, pairs, self.weights(pairs))
 
     def flops(self, batch_size, pairs):
@@ -331,7 +364,7 @@ class HyperNetwork(nn.Module):
 
     @torch.no_grad()
     def predict(self, image, text):
-        """The pair's connector: [(weight [out, in], bias [out])] per layer."""
+        """The pair's predicted layers."""
         return self.weights([(image, text)])[0]
 
 

@@ -52,10 +52,11 @@ def create_run(out, flags, typed, must_match, run_info, device, wait=False):
 
 def check_run_folder(out):
     """Raises BadInput for a folder that holds other files than a run's: a home, a repository, the root of the disk."""
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    others = sorted(name for name in held - {".lock", "connectors"} if not name.endswith(".tmp"))
-    if others:
-        raise BadInput(f"--out {out}: is a folder with other files in it ({others[0]}); choose a new one")
+    if not out.is_dir():
+        return
+    for path in sorted(out.iterdir()):
+        if path.name not in (".lock", "connectors") and not path.name.endswith(".tmp"):
+            raise BadInput(f"--out {out}: is a folder with other files in it ({path.name}); choose a new one")
 
 
 def reopen_run(out, resumed_config, must_match, wait=False):
@@ -132,11 +133,13 @@ class Checkpoints:
         return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
 
     def save(self, value):
+        """Writes the next checkpoint whole, then renames: the newest becomes the previous one."""
         save_tensors(value, self.next)
         self.finish_saving()
         self.saved = time.monotonic()
 
     def finish_saving(self):
+        """The two renames of `save`, also after an interruption between writing and renaming."""
         if self.newest.exists():
             os.replace(self.newest, self.previous)
         os.replace(self.next, self.newest)
@@ -246,6 +249,7 @@ class Run(NamedTuple):
 
 
 def connectors_folder(folder):
+    """Where the connectors are: in a run folder's connectors/, or, of connectors alone, in the folder itself."""
     return folder / "connectors" if (folder / "connectors").is_dir() else folder
 
 

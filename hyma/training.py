@@ -1,32 +1,31 @@
-"""What both trainers share: flags, the schedule, batches, the loss of a step, validation, what is printed at the end.
+"""What both trainers share: data, the schedule, batches, the loss of a step, validation, what is printed at the end.
 
-A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free weights of
+A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free connectors of
 train_grid.py. Its protocol is `Generator`, below; what a hypernetwork has besides is in `hyma.hypernetworks`.
 """
 
-import argparse
 import math
 import os
-import sys
-import time
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows, unique
+from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows
 from hyma.metrics import mean_recalls, pair_name
-from hyma.runs import create_run, interrupted_run, reopen_run
+from hyma.pairs import group_by_text, images_of, texts_of
+from hyma.runs import create_run, reopen_run, run_of_same_command
+from hyma.training_flags import recorded_flags
 from kernels import Layer, clip_loss, connector_mlp
-from vlm import BadInput, read_json
+from vlm import BadInput
 
 
 class Generator(Protocol):
     """What gives the connectors of pairs: all that the loss of a step, validation and export use. An nn.Module."""
 
     def forward(self, features: dict[str, Tensor], pairs) -> tuple[list[Tensor], list[Layer]]:
-        """What `connector_mlp` takes for these pairs. features: {text encoder: [B, D_t]}."""
+        """What `connector_mlp` takes for these pairs: inputs, and the layers that end in their image encoders' vectors as the
+        store has them. features: {text encoder: unit vectors [B, D_t]}, of the pairs' text encoders."""
 
     def predict(self, image: str, text: str) -> list[tuple[Tensor, Tensor]]:
         """The pair's connector as it is exported: (weight [out, in], bias [out]) of each layer."""
@@ -34,133 +33,6 @@ class Generator(Protocol):
     def flops(self, batch_size: int, pairs) -> tuple[int, int]:
         """FLOPs of one step of these pairs without its logits, a sum over the layers that it runs (`costs.linear_flops`): (of the
         connectors on the batch, which grow with the samples; of predicting their weights, which grow with the steps)."""
-
-
-# ------------------------------------------------------------------------------------------------------------- flags
-
-
-def add_training_flags(parser, name):
-    """The flags that mean the same to every trainer. Runs go to runs/<name>-... by default."""
-    add = parser.add_argument
-    about = "all, vit_l16:mpnet, wildcards, or several of these (default: all)"
-    add("--pairs", nargs="+", default=["all"], metavar="IMAGE:TEXT", help=about)
-    add("--data", type=Path, help="embedding folder (default: the sample's)")
-    add("--out", type=Path, help=f"run folder (default: runs/{name}-<date>-<time>)")
-    add(
-        "--resume",
-        action="store_true",
-        help="resume the run in --out, or the newest, with the flags it was started with",
-    )
-    about = "hidden layers of 1024 (default: %(default)s)"
-    add("--connector", choices=["mlp0", "mlp1", "mlp2"], default="mlp1", help=about)
-    add("--epochs", type=int, help="passes over the training rows (default: 10, or as many as make 100 steps)")
-    add("--rows", type=int, help="use only N rows of the folder, drawn by the seed (default: all)", metavar="N")
-    add("--batch-size", type=int, help="rows per step (default: 512, or all there are)")
-    add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
-    add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
-    about = "of the matrix products (default: tf32 on CUDA, else fp32)"
-    add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
-
-
-def check_training_flags(flags, *positive):
-    """Raises BadInput for a number out of its range. `positive`: further flags that must be above zero."""
-    for name in ("rows", "epochs", "batch_size", "lr", "clip_norm", *positive):
-        value = getattr(flags, name)
-        if value is not None and not 0 < value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-    if not 1 <= flags.logit_scale <= 150:
-        raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
-    if flags.warmup_steps < 0 or not 0 <= flags.weight_decay < math.inf:
-        raise BadInput("--warmup-steps and --weight-decay must not be negative")
-    if flags.batch_size == 1:
-        raise BadInput("--batch-size 1: a contrastive loss needs at least two rows")
-
-
-def hidden_layers_of(flags):
-    """How many hidden layers --connector mlp0, mlp1 or mlp2 has."""
-    return int(flags.connector[-1])
-
-
-def check_seeds(flag, seeds):
-    """Raises BadInput for a seed that torch cannot take."""
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise BadInput(f"{flag} {seed}: must be from 0 to 2^63 - 1")
-
-
-def resolve_training_flags(flags, name, device, row_count):
-    """A copy of the flags with values for those whose default depends on data and device, so that config.json has them."""
-    typed = recorded_flags(flags)
-    flags = argparse.Namespace(**vars(flags))
-    flags.data = flags.data or SAMPLE
-    flags.batch_size = flags.batch_size or max(2, min(512, row_count))
-    if row_count < flags.batch_size:
-        raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
-    if flags.out is None:
-        flags.out = interrupted_run(typed) or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
-    flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
-    flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
-    return flags
-
-
-# {name in the namespace: name on the command line and in config.json}; `from` cannot be a Python name.
-RECORDED_NAMES = {"from_run": "from"}
-
-
-def recorded_flags(flags):
-    """{name: value} of the flags, as config.json holds them."""
-    recorded = {}
-    for name, value in vars(flags).items():
-        if name != "resume":
-            recorded[RECORDED_NAMES.get(name, name)] = str(value) if isinstance(value, Path) else value
-    return recorded
-
-
-def parse_with_defaults(parser, recorded):
-    """The flags, with the recorded ones of another run as defaults, which a flag that is typed now replaces."""
-    names = {recorded_name: name for name, recorded_name in RECORDED_NAMES.items()}
-    parser.set_defaults(**{names.get(name, name): value for name, value in recorded.items()})
-    flags = parser.parse_args()
-    flags.data = Path(flags.data)
-    return flags
-
-
-def parse_resumed_flags(parser, out):
-    """(flags, config.json) of the run in `out`; flags typed now may not contradict them."""
-    if not (out / "config.json").is_file():
-        raise BadInput(f"--resume: {out} holds no run (no config.json)")
-    config = read_json(out / "config.json")
-    script = Path(sys.argv[0]).name
-    if config.get("script") != script:
-        raise BadInput(f"--resume: {out} was not made by {script}")
-    if "method" not in config:
-        raise BadInput(f"--resume: {out} was started by an earlier version of {script}; start it again")
-    flags = parse_with_defaults(parser, config["flags"])
-    flags.out = out
-    now = recorded_flags(flags)
-    for name, value in config["flags"].items():
-        if name != "out" and now[name] != value:
-            raise BadInput(f"--{name.replace('_', '-')} {now[name]}: contradicts {out}, which was started with {value}")
-    return flags, config
-
-
-# Flags that may differ between runs of one method: places, data, pairs, hardware, memory, seed.
-NOT_PART_OF_METHOD = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass"}
-
-
-def recipe_of(flags):
-    """The flags that define the method; runs that share them differ in their seed alone."""
-    recipe = {"script": Path(sys.argv[0]).name}
-    for name, value in recorded_flags(flags).items():
-        if value and name not in NOT_PART_OF_METHOD:
-            recipe[name] = value
-    for name in ("budget_of", "from"):
-        if recipe.get(name, "full") != "full":
-            recipe[name] = "a run"  # each seed's run may name another
-    return recipe
 
 
 # ------------------------------------------------------------------------------------------------- data and run folder
@@ -183,9 +55,10 @@ def split_for_training(data, seed, count):
 
 
 def open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=False):
-    """Makes the run folder or, where `resumed_config` holds its config.json, checks that the run is still the same. Returns the
-    lock of the folder. Other arguments: see `create_run`."""
-    if resumed_config is not None:
+    """Makes the run folder or, where the same command made it before, checks that its data are still the same. Returns the lock
+    of the folder. resumed_config: config.json of the run that --resume names, else None. Other arguments: see `create_run`."""
+    resumed_config = resumed_config or run_of_same_command(flags.out, typed)
+    if resumed_config:
         return reopen_run(flags.out, resumed_config, must_match, wait)
     return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device, wait)
 
@@ -234,16 +107,30 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
     kernels/reference.py and kernels/contrastive*.py.
     """
-    text_names = unique(text for _, text in pairs)
-    image_names = unique(image for image, _ in pairs)
-    features = {name: store.take(name, rows).to(dtype) for name in text_names}  # each [B, D_t]
+    features = {}
+    for text in texts_of(pairs):
+        features[text] = store.take(text, rows).to(dtype)  # [B, D_t]
     inputs, layers = generator(features, pairs)
     layers = [cast_layer(layer, dtype) for layer in layers]
     z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p] not normalised, [P, B] squared lengths
-    image_vectors = [store.take(name, rows).to(dtype) for name in image_names]  # each [B, D_i]
+
+    image_names = images_of(pairs)
+    image_vectors = [store.take(image, rows).to(dtype) for image in image_names]  # each [B, D_i]
     image_of_pair = [image_names.index(image) for image, _ in pairs]
-    losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)
+    losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)  # [P]
     return losses
+
+
+def mean_loss(losses, pairs, step):
+    """The mean of the pairs' losses [P], a number. Raises BadInput, before any update, where one is not finite."""
+    mean = losses.mean().item()
+    if not math.isfinite(mean):
+        worst = losses.isfinite().long().argmin().item()
+        raise BadInput(
+            f"step {step}: the loss of {pair_name(pairs[worst])} is {losses[worst].item()}; stopped before the update; try a "
+            "lower --lr"
+        )
+    return mean
 
 
 def cast_layer(layer, dtype):
@@ -256,18 +143,19 @@ def cast_layer(layer, dtype):
 def separate_layers(features, pairs, connectors):
     """What `connector_mlp` takes for pairs with weights of their own, which share nothing.
 
-    features: {text encoder: [B, D_t]}. connectors: [(weight, bias)] per layer, for each pair.
+    features: {text encoder: [B, D_t]}. connectors: for each pair, (weight [out, in], bias [out]) of each layer. The wiring
+    of a layer is (index of its input, index of its weight) for each pair: a first layer takes its text encoder's batch,
+    every other what the layer before it gives for the same pair.
     """
     text_names = list(features)
     layers = []
-    for depth in range(len(connectors[0])):
-        weights = [connector[depth][0] for connector in connectors]
-        biases = [connector[depth][1] for connector in connectors]
-        if depth == 0:
-            wiring = [(text_names.index(text), p) for p, (_, text) in enumerate(pairs)]
-        else:
-            wiring = [(p, p) for p in range(len(pairs))]
-        layers.append(Layer(weights, biases, wiring))
+    for depth, pairs_layers in enumerate(zip(*connectors)):
+        weights, biases = zip(*pairs_layers)
+        wiring = []
+        for p, (_, text) in enumerate(pairs):
+            source = text_names.index(text) if depth == 0 else p
+            wiring.append((source, p))
+        layers.append(Layer(list(weights), list(biases), wiring))
     return list(features.values()), layers
 
 
@@ -277,13 +165,12 @@ def separate_layers(features, pairs, connectors):
 @torch.no_grad()
 def validate(generator, store, retrieval, pairs):
     """{"image:text": R@1, R@5, R@10 of text to image, then of image to text} on the validation rows, in the pairs' order."""
-    recalls = {pair_name(pair): None for pair in pairs}
-    for text in unique(text for _, text in pairs):  # a text encoder at a time bounds the memory
-        group = [pair for pair in pairs if pair[1] == text]
+    recalls = dict.fromkeys(map(pair_name, pairs))
+    for text, group in group_by_text(pairs).items():  # a text encoder at a time bounds the memory
         features = {text: store.take(text, retrieval.rows)}  # [n, D_t]
         z, _ = connector_mlp(*generator(features, group))  # [n, sum D_p]
-        mapped = z.split([store.dims[image] for image, _ in group], dim=1)
-        for (image, _), outputs in zip(group, mapped):
+        widths = [store.dims[image] for image, _ in group]
+        for (image, _), outputs in zip(group, z.split(widths, dim=1)):  # outputs [n, D_p]
             if not outputs.isfinite().all():
                 raise BadInput(
                     f"the last update made the connector of {image}:{text} give numbers that are not finite; what was saved "
@@ -295,7 +182,23 @@ def validate(generator, store, retrieval, pairs):
 
 def mean_recall10(recalls):
     """{"image:text": six recalls} to the number that chooses the best state: mean R@10 of both directions and all pairs."""
-    return sum(mean_recalls(six)[2] for six in recalls.values()) / len(recalls)
+    total = 0
+    for six in recalls.values():
+        total += mean_recalls(six)[2]
+    return total / len(recalls)
+
+
+def metrics_line(state, epoch, lr, val_recall10, recalls):
+    """A line of metrics.jsonl, of the state at a validation: its loss is the mean over the steps since the one before."""
+    return {
+        "epoch": epoch,
+        "step": state["step"],
+        "loss": sum(state["losses"]) / len(state["losses"]),
+        "lr": lr,
+        "val_recall10": val_recall10,
+        "seconds": state["seconds"],
+        "recalls": recalls,
+    }
 
 
 def print_ranking(ranking, recalls, retrieval):

@@ -240,7 +240,8 @@ def initialise(planted):
     from hyma.closed_form import fold_rows
     from hyma.embeddings import Embeddings, RowStore, split_rows
     from hyma.hypernetworks import FactoredHyperNetwork
-    from train_hyma import Pairs, start_from_closed_form
+    from hyma.pairs import Pairs
+    from train_hyma import start_from_closed_form
 
     def initialise(hidden_layers, shuffled=False):
         data = Embeddings(planted)

@@ -14,9 +14,12 @@ from hyma.closed_form import PICTURE_RIDGE
 from hyma.costs import logit_flops
 from hyma.embeddings import Embeddings, RowStore, split_rows
 from hyma.files import read_jsonl, write_json, write_jsonl
+from hyma.free_connectors import FreeConnectors
+from hyma.grid_state import keep_best, merge_states, new_state
+from hyma.halving import halving_rungs, surviving_pairs
 from hyma.metrics import Retrieval
 from kernels import clip_loss, connector_mlp
-from train_grid import FreeConnectors, halving_rungs, plan_steps
+from train_grid import plan_steps
 
 LEDGER = [
     "pairs",
@@ -219,6 +222,42 @@ def test_the_rungs_of_halving():
     assert halving_rungs(1, 10) == {}
     with pytest.raises(vlm.BadInput, match="6 steps are too few to halve 27 pairs"):
         halving_rungs(27, 6)
+
+
+def test_the_best_half_survives_a_rung():
+    """In the pairs' old order; of equals, the first. A pair that was dropped has fewer updates than steps have passed."""
+    pairs = [("a", "t"), ("b", "t"), ("c", "t"), ("d", "t")]
+    state = new_state(pairs)
+    assert surviving_pairs(pairs, state, {4: 2}) == pairs
+    state["step"] = 4
+    for pair, recall in zip(pairs, (0.1, 0.5, 0.3, 0.3)):
+        state["updates"][":".join(pair)] = 4
+        state["best"][":".join(pair)] = {"recalls": [0, 0, recall, 0, 0, recall]}
+    assert surviving_pairs(pairs, state, {}) == pairs
+    assert surviving_pairs(pairs, state, {4: 2}) == [pairs[1], pairs[2]]
+    state["step"] = state["updates"]["b:t"] = state["updates"]["c:t"] = 5
+    assert surviving_pairs(pairs, state, {4: 2}) == [pairs[1], pairs[2]]
+
+
+def test_states_of_groups_are_merged_in_the_pairs_order():
+    pairs = [("a", "t"), ("b", "t"), ("c", "t")]
+    groups = [new_state([pairs[2]]), new_state(pairs[:2])]
+    for state, loss in zip(groups, (3.0, 6.0)):
+        names = list(state["updates"])
+        recalls = {name: [0.5] * 6 for name in names}
+        layers = [(torch.ones(2, 3), torch.zeros(2))]
+        for name in names:
+            keep_best(state, name, recalls[name], layers, {"seed": 0})
+            state["updates"][name] = 7
+        line = {"epoch": 1, "step": 7, "loss": loss, "val_recall10": 0.5, "seconds": 2.0, "recalls": recalls}
+        state |= {"step": 7, "flops": 10, "seconds": 2.0, "peak_bytes": loss, "metrics": [line]}
+    whole = merge_states(groups, pairs)
+    assert list(whole["updates"]) == list(whole["best"]) == ["a:t", "b:t", "c:t"]
+    assert (whole["step"], whole["flops"], whole["seconds"], whole["peak_bytes"]) == (7, 20, 4.0, 6.0)
+    (line,) = whole["metrics"]
+    assert (
+        line["loss"] == pytest.approx(5.0) and line["seconds"] == 4.0 and line["recalls"].keys() == set(whole["best"])
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- closed forms

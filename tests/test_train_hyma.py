@@ -25,8 +25,9 @@ from hyma.embeddings import Embeddings, RowStore, split_rows
 from hyma.files import read_jsonl
 from hyma.hypernetworks import HyperNetwork
 from hyma.metrics import Retrieval
+from hyma.pairs import draw_pairs
 from kernels import connector_mlp
-from train_hyma import draw_pairs, update
+from train_hyma import update
 
 QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
 

@@ -13,13 +13,15 @@ from hyma.metrics import Retrieval
 from hyma.training import (
     draw_rows,
     learning_rate,
+    mean_loss,
     mean_recall10,
     pair_losses,
-    recipe_of,
     separate_layers,
     training_dtype,
     validate,
 )
+from hyma.training_flags import recipe_of
+from vlm import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -129,6 +131,13 @@ def test_the_loss_is_symmetric_info_nce(small):
     gradients = torch.autograd.grad(sum(expected), list(generator.parameters()))
     for one, two in zip(found, gradients):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_names_its_pair():
+    pairs = [("a", "t"), ("b", "t")]
+    assert mean_loss(torch.tensor([1.0, 3.0]), pairs, 7) == 2.0
+    with pytest.raises(BadInput, match="step 7: the loss of b:t is inf; stopped before the update"):
+        mean_loss(torch.tensor([1.0, torch.inf]), pairs, 7)
 
 
 def test_lower_precision_has_nearly_the_same_loss(small):
