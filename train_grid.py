@@ -186,18 +186,22 @@ def plan_steps(flags, pairs, dims, row_count):
 
 
 def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, saved):
-    """Trains these pairs over the whole schedule. Returns their state. saved: the last checkpoint, {"done": states of the
-    groups before this one} and, where this one was interrupted, its state and tensors."""
+    """Trains these pairs over the whole schedule. Returns their state (`grid_state.new_state`). must_match: config.json's seed
+    and steps. saved: the last checkpoint, {"done": states of the groups before this one} and, where this one was
+    interrupted, its state and tensors."""
     seed, steps = must_match["seed"], must_match["steps"]
     connectors = FreeConnectors(pairs, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
+
+    # Where training starts: at random weights, at the connectors of --from, or at a checkpoint.
     if "state" in saved:
         connectors.load_state_dict(saved["connectors"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         print(resumed_line(flags.out, state["step"], steps))
 
+    # The schedule.
     dtype = training_dtype(flags.precision)
     steps_per_epoch = len(train_rows) // flags.batch_size
     validation_period = steps_per_epoch * max(1, steps // steps_per_epoch // VALIDATIONS)
@@ -223,7 +227,7 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
             losses = pair_losses(connectors, store, rows, surviving, dtype, flags.logit_scale)  # [P]
             state["losses"].append(mean_loss(losses, surviving, step))
 
-            # The update: each pair under its own gradient norm.
+            # The update: each pair is clipped by its own gradient norm.
             optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
             losses.sum().backward()  # the sum, so that each pair has its own gradient
             connectors.clip_each(surviving, flags.clip_norm)

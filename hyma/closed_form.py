@@ -48,11 +48,11 @@ class CentredRows:
     """
 
     def __init__(self, rows, strength):
-        self.mean = rows.mean(0)
+        self.mean = rows.mean(0)  # [D]
         self.strength = strength
-        self.rows = rows - self.mean
-        self.gram = self.rows.T @ self.rows
-        self.factor = torch.linalg.cholesky(regularised(self.gram, strength))
+        self.rows = rows - self.mean  # [n, D]
+        self.gram = self.rows.T @ self.rows  # [D, D]
+        self.factor = torch.linalg.cholesky(regularised(self.gram, strength))  # [D, D], lower
 
     def solve(self, cross):
         """The regularised inverse of the Gram matrix times `cross` [D, m]. With cross = rows.T @ outputs this is ridge
@@ -60,7 +60,7 @@ class CentredRows:
         return torch.cholesky_solve(cross, self.factor)
 
     def solve_without(self, rows, cross):
-        """The same without some of the rows."""
+        """The same as if `rows` [h, D], some of its own, had not been among them."""
         gram = regularised(self.gram - rows.T @ rows, self.strength)
         return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
 
@@ -145,12 +145,15 @@ def whitened_maps(cross, factors, image_gram):
 
 
 def procrustes_map(cross, image_gram, text_gram):
-    """The orthogonal map [D_i, D_t] that brings texts nearest to their pictures, within the leading principal
-    components of the wider side, as many as the narrower has dimensions."""
-    count = min(cross.shape)
-    image_axes = principal_axes(image_gram, count)
-    text_axes = principal_axes(text_gram, count)
-    left, _, right = torch.linalg.svd(image_axes.T @ cross @ text_axes)
+    """The orthogonal map [D_i, D_t] that brings texts nearest to their pictures (Schoenemann, Psychometrika 1966).
+
+    U V^T, where U S V^T is the singular value decomposition of C_yx, in coordinates [k] along the k leading principal axes
+    of both spaces, k being the smaller of their widths.
+    """
+    k = min(cross.shape)
+    image_axes = principal_axes(image_gram, k)  # [D_i, k]
+    text_axes = principal_axes(text_gram, k)  # [D_t, k]
+    left, _, right = torch.linalg.svd(image_axes.T @ cross @ text_axes)  # U [k, k], V^T [k, k]
     return image_axes @ (left @ right) @ text_axes.T
 
 
@@ -227,19 +230,20 @@ class ImageMap(NamedTuple):
 
 
 def image_map(cross, shared, pictures, rank):
-    """The whitened map from s to pictures along `rank` axes of theirs, its outputs of unit length in the mean.
+    """The whitened map from s to pictures along k = `rank` axes of theirs, its outputs of unit length in the mean.
 
-    cross: pictures.T @ s [D, m]. shared, pictures: CentredRows. The axes are the leading directions of the outputs, or,
-    where all of these fit, any basis of them and of as much more as makes `rank` columns.
+    cross: pictures.T @ s [D, m]. shared, pictures: CentredRows. The axes are the leading directions of the outputs W s, the
+    left singular vectors of W L with C_ss = L L^T; or, where all outputs fit, any basis of them and of as much more as
+    makes k columns.
     """
-    weight = whitened_map(cross, shared, pictures)  # [D, m]
+    weight = whitened_map(cross, shared, pictures)  # W [D, m]
     if min(weight.shape) > rank:
-        spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))
-        axes = torch.svd_lowrank(weight @ spread, rank, niter=2)[0]
+        spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))  # L [m, m]
+        axes = torch.svd_lowrank(weight @ spread, rank, niter=2)[0]  # [D, k]
     else:
-        filled = torch.cat([weight, torch.eye(len(weight), rank).to(weight)], dim=1)
-        axes = torch.linalg.qr(filled[:, :rank]).Q
-    weight = axes.T @ weight
+        filled = torch.cat([weight, torch.eye(len(weight), rank).to(weight)], dim=1)  # [D, m + k]
+        axes = torch.linalg.qr(filled[:, :rank]).Q  # [D, k]
+    weight = axes.T @ weight  # [k, m]
     weight /= at_least_tiny((shared.rows @ weight.T).norm(dim=1).mean())
     return ImageMap(axes, weight, -weight @ shared.mean)
 
