@@ -18,45 +18,35 @@ set. Prompts come from its prompts/, or the text encoder adds them there once.
 
 import argparse
 import itertools
-import math
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import vlm
-from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, cost_ratio, trained_by_batches
+from hyma.answer import answer, print_table
+from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, trained_by_batches
 from hyma.embeddings import Embeddings, choose_pairs, split_rows, unique
+from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import provenance, run_script
+from hyma.gallery import make_gallery
+from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import (
     INTERVAL,
-    METRICS,
     TaskScores,
     best_pairs,
     bootstrap_scores,
     draw_seed_weights,
-    fidelity,
     pair_name,
     resample,
     true_scores,
 )
-from hyma.records import (
-    Estimate,
-    EvaluationResult,
-    MethodResult,
-    OwnConnectors,
-    best_first,
-    make_gallery,
-    method_rows,
-    write_records,
-)
-from hyma.report import describe_choice, draw_report, format_number, teraflop
+from hyma.report import save_report
 from hyma.runs import newest_finished_run, read_run
-from hyma.selectors import SelectionMethod, run_selectors, selector_rows
+from hyma.selectors import run_selectors, selector_rows
 from hyma.tasks import KINDS, WeightsMissing, image_inputs, open_tasks, prepare_inputs, score, text_inputs
 from vlm import BadInput
 
@@ -72,6 +62,8 @@ def parse_flags():
     about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
     add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
     add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
+    about = "where the gallery's pictures lie (default: where the embedding folder's manifest says)"
+    add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
     add("--templates", default="1", help="prompts per class: 1, 80 or a file of lines with {} (default: %(default)s)")
     add(
@@ -192,69 +184,6 @@ def pairs_to_compare(data, runs, oracle_folders):
             message = f"{run.folder}: has no {pair_name(missing[0])} ({len(missing)} pairs missing of {len(pairs)})"
             raise BadInput(f"{message}; compare runs of the same pairs")
     return pairs
-
-
-def group_runs(runs, pairs, oracle_folders=()):
-    """The runs as [SelectionMethod]: runs that differ only in their seed are one method.
-
-    A seed that --oracle names and one that it does not name are two methods. Methods of the same label have their folders
-    in their names.
-    """
-    groups = []
-    for run in runs:
-        for group in groups:
-            if is_other_seed(run, group, oracle_folders):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    labels = Counter(group[0].method for group in groups)
-    methods = []
-    for group in groups:
-        first = group[0]
-        name = f"{first.method} ({first.folder})" if labels[first.method] > 1 else first.method
-        preferences = np.array([[-run.ranks[pair] for pair in pairs] for run in group], dtype=float)  # [S, P]
-        methods.append(SelectionMethod(name, preferences, group, {}))
-    return methods
-
-
-def is_other_seed(run, group, oracle_folders):
-    """Whether a run is another seed of the method of these runs."""
-    same_recipe = run.recipe == group[0].recipe
-    same_role = (str(run.folder) in oracle_folders) == (str(group[0].folder) in oracle_folders)
-    return same_recipe and same_role and run.seed not in [other.seed for other in group]
-
-
-def choose_oracle(methods, oracle_folders):
-    """(the method whose connectors have the true scores, the method whose choice is the answer, warnings).
-
-    oracle_folders: those of --oracle. Without them the oracle is a full grid, one with connectors as deep as the first
-    run's if there is one; without a full grid it is the first run itself.
-    """
-    oracles = [method for method in methods if can_be_oracle(method, oracle_folders)]
-    if len(oracles) > 1 and oracle_folders:
-        folders = " ".join(sorted(oracle_folders))
-        raise BadInput(f"--oracle {folders}: must be seeds of one method, the same flags otherwise")
-    primary = next((method for method in methods if method not in oracles), methods[0])
-    if oracles:
-        depth = primary.runs[0].hidden_layers
-        as_deep = [method for method in oracles if method.runs[0].hidden_layers == depth]
-        return (as_deep or oracles)[0], primary, []
-    if primary.trained:
-        warning = (
-            f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
-            "runs of train_grid.py with its whole budget, or name others with --oracle"
-        )
-    else:
-        warning = f"{primary.name}: only the evaluated rows rank these connectors, so the best one's score is too high"
-    return primary, primary, [warning]
-
-
-def can_be_oracle(method, oracle_folders):
-    """Whether --oracle names all runs of a method or, without --oracle, whether they are full grids."""
-    if oracle_folders:
-        return all(str(run.folder) in oracle_folders for run in method.runs)
-    return all(run.full_grid for run in method.runs)
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -411,59 +340,6 @@ def warn_at_chance(task, oracle, seed_weights):
     return [f"{task.name}: {message}; do captions and pictures belong together?"]
 
 
-def evaluate_methods(task, methods, oracle, seed_weights):
-    """[MethodResult]: how well each method's preference finds the truly best pairs of a task, and, of a run, how its own
-    connectors compare with the oracle's.
-
-    task: TaskScores. seed_weights: {method: [R, S]}. A metric is the mean over the method's seeds; its 95 % interval is
-    over resamples of the task's rows and of the seeds of oracle and method.
-    """
-    truth = true_scores(task, oracle)  # [P]
-    resampled = bootstrap_scores(task, oracle, seed_weights)  # [R, P]
-    results = []
-    for method in methods:
-        own = OwnConnectors()
-        if method.runs:
-            own = compare_connectors(task.scores[method.name], method.preferences, truth)
-        chosen = []
-        for preference in method.preferences:
-            chosen += best_pairs(preference)
-        result = MethodResult(
-            task=task.name,
-            method=method.name,
-            kind="run" if method.runs else "selector",
-            seeds=len(method.runs),
-            chosen=unique(chosen),
-            fidelity=estimate_fidelity(truth, resampled, method.preferences, seed_weights[method.name]),
-            own=own,
-        )
-        results.append(result)
-    return results
-
-
-def estimate_fidelity(truth, resampled, preferences, seed_weights):
-    """{metric: Estimate}. truth [P], resampled [R, P]: true scores. preferences [S, P]. seed_weights [R, S]."""
-    of_truth = [fidelity(truth[None], preference) for preference in preferences]
-    of_resamples = [fidelity(resampled, preference) for preference in preferences]
-    of_random_order = fidelity(truth[None], np.zeros(len(truth)))
-    estimates = {}
-    for metric in METRICS:
-        value = np.mean([seed[metric][0] for seed in of_truth])
-        by_seed = np.stack([seed[metric] for seed in of_resamples], axis=1)  # [R, S]
-        low, high = np.percentile((seed_weights * by_seed).sum(1), INTERVAL)
-        estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
-    return estimates
-
-
-def compare_connectors(scores, preferences, truth):
-    """The OwnConnectors of a run. scores, preferences: [S, P]. truth: [P]."""
-    gap = scores.mean(0) - truth  # [P]
-    best_third = best_first(truth)[: math.ceil(len(truth) / 3)]
-    first = preferences == preferences.max(1, keepdims=True)  # [S, P]; ties for the first place share it
-    of_choice = (scores * first / first.sum(1, keepdims=True)).sum(1)  # [S]
-    return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
-
-
 def costs_of(methods, oracle, pairs, data):
     """{method: Cost}, at the batch size and updates of the oracle for comparison, or else of the first run that has them."""
     ledgers = [run.ledger for method in (oracle, *methods) for run in method.runs if run.ledger]
@@ -480,101 +356,6 @@ def costs_of(methods, oracle, pairs, data):
         else:
             costs[method.name] = Cost()
     return costs
-
-
-# ---------------------------------------------------------------------------------------------------------- printed
-
-
-def print_table(result):
-    """One line per method, as the trainers print their rankings."""
-    task, oracle = result.headline, result.oracle
-    base = result.costs[oracle.name]
-    wide = max(len(method.name) for method in result.methods)
-    heads = "regret, points (95 %)  top-1  recall@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
-    print(f"\n{task.name}, {task.counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
-    print(f"{'':{wide}}  {heads}")
-    for each in result.method_results[0]:
-        cost, regret = result.costs[each.method], each.fidelity["regret"]
-        interval = f"{regret.value:6.2f} ({regret.low:.2f} to {regret.high:.2f})"
-        metrics = ""
-        for metric, width in (("top1", 7), ("recall3", 10), ("ndcg3", 8), ("spearman", 10), ("tau", 7)):
-            metrics += f"{each.fidelity[metric].value:{width}.2f}"
-        ratio = format_number(cost_ratio(cost, base, "flops_equal_batch"), 3)
-        spent = f"{teraflop(cost.flops):>9}{format_number(cost.seconds, 1):>9}{ratio:>10}"
-        choice = describe_choice(list(map(result.pair_name, each.chosen)), each.seeds)
-        print(f"{each.method:{wide}}  {interval:21}{metrics}{spent}  {choice}")
-
-
-def answer(result):
-    """One sentence: the pair to stitch, how certain that is, what the search cost."""
-    clauses = [describe_pair(result), describe_certainty(result), *describe_others(result)]
-    if result.primary.trained:
-        clauses.append(describe_cost(result))
-    return "; ".join(clauses) + "."
-
-
-def describe_pair(result):
-    """The pair, which method chose it, and what its connector scores."""
-    task, primary = result.headline, result.primary
-    image, text = result.pairs[result.chosen]
-    pair = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers})"
-    own = task.scores[primary.name][0, result.chosen]
-    scores = f"its connector scores {100 * own:.1f} % on {task.name} ({KINDS[task.kind].headline})"
-    if not primary.trained:
-        return f"{pair}, the best of {primary.name}: {scores}"
-    ties = len(best_pairs(primary.preferences.mean(0))) - 1
-    tied = f" (tied with {ties} more)" if ties else ""
-    return f"{pair}, the choice of {primary.name}{tied}: {scores}"
-
-
-def describe_certainty(result):
-    """In how many resamples the pair is truly the best, and how far behind the best it is otherwise."""
-    task, oracle, chosen = result.headline, result.oracle, result.chosen
-    truth = result.true_scores(task)  # [P]
-    resampled = result.bootstrap_scores(task)  # [R, P]
-    is_best = resampled == resampled.max(1, keepdims=True)
-    percent = 100 * (is_best[:, chosen] / is_best.sum(1)).mean()  # pairs that tie share a resample
-    by = "its own connectors"
-    if oracle is not result.primary:
-        seeds = f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
-        by = f"the connectors of {oracle.name}{seeds}"
-    clause = f"by {by}, the pair is the best of {len(truth)} in {percent:.0f} % of resamples of {task.counted}"
-    best = int(truth.argmax())
-    if truth[chosen] == truth[best]:
-        return clause
-    return f"{clause}, {100 * (truth[best] - truth[chosen]):.1f} points below {result.pair_name(best)}"
-
-
-def describe_others(result):
-    """The pairs that are clearly better, and those that noise does not separate from the chosen one: one clause each."""
-    chosen = result.chosen
-    resampled = result.bootstrap_scores(result.headline)  # [R, P]
-    low, high = np.percentile(resampled - resampled[:, [chosen]], INTERVAL, axis=0)  # [P] the others minus the chosen
-    better, alike = [], []
-    for k in best_first(result.true_scores(result.headline)):
-        if k == chosen:
-            continue
-        if low[k] > 0:
-            better.append(result.pair_name(k))
-        elif high[k] >= 0:
-            alike.append(result.pair_name(k))
-    clauses = []
-    for words, pairs in (("clearly better", better), ("within noise", alike)):
-        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-        if pairs:
-            clauses.append(f"{words}: {', '.join(pairs[:3])}{more}")
-    return clauses
-
-
-def describe_cost(result):
-    """What the search cost, and its ratio to the oracle's cost."""
-    primary, oracle = result.primary, result.oracle
-    cost = result.costs[primary.name]
-    ratio = cost_ratio(cost, result.costs[oracle.name], "flops_equal_batch")
-    clause = f"{teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
-    if not ratio or oracle is primary:
-        return clause
-    return f"{clause}, {ratio:.2g}x of {oracle.name} at equal batch size"
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -647,23 +428,26 @@ def main():
         warnings=warnings,
     )
 
-    # Records, from which the report is drawn.
+    gallery = make_gallery(result, tasks, flags.pictures)
+    warnings += gallery.warnings
+
+    # Records, and the report that is drawn from them.
     sentence = answer(result)
     results = {
         "answer": sentence,
         "warnings": warnings,
         "oracle": oracle.name,
         "results": records,
-        "methods": method_rows(result),
         "runs": {str(run.folder): run.config for run in runs},
         "made": provenance(flags.device),
     }
-    write_records(flags.out, result, make_gallery(result, tasks), results)
-    draw_report(flags.out)
+    save_report(flags.out, result, gallery, results)
 
     print_table(result)
     for line in warnings:
         print(f"warning: {line}")
+    if gallery.note:
+        print(gallery.note)
     print(f"\n{sentence}")
     print(f"connector: {primary.runs[0].connector(*pairs[result.chosen])}\nreport: {flags.out / 'report.html'}")
 

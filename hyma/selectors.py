@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from hyma.closed_form import regularised
 from hyma.costs import NO_COST, flop_counter
 from hyma.embeddings import RowStore, unique
+from hyma.methods import SelectionMethod
 from hyma.metrics import Retrieval, mean_recalls
 from vlm import BadInput
 
@@ -26,20 +26,6 @@ COMPONENTS = 100  # leading principal components that canonical correlations are
 STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
 ANCHORS_KEPT = 100  # relative representations: similarities to anchors that a row keeps
 POWER = 8  # and their exponent
-
-
-class SelectionMethod(NamedTuple):
-    """A way to choose a pair: a run of one or more seeds, or a selector. S seeds (1 of a selector), P pairs."""
-
-    name: str
-    preferences: np.ndarray  # [S, P] one row per seed: higher is better, equals are ties
-    runs: list  # [S] a Run of each seed; none of a selector
-    cost: dict  # of a selector: {"flops", "seconds", "rows"}; empty of runs, whose ledgers have it
-
-    @property
-    def trained(self):
-        """Whether it is a run with a ledger: neither a selector nor connectors alone."""
-        return bool(self.runs and self.runs[0].ledger)
 
 
 def run_selectors(data, pairs, rows, device):

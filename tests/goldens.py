@@ -301,7 +301,7 @@ class Recorder:
         os.environ.pop("COLUMNS", None)  # progress bars are cut to it
         # a copy, as evaluate.py adds prompts to the embeddings that it reads
         shutil.copytree(SAMPLE / "embeddings", self.folder / "sample" / "embeddings")
-        (self.folder / "sample" / "images").symlink_to(SAMPLE / "images")
+        shutil.copytree(SAMPLE / "images", self.folder / "sample" / "images")  # a report shows no picture through a link
         (self.folder / "planted").mkdir()
         write_planted(self.folder / "planted")
         (self.folder / "weights").symlink_to(next(iter(real_weights().values())).parent)
@@ -378,7 +378,7 @@ def steady(value):
     if isinstance(value, list):
         return [steady(item) for item in value]
     if isinstance(value, dict):
-        left_out = {"seconds", "peak_bytes", "versions", "commit", "started", "made", "methods"}
+        left_out = {"seconds", "peak_bytes", "versions", "commit", "started", "made", "methods", "checksums"}
         left_out |= {"device"} if "commit" in value else set()
         return {masked(key): steady(item) for key, item in value.items() if key not in left_out}
     return masked(value) if isinstance(value, str) else value

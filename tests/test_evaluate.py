@@ -10,10 +10,11 @@ from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of
 
 import evaluate
 import vlm
+from hyma.evaluation import evaluate_methods
 from hyma.files import read_jsonl, sha256_file, write_json
+from hyma.methods import SelectionMethod, group_runs
 from hyma.metrics import TaskScores, draw_seed_weights, resample
 from hyma.runs import read_run
-from hyma.selectors import SelectionMethod
 from hyma.tasks import image_inputs, score, text_inputs
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -115,7 +116,7 @@ def test_intervals_are_over_seeds_too():
     scores = TaskScores("t", "", "", "", 0.0, {"oracle": values.mean(-1)}, resample({"oracle": values}, 400, ""))
     second = SelectionMethod("second", orders[1:], [], {})
     seed_weights = draw_seed_weights([oracle, second], 400)
-    both, other = evaluate.evaluate_methods(scores, [oracle, second], oracle, seed_weights)
+    both, other = evaluate_methods(scores, [oracle, second], oracle, seed_weights)
     regret = both.fidelity["regret"]
     assert regret.value == pytest.approx(12.5)  # truth 0.5 and 0.25; one seed chooses each
     # A seed drawn twice chooses rightly by its own truth, but not one who always takes the second pair.
@@ -143,7 +144,7 @@ def test_seeds_are_one_method_and_names_differ(runs):
         like(grid, "b", 0, "grid mlp0, FLOPs of hyma", budget_of="a run"),
         like(grid, "b1", 1, "grid mlp0, FLOPs of hyma-1", budget_of="a run"),
     ]
-    methods = evaluate.group_runs(several, pairs)
+    methods = group_runs(several, pairs)
     assert [len(method.runs) for method in methods] == [2, 2, 1, 1, 2]
     names = [method.name for method in methods]
     assert len(set(names)) == 5 and names[0] == "hyma factored mlp0" and names[4] == "grid mlp0, FLOPs of hyma"

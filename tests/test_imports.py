@@ -10,8 +10,14 @@ from helpers import ROOT
 # Within hyma a module imports only what stands after it.
 HYMA = [
     "report",
+    "answer",
+    "figures",
+    "plotting",
+    "gallery",
     "records",
+    "evaluation",
     "selectors",
+    "methods",
     "tasks",
     "hypernetworks",
     "free_connectors",

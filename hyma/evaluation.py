@@ -1,0 +1,192 @@
+"""The result of an evaluation: how well each method chooses, by the true scores, and that as tables.
+
+P pairs, S seeds of a method, R bootstrap resamples. True scores are the oracle's, 0 to 1; regret and gaps are in points.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata
+
+from hyma.embeddings import unique
+from hyma.methods import SelectionMethod
+from hyma.metrics import INTERVAL, METRICS, best_pairs, bootstrap_scores, fidelity, pair_name, true_scores
+
+
+class Estimate(NamedTuple):
+    """One metric of a method's preference: its mean over the seeds, and what to compare that with."""
+
+    value: float
+    low: float  # 95 % bootstrap interval, over rows and seeds
+    high: float
+    random: float  # what a random order has
+
+
+class OwnConnectors(NamedTuple):
+    """How good a run's own connectors are compared with the oracle's, in points, the mean over its seeds. None of a selector."""
+
+    own_score: float | None = None  # of the pair that it chose
+    gap_all: float | None = None  # own score minus the oracle's, mean of all pairs
+    gap_top_third: float | None = None  # mean of the truly best third
+
+
+class MethodResult(NamedTuple):
+    """How well a method chooses on a task."""
+
+    task: str
+    method: str
+    kind: str  # "run" or "selector"
+    seeds: int  # 0 of a selector
+    chosen: list  # indices of the pairs that it ranks first, of every seed
+    fidelity: dict  # metric, a key of METRICS -> Estimate
+    own: OwnConnectors
+
+
+class EvaluationResult(NamedTuple):
+    """All that a report is made from."""
+
+    pairs: list  # [P] (image, text)
+    methods: list  # of SelectionMethod
+    oracle: SelectionMethod  # whose connectors have the true scores
+    primary: SelectionMethod  # whose choice is the answer
+    chosen: int  # the index of that pair
+    tasks: list  # of TaskScores, the headline's first
+    resamples: int  # R
+    seed_weights: dict  # method -> [R, S] weights of its seeds in each resample
+    method_results: list  # for each of `tasks`, [MethodResult] of the methods
+    costs: dict  # method -> Cost
+    spectra: dict  # (image, text) -> canonical correlations, largest first; empty without selectors
+    warnings: list  # lines
+
+    @property
+    def headline(self):
+        """The TaskScores that the answer is about."""
+        return self.tasks[0]
+
+    def pair_name(self, k):
+        return pair_name(self.pairs[k])
+
+    def true_scores(self, task):
+        """[P], 0 to 1."""
+        return true_scores(task, self.oracle)
+
+    def bootstrap_scores(self, task):
+        """[R, P], 0 to 1."""
+        return bootstrap_scores(task, self.oracle, self.seed_weights)
+
+
+# --------------------------------------------------------------------------------------------- how well methods choose
+
+
+def evaluate_methods(task, methods, oracle, seed_weights):
+    """[MethodResult]: how well each method's preference finds the truly best pairs of a task, and, of a run, how its own
+    connectors compare with the oracle's.
+
+    task: TaskScores. seed_weights: {method: [R, S]}. A metric is the mean over the method's seeds; its 95 % interval is
+    over resamples of the task's rows and of the seeds of oracle and method.
+    """
+    truth = true_scores(task, oracle)  # [P]
+    resampled = bootstrap_scores(task, oracle, seed_weights)  # [R, P]
+    results = []
+    for method in methods:
+        own = OwnConnectors()
+        if method.runs:
+            own = compare_connectors(task.scores[method.name], method.preferences, truth)
+        chosen = []
+        for preference in method.preferences:
+            chosen += best_pairs(preference)
+        result = MethodResult(
+            task=task.name,
+            method=method.name,
+            kind="run" if method.runs else "selector",
+            seeds=len(method.runs),
+            chosen=unique(chosen),
+            fidelity=estimate_fidelity(truth, resampled, method.preferences, seed_weights[method.name]),
+            own=own,
+        )
+        results.append(result)
+    return results
+
+
+def estimate_fidelity(truth, resampled, preferences, seed_weights):
+    """{metric: Estimate}. truth [P], resampled [R, P]: true scores. preferences [S, P]. seed_weights [R, S]."""
+    of_truth = []  # [S] {metric: [1]}
+    of_resamples = []  # [S] {metric: [R]}
+    for preference in preferences:
+        of_truth.append(fidelity(truth[None], preference))
+        of_resamples.append(fidelity(resampled, preference))
+    of_random_order = fidelity(truth[None], np.zeros(len(truth)))
+    estimates = {}
+    for metric in METRICS:
+        value = np.mean([seed[metric][0] for seed in of_truth])
+        by_seed = np.stack([seed[metric] for seed in of_resamples], axis=1)  # [R, S]
+        low, high = np.percentile((seed_weights * by_seed).sum(1), INTERVAL)
+        estimates[metric] = Estimate(value, low, high, of_random_order[metric][0])
+    return estimates
+
+
+def compare_connectors(scores, preferences, truth):
+    """The OwnConnectors of a run. scores [S, P], 0 to 1. preferences [S, P]. truth [P], 0 to 1."""
+    gap = scores.mean(0) - truth  # [P]
+    best_third = best_first(truth)[: math.ceil(len(truth) / 3)]
+    first = preferences == preferences.max(1, keepdims=True)  # [S, P]; ties for the first place share it
+    of_choice = (scores * first / first.sum(1, keepdims=True)).sum(1)  # [S]
+    return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
+
+
+def best_first(truth):
+    """The indices of the pairs, truly best first. truth: [P]."""
+    return np.argsort(-truth, kind="stable").tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- as tables
+
+
+def ranking_rows(result):
+    """ranking.csv: a row for each task and pair, truly best first: true score in points, its interval, every method's rank, and
+    the score of every run's own connector."""
+    ranks = {}
+    for method in result.methods:
+        ranks[f"rank by {method.name}"] = rankdata(-method.preferences.mean(0))
+    rows = []
+    for task in result.tasks:
+        truth = 100 * result.true_scores(task)  # [P]
+        low, high = np.percentile(100 * result.bootstrap_scores(task), INTERVAL, axis=0)  # [P]
+        columns = {"true_rank": rankdata(-truth), "true_score": truth, "low": low, "high": high} | ranks
+        for name, scores in task.scores.items():
+            columns[f"score of {name}"] = 100 * scores.mean(0)  # [P]
+        for k in best_first(truth):
+            image, text = result.pairs[k]
+            row = {"task": task.name, "image": image, "text": text}
+            for name, values in columns.items():
+                row[name] = round(values[k], 3)
+            rows.append(row)
+    return rows
+
+
+def method_rows(result):
+    """selectors.csv: a row for each task and method, runs and selectors alike, with every metric and cost."""
+    rows = []
+    for method_results in result.method_results:
+        for each in method_results:
+            row = {
+                "task": each.task,
+                "method": each.method,
+                "kind": each.kind,
+                "seeds": each.seeds,
+                "chosen": " ".join(map(result.pair_name, each.chosen)),
+            }
+            for metric, estimate in each.fidelity.items():
+                row[metric] = estimate.value
+                row[f"{metric}_low"] = estimate.low
+                row[f"{metric}_high"] = estimate.high
+                row[f"{metric}_random"] = estimate.random
+            row |= each.own._asdict() | result.costs[each.method]._asdict()
+            rows.append({key: rounded(value) for key, value in row.items()})
+    return rows
+
+
+def rounded(value):
+    """A float, numpy's too, to six decimals; any other value as it is."""
+    return round(float(value), 6) if isinstance(value, float) else value

@@ -1,0 +1,429 @@
+"""The figures of a report, each once: the rows that it saves, and how it is drawn from the saved rows.
+
+To add a figure, add one class to this file, with `@register`. Its `save` makes the rows of its CSV from an
+EvaluationResult; its `draw` reads them back from the records, and nothing else. A figure with a section stands under that
+heading of the page, once for the report; one without stands under each task. The page has them in the order of this file.
+A figure without rows is left out.
+"""
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from scipy.stats import rankdata
+
+from hyma.embeddings import unique
+from hyma.files import read_jsonl
+from hyma.metrics import best_pairs, fidelity, mean_recalls, pair_name
+from hyma.plotting import COLOURS, draw_lines, legend_below, method_style, pair_styles, panels, shorten
+from vlm import BadInput
+
+FIGURES = {}  # kind -> its class
+
+
+def register(figure):
+    FIGURES[figure.kind] = figure
+    return figure
+
+
+class FigureData(NamedTuple):
+    """What a figure shows."""
+
+    name: str  # of its files: <name>.csv, <name>.png
+    rows: list  # of its CSV: dicts of the same keys
+    details: dict = {}  # what else its drawing needs: a part of results.json
+    further_tables: dict = {}  # {file name: rows}
+
+
+def save_figures(result):
+    """({file name: rows} of all figures that have something to show, for each what results.json says of it: its `facts`)."""
+    tables = {}
+    listed = []
+    for kind, task, figure in list_figures(result):
+        if not figure.rows:
+            continue
+        own = {f"{figure.name}.csv": figure.rows} | figure.further_tables
+        tables |= own
+        listed.append({"name": figure.name, "kind": kind, "task": task, "tables": list(own)} | figure.details)
+    return tables, listed
+
+
+def list_figures(result):
+    """[(kind, the name of its task or None, FigureData)], in the page's order."""
+    found = []
+    for place, task in enumerate(result.tasks):
+        for kind, figure in FIGURES.items():
+            if figure.section is None:
+                found += [(kind, task.name, data) for data in figure.save(result, place)]
+    for kind, figure in FIGURES.items():
+        if figure.section is not None:
+            found.append((kind, None, figure.save(result)))
+    return found
+
+
+def draw_figure(records, facts):
+    """(matplotlib's figure, its caption, the heading it stands under or None). facts: what results.json says of it."""
+    figure = FIGURES.get(facts["kind"])
+    if figure is None:
+        raise BadInput(f"{records.folder}: has a figure of an unknown kind, {facts['kind']!r}; run evaluate.py again")
+    drawing, caption = figure.draw(records, facts)
+    return drawing, caption, figure.section
+
+
+# ----------------------------------------------------------------------------------------------- under each task
+
+
+@register
+class CostAgainstRegret:
+    """Regret with its interval over FLOPs, without and, where they are known, with those of embedding."""
+
+    kind = "cost-regret"
+    section = None
+
+    @staticmethod
+    def save(result, place):
+        """A row per method. Connectors alone have no FLOPs; nothing is shown where no method has any."""
+        rows = []
+        for each in result.method_results[place]:
+            cost, regret = result.costs[each.method], each.fidelity["regret"]
+            if cost.flops is None:
+                continue
+            row = {
+                "task": each.task,
+                "method": each.method,
+                "kind": each.kind,
+                "regret": regret.value,
+                "regret_low": regret.low,
+                "regret_high": regret.high,
+                "regret_random": regret.random,
+                "flops": cost.flops,
+                "flops_with_embedding": cost.flops_with_embedding,
+            }
+            rows.append(row)
+        if not any(row["flops"] for row in rows):
+            rows = []
+        return [FigureData(f"cost-regret-{place}", rows)]
+
+    @staticmethod
+    def draw(records, facts):
+        numbers = ("regret", "regret_low", "regret_high", "regret_random", "flops", "flops_with_embedding")
+        rows = records.read_table(f"{facts['name']}.csv", ("method", "kind"), numbers)
+        keys = {"search alone": "flops"}
+        if all(row["flops_with_embedding"] is not None for row in rows):
+            keys["with embedding"] = "flops_with_embedding"
+        figure, axes = panels(len(keys), 2, 3.4 + 2.6 / len(keys), 4.2, sharey=True)
+        for axis, (title, key) in zip(axes, keys.items()):
+            spent = np.array([row[key] for row in rows]) / 1e12  # TFLOP
+            least, most = spent[spent > 0].min(), spent.max()
+            for row, own in zip(rows, spent):
+                draw_regret(axis, row, own, least, method_style(records, row["method"]))
+            axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if most > 30 * least else (1, 2, 5)))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_xlabel(f"TFLOP, {title}")
+        axes[0].set_ylabel("regret, points")
+        axes[0].set_ylim(bottom=-0.04 * axes[0].get_ylim()[1])
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+        caption = (
+            f"{facts['task']}: the regret of each method against its cost (log axis; down and left is better). "
+            "Bars: 95 % bootstrap interval. Filled: runs; open: selectors, which train nothing."
+        )
+        return figure, caption
+
+
+def draw_regret(axis, row, spent, least, style):
+    """One method's marker and interval; one that costs nothing is left of the least cost. spent, least: TFLOP."""
+    below = max(0, row["regret"] - row["regret_low"])
+    above = max(0, row["regret_high"] - row["regret"])
+    style |= {"ls": "none", "ms": 8, "elinewidth": 1}
+    if row["kind"] == "selector":
+        style["mfc"] = "white"
+    if not spent:
+        style["label"] += " (no FLOPs)"
+    axis.errorbar(spent or least / 4, row["regret"], [[below], [above]], capsize=2, **style)
+
+
+@register
+class Ranks:
+    """One panel per method: the rank that it gives a pair over the pair's true rank, on the first task."""
+
+    kind = "ranks"
+    section = None
+
+    @staticmethod
+    def save(result, place):
+        """A row per method and pair, of every method that does not tie them all."""
+        if place > 0:
+            return []
+        truth = rankdata(-result.true_scores(result.headline))  # [P]
+        rows = []
+        for method in result.methods:
+            if not np.ptp(method.preferences):
+                continue
+            ranks = rankdata(-method.preferences.mean(0))  # [P]
+            for (image, text), true, rank in zip(result.pairs, truth, ranks):
+                rows.append({"method": method.name, "image": image, "text": text, "true_rank": true, "rank": rank})
+        return [FigureData(f"ranks-{place}", rows)]
+
+    @staticmethod
+    def draw(records, facts):
+        rows = records.read_table(f"{facts['name']}.csv", ("method",), ("true_rank", "rank"))
+        methods = unique(row["method"] for row in rows)
+        figure, axes = panels(len(methods), 4, 2.2, 2.35, sharex=True, sharey=True)
+        for axis, method in zip(axes, methods):
+            truth, ranks = np.array([(row["true_rank"], row["rank"]) for row in rows if row["method"] == method]).T
+            best = ranks == ranks.min()
+            axis.plot([1, len(ranks)], [1, len(ranks)], color="grey", lw=0.8, ls=":")
+            axis.scatter(truth[~best], ranks[~best], s=22, color=COLOURS[0], alpha=0.7, linewidths=0)
+            axis.scatter(truth[best], ranks[best], s=46, color=COLOURS[1], marker="D")
+            axis.set_title(textwrap.fill(method, 26), fontsize=8)
+        figure.supxlabel("true rank (1: the best)", fontsize=9)
+        figure.supylabel("rank given", fontsize=9)
+        caption = (
+            f"{facts['task']}: the true rank of every pair and the rank that each method gives it; ties have their average "
+            "rank. Diamond: the pair that the method chose."
+        )
+        return figure, caption
+
+
+@register
+class Heatmap:
+    """The oracle's score of every pair, a run's, and the difference, in points: images down, texts across."""
+
+    kind = "heatmap"
+    section = None
+
+    @staticmethod
+    def save(result, place):
+        """One for each run on the first task, and on the others one for the run whose choice is the answer."""
+        methods = [result.primary]
+        if place == 0:
+            runs = [method for method in result.methods if method.runs and method is not result.oracle]
+            methods = runs or [result.oracle]
+        task = result.tasks[place]
+        oracle = 100 * task.scores[result.oracle.name].mean(0)  # [P]
+        figures = []
+        for k, method in enumerate(methods):
+            run = 100 * task.scores[method.name].mean(0)  # [P]
+            values = np.stack([oracle, run, run - oracle], axis=1).round(3).tolist()  # [P, 3]
+            rows = []
+            for (image, text), (of_oracle, of_run, difference) in zip(result.pairs, values):
+                row = {"image": image, "text": text}
+                rows.append(row | {"oracle": of_oracle, "run": of_run, "difference": difference})
+            details = {
+                "method": method.name,
+                "best": pairs_at(result, best_pairs(oracle.round(7))),
+                "chosen": pairs_at(result, best_pairs(method.preferences.mean(0))),
+            }
+            figures.append(FigureData(f"heatmap-{place}-{k}", rows, details))
+        return figures
+
+    @staticmethod
+    def draw(records, facts):
+        rows = records.read_table(f"{facts['name']}.csv", ("image", "text"), ("oracle", "run", "difference"))
+        oracle, method = records.results["oracle"], facts["method"]
+        images = unique(row["image"] for row in rows)
+        texts = unique(row["text"] for row in rows)
+        grids = {}  # key -> [images, texts], NaN where a pair is missing
+        for key in ("oracle", "run", "difference"):
+            grids[key] = np.full((len(images), len(texts)), np.nan)
+            for row in rows:
+                grids[key][images.index(row["image"]), texts.index(row["text"])] = row[key]
+
+        longest_down = max(map(len, map(shorten, images)))
+        longest_across = max(map(len, map(shorten, texts)))
+        upright = longest_across > 9
+        wide = 0.075 * longest_down + 3 * (0.7 * max(3, len(texts)) + 0.2)
+        tall = 0.75 + 0.36 * len(images) + (0.075 * longest_across if upright else 0.2)
+        figure = Figure(figsize=(wide, tall), layout="constrained")
+
+        scores = np.stack([grids["oracle"], grids["run"]])
+        most = max(1e-9, np.nanmax(np.abs(grids["difference"])))
+        of_scores = {"cmap": "cividis", "vmin": np.nanmin(scores), "vmax": np.nanmax(scores)}
+        of_difference = {"cmap": "PuOr", "vmin": -most, "vmax": most}
+        shown = (
+            (f"oracle: {oracle}", "oracle", facts["best"], of_scores, "{:.1f}"),
+            (method, "run", facts["chosen"], of_scores, "{:.1f}"),
+            ("difference", "difference", [], of_difference, "{:+.1f}"),
+        )
+        for axis, (title, key, boxed, colours, form) in zip(figure.subplots(1, 3, sharey=True), shown):
+            cells = axis.imshow(grids[key], aspect="auto", **colours)
+            write_cells(axis, grids[key], cells, form)
+            for image, text in boxed:
+                corner = texts.index(text) - 0.47, images.index(image) - 0.47
+                axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=COLOURS[1], lw=2.5))
+            axis.set_title(textwrap.fill(title, 9 * max(3, len(texts))), fontsize=9)
+            axis.set_xticks(range(len(texts)), list(map(shorten, texts)), rotation=90 if upright else 0, fontsize=8)
+            axis.set_yticks(range(len(images)), list(map(shorten, images)), fontsize=8)
+            axis.tick_params(length=0)
+        caption = (
+            f"{facts['task']}, score in % of every pair: {oracle} (the oracle), {method}, and the difference in points. "
+            "Boxed: the oracle's best pair, and the pair that the run chose."
+        )
+        return figure, caption
+
+
+def pairs_at(result, places):
+    """The pairs as results.json has them, [image, text]."""
+    return [list(result.pairs[k]) for k in places]
+
+
+def write_cells(axis, grid, cells, form):
+    """The number in each cell, black on light colours and white on dark ones."""
+    for (i, j), value in np.ndenumerate(grid):
+        if np.isnan(value):
+            continue
+        brightness = np.dot(cells.cmap(cells.norm(value))[:3], (0.3, 0.59, 0.11))
+        text = form.format(round(value, 1) + 0.0)  # + 0.0: no minus before a zero
+        colour = "black" if brightness > 0.5 else "white"
+        axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+
+
+# ----------------------------------------------------------------------------------------------- once for the report
+
+
+@register
+class RankingOverEpochs:
+    """One panel per run: the rank of every pair at each validation of its first seed. Last: the regret of the leading pair."""
+
+    kind = "ranking-over-epochs"
+    section = "Over the epochs"
+
+    @staticmethod
+    def save(result):
+        """A row per run, validation and pair; in a second table, one per run and validation, regret in points."""
+        truth = result.true_scores(result.headline)[None]  # [1, P]
+        names = [pair_name(pair) for pair in result.pairs]
+        ranking, regrets = [], []
+        for method, validations in validations_of(result).items():
+            for validation in validations:
+                columns = {"method": method, "epoch": validation["epoch"]}
+                recall10 = {}  # pair -> mean of both directions; a pair that successive halving has dropped is not there
+                for pair, six in validation["recalls"].items():
+                    if pair in names:
+                        recall10[pair] = mean_recalls(six)[2]
+                ranks = rankdata(-np.array(list(recall10.values())))
+                for pair, rank in zip(recall10, ranks):
+                    ranking.append(columns | {"pair": pair, "rank": rank})
+                preference = np.array([recall10.get(name, -1.0) for name in names])  # [P], dropped pairs last
+                regrets.append(columns | {"regret": fidelity(truth, preference)["regret"][0]})
+        return FigureData("ranking-over-epochs", ranking, further_tables={"regret-over-epochs.csv": regrets})
+
+    @staticmethod
+    def draw(records, facts):
+        ranking, regret = facts["tables"]
+        rows = records.read_table(ranking, ("method", "pair"), ("epoch", "rank"))
+        regrets = records.read_table(regret, ("method",), ("epoch", "regret"))
+        methods = unique(row["method"] for row in rows)
+        styles = pair_styles(records)
+        figure, (*axes, last) = panels(len(methods) + 1, 3 if len(methods) > 3 else 4, 2.5, 2.7)
+        for axis, method in zip(axes, methods):
+            own = [row for row in rows if row["method"] == method]
+            draw_lines(axis, own, "epoch", "rank", "pair", styles)
+            axis.set_ylim(len(styles) + 0.5, 0.5)
+            axis.set_title(textwrap.fill(method, 34), fontsize=8)
+            axis.set_xlabel("epoch", fontsize=8)
+        of_methods = {method: method_style(records, method) for method in methods}
+        draw_lines(last, regrets, "epoch", "regret", "method", of_methods)
+        axes[0].set_ylabel("rank by validation R@10", fontsize=8)
+        last.set_title("regret of the leading pair, points", fontsize=8)
+        last.set_xlabel("epoch", fontsize=8)
+        last.legend(fontsize=6.5, frameon=False)
+        legend_below(figure, axes[0])
+        caption = (
+            "The rank of every pair at each validation (first seed). Coloured: the three truly best pairs on "
+            f"{records.page['tasks'][0]['name']}, and the worst. Last panel: the regret of stopping at that epoch."
+        )
+        return figure, caption
+
+
+def validations_of(result):
+    """{method: the lines of metrics.jsonl of its first seed}, of methods that were validated more than once."""
+    validations = {}
+    for method in result.methods:
+        if method.trained:
+            lines = read_jsonl(method.runs[0].folder / "metrics.jsonl")
+            if len(lines) > 1:  # a closed form has one
+                validations[method.name] = lines
+    return validations
+
+
+@register
+class LossCurves:
+    """Loss and validation recall, one line per run; only the first seed of a method is in the legend."""
+
+    kind = "loss"
+    section = "Over the epochs"
+
+    @staticmethod
+    def save(result):
+        """A row per run and validation; a closed form has no loss."""
+        rows = []
+        for method in result.methods:
+            if not method.trained:
+                continue
+            for run in method.runs:
+                columns = {"method": method.name, "seed": run.seed, "run": str(run.folder)}
+                for line in read_jsonl(run.folder / "metrics.jsonl"):
+                    rows.append(columns | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
+        return FigureData("loss", rows)
+
+    @staticmethod
+    def draw(records, facts):
+        rows = records.read_table(f"{facts['name']}.csv", ("method", "run"), ("epoch", "loss", "val_recall10"))
+        styles = {}
+        labelled = set()
+        for row in rows:
+            run, method = row["run"], row["method"]
+            if run in styles:
+                continue
+            styles[run] = method_style(records, method)
+            if method in labelled:
+                styles[run]["label"] = None
+            labelled.add(method)
+        figure, axes = panels(2, 2, 3.8, 3.2)
+        titles = {"loss": "loss on training batches", "val_recall10": "mean R@10 of the pairs on validation rows"}
+        for axis, (key, title) in zip(axes, titles.items()):
+            draw_lines(axis, rows, "epoch", key, "run", styles)
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("epoch", fontsize=9)
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+        legend_below(figure, axes[1], backwards=False)
+        return figure, "Loss and validation recall of every run, one line for each seed."
+
+
+@register
+class CanonicalCorrelations:
+    """One line per pair over the canonical directions, largest correlation first."""
+
+    kind = "canonical-correlations"
+    section = "Before any training"
+
+    @staticmethod
+    def save(result):
+        """A row per pair and direction; none without selectors."""
+        rows = []
+        for pair, correlations in result.spectra.items():
+            for place, correlation in enumerate(correlations, 1):
+                rows.append({"pair": pair_name(pair), "place": place, "correlation": correlation})
+        return FigureData("canonical-correlations", rows)
+
+    @staticmethod
+    def draw(records, facts):
+        rows = records.read_table(f"{facts['name']}.csv", ("pair",), ("place", "correlation"))
+        figure, (axis,) = panels(1, 1, 6.4, 3.6)
+        draw_lines(axis, rows, "place", "correlation", "pair", pair_styles(records))
+        axis.set_xlabel("canonical direction")
+        axis.set_ylabel("correlation")
+        legend_below(figure, axis)
+        caption = (
+            "Canonical correlations of picture and caption embeddings between their leading principal components. Coloured: "
+            f"the three truly best pairs on {records.page['tasks'][0]['name']}, and the worst."
+        )
+        return figure, caption

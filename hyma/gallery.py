@@ -1,0 +1,197 @@
+"""The report's gallery: captions drawn at random, and the pictures that the best and the worst pair retrieve for them.
+
+Its rows and small copies of its pictures are saved with the report (`make_gallery`), and the page's table is made from
+these alone (`gallery_table`). A picture is read only if it lies in the folder that the embedding folder's manifest names,
+or in that of --pictures: the rows of a stranger's folder cannot bring other files of yours into a report.
+"""
+
+import base64
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import vlm
+from hyma.embeddings import unique
+from hyma.metrics import pair_name
+from hyma.tasks import image_inputs, text_inputs
+
+QUERIES = 6  # captions
+NEAREST = 5  # pictures for each
+PIXELS = 112  # longer edge of a thumbnail
+
+
+class Gallery(NamedTuple):
+    """What is saved of a gallery; of tasks without captions and pictures, nothing."""
+
+    rows: list = []  # of gallery.csv: a caption, a pair, a picture and its place, from 1
+    thumbnails: dict = {}  # file name in the report's folder -> JPEG bytes
+    facts: dict | None = None  # what else the page shows
+    warnings: list = []  # lines
+    note: str = ""  # whose pictures are shown, where they do not lie beside the embedding folder
+
+
+def make_gallery(result, tasks, pictures=None) -> Gallery:
+    """The Gallery of the first retrieval task, by the chosen pair and by the truly worst.
+
+    tasks: the Tasks. pictures: the folder that they lie in, None for that of the embedding folder's manifest.
+    """
+    task = find_gallery_task(tasks)
+    if task is None:
+        return Gallery()
+    run = result.primary.runs[0]
+    rows = [task.data.rows[i] for i in task.rows.tolist()]
+    first_row = {}  # picture -> place in rows of the first that has it
+    for place, row in enumerate(rows):
+        first_row.setdefault(row["image"], place)
+    queries = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:QUERIES].tolist()
+    roles = gallery_roles(result)
+    retrieved = {}  # pair -> [queries, nearest] indices of pictures
+    for pair in roles:
+        retrieved[pair] = nearest_pictures(task, run, pair, list(first_row.values()), queries)
+
+    table = []
+    names = list(first_row)
+    for query, place in enumerate(queries):
+        caption = rows[place]["caption"]
+        right = {row["image"] for row in rows if row["caption"] == caption}
+        for pair in roles:
+            for nth, k in enumerate(retrieved[pair][query], 1):
+                row = {"caption": caption, "pair": pair_name(pair), "place": nth}
+                table.append(row | {"picture": names[k], "right": names[k] in right})
+
+    shown = unique(row["picture"] for row in table)
+    root = task.data.folder / task.data.manifest.get("root", ".")
+    outside = 0
+    files = {}  # picture -> its thumbnail's file
+    thumbnails = {}
+    for picture in shown:
+        path = find_picture(picture, root, Path(pictures or root))
+        if path is None:
+            outside += 1
+            continue
+        jpeg = small_jpeg(path)
+        if jpeg:
+            files[picture] = f"thumbnails/{len(files)}.jpg"
+            thumbnails[files[picture]] = jpeg
+    facts = {
+        "task": task.name,
+        "pictures": len(first_row),
+        "run": str(run.folder),
+        "pairs": [{"pair": pair_name(pair), "role": role} for pair, role in roles.items()],
+        "thumbnails": files,
+        "missing": len(shown) - outside - len(files),
+        "root": str(pictures or root),
+    }
+    warnings = []
+    if outside:
+        warnings.append(
+            f"{outside} pictures of the gallery are left out: {task.data.folder}/rows.jsonl names them outside of "
+            f"{pictures or root}; to show them, name the folder that holds them: --pictures FOLDER"
+        )
+    note = ""
+    if files and not pictures and not lies_in(task.data.folder.absolute().parent, root.absolute()):
+        manifest = task.data.folder / "manifest.json"
+        note = f"pictures in the gallery: {len(files)} of {os.path.realpath(root)}, which {manifest} names"
+    return Gallery(table, thumbnails, facts, warnings, note)
+
+
+def find_gallery_task(tasks):
+    """The first retrieval task whose folder says where its pictures are, None if there is none."""
+    for task in tasks:
+        if task.kind == "retrieval" and task.data.manifest and task.data.rows:
+            return task
+    return None
+
+
+def gallery_roles(result):
+    """{pair: its role}: the chosen pair and, if it is another, the truly worst."""
+    worst = int(result.true_scores(result.headline).argmin())
+    roles = {result.pairs[result.chosen]: "the pair to stitch"}
+    roles.setdefault(result.pairs[worst], "the worst")
+    return roles
+
+
+@torch.no_grad()
+def nearest_pictures(task, run, pair, places, queries):
+    """The pictures nearest to each caption by a run's connector: [queries, NEAREST] indices into `places`.
+
+    places: of the pictures in the task's rows. queries: places of the captions in the task's rows.
+    """
+    image, text = pair
+    vectors = F.normalize(image_inputs(task, image)[places].float(), dim=1)  # [pictures, D_i]
+    captions = F.normalize(text_inputs(task, text)[queries].float(), dim=1)  # [queries, D_t]
+    mapped = vlm.map_text(vlm.load_connector(run.connector(image, text)), captions)  # [queries, D_i]
+    return (mapped @ vectors.T).topk(min(NEAREST, len(places)), dim=1).indices.tolist()
+
+
+def find_picture(picture, root, allowed):
+    """Where a picture is, by its path in a row; None if it lies outside of the folder `allowed`.
+
+    root: the folder of the manifest. The path starts from there, or from `allowed` if the pictures have moved.
+    """
+    inside = []
+    for base in (allowed, root):
+        path = base / picture
+        if os.path.isfile(path) and lies_in(allowed, path):
+            return path
+        if lies_in(allowed, path):
+            inside.append(path)
+    return inside[0] if inside else None
+
+
+def lies_in(folder, path):
+    """Whether a path ends below a folder, whatever `..` and links there are on the way."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a NUL in a name
+        return False
+
+
+def small_jpeg(path):
+    """A thumbnail's bytes, or None for a picture that is missing or unreadable."""
+    try:
+        vlm.check_regular(path)
+        picture = vlm.open_image(path)
+        picture.thumbnail((PIXELS, PIXELS))
+        jpeg = io.BytesIO()
+        picture.save(jpeg, "JPEG", quality=80)
+    except Exception:  # Pillow raises errors of many types; none of them stops a report
+        return None
+    return jpeg.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ on the page
+
+
+class Tile(NamedTuple):
+    """A picture on the page."""
+
+    name: str
+    jpeg: str | None  # base64, None for a picture that is not shown
+    right: bool  # whether the caption is its own
+
+
+def gallery_table(records):
+    """The page's table: [(caption, [the Tiles of each pair])]; None of a report without a gallery."""
+    facts = records.page["gallery"]
+    if facts is None:
+        return None
+    jpegs = {}
+    for picture, file in facts["thumbnails"].items():
+        jpegs[picture] = base64.b64encode(records.read(file)).decode()
+    tiles = {}  # (query, pair) -> [Tile]
+    captions = []
+    first_pair = facts["pairs"][0]["pair"]
+    for row in records.read_table("gallery.csv", ("caption", "pair", "picture", "right"), ("place",)):
+        if row["place"] == 1 and row["pair"] == first_pair:  # a new caption, which may have the text of one before
+            captions.append(row["caption"])
+        tile = Tile(row["picture"], jpegs.get(row["picture"]), row["right"] == "True")
+        tiles.setdefault((len(captions), row["pair"]), []).append(tile)
+    lines = []
+    for query, caption in enumerate(captions, start=1):
+        lines.append((caption, [tiles[query, each["pair"]] for each in facts["pairs"]]))
+    return lines
