@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from hyma.embeddings import unique
 from hyma.files import read_jsonl
 from hyma.metrics import best_pairs, fidelity, mean_recalls, pair_name
-from hyma.plotting import COLOURS, draw_lines, legend_below, method_style, pair_styles, panels, shorten
+from hyma.plotting import COLOURS, draw_lines, label_epochs, legend_below, method_style, pair_styles, panels, shorten
 from vlm import BadInput
 
 FIGURES = {}  # kind -> its class
@@ -57,7 +57,8 @@ def list_figures(result):
     for place, task in enumerate(result.tasks):
         for kind, figure in FIGURES.items():
             if figure.section is None:
-                found += [(kind, task.name, data) for data in figure.save(result, place)]
+                for data in figure.save(result, place):
+                    found.append((kind, task.name, data))
     for kind, figure in FIGURES.items():
         if figure.section is not None:
             found.append((kind, None, figure.save(result)))
@@ -103,20 +104,19 @@ class CostAgainstRegret:
                 "flops_with_embedding": cost.flops_with_embedding,
             }
             rows.append(row)
-        if not any(row["flops"] for row in rows):
-            rows = []
-        return [FigureData(f"cost-regret-{place}", rows)]
+        known = [row for row in rows if row["flops"]]
+        return [FigureData(f"cost-regret-{place}", rows if known else [])]
 
     @staticmethod
     def draw(records, facts):
         numbers = ("regret", "regret_low", "regret_high", "regret_random", "flops", "flops_with_embedding")
         rows = records.read_table(f"{facts['name']}.csv", ("method", "kind"), numbers)
-        keys = {"search alone": "flops"}
-        if all(row["flops_with_embedding"] is not None for row in rows):
-            keys["with embedding"] = "flops_with_embedding"
-        figure, axes = panels(len(keys), 2, 3.4 + 2.6 / len(keys), 4.2, sharey=True)
-        for axis, (title, key) in zip(axes, keys.items()):
-            spent = np.array([row[key] for row in rows]) / 1e12  # TFLOP
+        panel_values = {"search alone": column(rows, "flops") / 1e12}  # TFLOP
+        with_embedding = column(rows, "flops_with_embedding") / 1e12
+        if not np.isnan(with_embedding).any():
+            panel_values["with embedding"] = with_embedding
+        figure, axes = panels(len(panel_values), 2, 3.4 + 2.6 / len(panel_values), 4.2, sharey=True)
+        for axis, (title, spent) in zip(axes, panel_values.items()):
             least, most = spent[spent > 0].min(), spent.max()
             for row, own in zip(rows, spent):
                 draw_regret(axis, row, own, least, method_style(records, row["method"]))
@@ -135,6 +135,11 @@ class CostAgainstRegret:
             "Bars: 95 % bootstrap interval. Filled: runs; open: selectors, which train nothing."
         )
         return figure, caption
+
+
+def column(rows, name):
+    """[rows] a column as an array, NaN in the empty cells."""
+    return np.array([row[name] for row in rows], dtype=float)
 
 
 def draw_regret(axis, row, spent, least, style):
@@ -177,7 +182,8 @@ class Ranks:
         methods = unique(row["method"] for row in rows)
         figure, axes = panels(len(methods), 4, 2.2, 2.35, sharex=True, sharey=True)
         for axis, method in zip(axes, methods):
-            truth, ranks = np.array([(row["true_rank"], row["rank"]) for row in rows if row["method"] == method]).T
+            own = [row for row in rows if row["method"] == method]
+            truth, ranks = column(own, "true_rank"), column(own, "rank")
             best = ranks == ranks.min()
             axis.plot([1, len(ranks)], [1, len(ranks)], color="grey", lw=0.8, ls=":")
             axis.scatter(truth[~best], ranks[~best], s=22, color=COLOURS[0], alpha=0.7, linewidths=0)
@@ -328,12 +334,12 @@ class RankingOverEpochs:
             draw_lines(axis, own, "epoch", "rank", "pair", styles)
             axis.set_ylim(len(styles) + 0.5, 0.5)
             axis.set_title(textwrap.fill(method, 34), fontsize=8)
-            axis.set_xlabel("epoch", fontsize=8)
+            label_epochs(axis, 8)
         of_methods = {method: method_style(records, method) for method in methods}
         draw_lines(last, regrets, "epoch", "regret", "method", of_methods)
         axes[0].set_ylabel("rank by validation R@10", fontsize=8)
         last.set_title("regret of the leading pair, points", fontsize=8)
-        last.set_xlabel("epoch", fontsize=8)
+        label_epochs(last, 8)
         last.legend(fontsize=6.5, frameon=False)
         legend_below(figure, axes[0])
         caption = (
@@ -371,7 +377,10 @@ class LossCurves:
             for run in method.runs:
                 columns = {"method": method.name, "seed": run.seed, "run": str(run.folder)}
                 for line in read_jsonl(run.folder / "metrics.jsonl"):
-                    rows.append(columns | {key: line.get(key) for key in ("epoch", "loss", "val_recall10", "seconds")})
+                    row = dict(columns)
+                    for key in ("epoch", "loss", "val_recall10", "seconds"):
+                        row[key] = line.get(key)
+                    rows.append(row)
         return FigureData("loss", rows)
 
     @staticmethod
@@ -392,7 +401,7 @@ class LossCurves:
         for axis, (key, title) in zip(axes, titles.items()):
             draw_lines(axis, rows, "epoch", key, "run", styles)
             axis.set_title(title, fontsize=9)
-            axis.set_xlabel("epoch", fontsize=9)
+            label_epochs(axis, 9)
         axes[1].yaxis.set_major_formatter(PercentFormatter(1))
         legend_below(figure, axes[1], backwards=False)
         return figure, "Loss and validation recall of every run, one line for each seed."

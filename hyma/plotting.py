@@ -2,8 +2,8 @@
 
 import math
 
-import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hyma.embeddings import unique
 from hyma.metrics import pair_name
@@ -25,6 +25,8 @@ def panels(count, across, wide, tall, **shared):
         axis.grid(alpha=0.2)
     for axis in axes[count:]:
         axis.set_visible(False)
+    for axis in axes[count - across : count]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
     return figure, axes[:count]
 
 
@@ -41,14 +43,24 @@ def legend_below(figure, axis, backwards=True):
     figure.legend(handles[::step], labels[::step], **place)
 
 
+def label_epochs(axis, size):
+    """Names the axis across, whose ticks are whole numbers. size: of the font, in points."""
+    axis.set_xlabel("epoch", fontsize=size)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def draw_lines(axis, rows, x, y, series, styles):
     """A line for each of `styles`, {series: how it is drawn}, through the rows of that series that have a y.
 
     rows: dicts. x, y, series: names of their columns.
     """
     for name, style in styles.items():
-        points = [(row[x], row[y]) for row in rows if row[series] == name and row[y] is not None]
-        axis.plot(*np.array(points).reshape(-1, 2).T, **style)
+        across, up = [], []
+        for row in rows:
+            if row[series] == name and row[y] is not None:
+                across.append(row[x])
+                up.append(row[y])
+        axis.plot(across, up, **style)
 
 
 def method_style(records, method):
