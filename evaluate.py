@@ -17,7 +17,6 @@ set. Prompts come from its prompts/, or the text encoder adds them there once.
 """
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
@@ -123,9 +122,8 @@ def run_demo(device):
         out = Path("runs") / name
         outputs = [Path(f"{out}-s0"), Path(f"{out}-s1")] if "--seeds" in arguments else [out]
         folders += outputs
-        begun = sum((folder / "config.json").is_file() for folder in outputs)
-        finished = sum((folder / "ledger.json").is_file() for folder in outputs)
-        if finished == len(outputs):
+        begun = [folder for folder in outputs if (folder / "config.json").is_file()]
+        if all(map(is_finished, outputs)):
             continue
         command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
         command += ["--resume"] if begun else [*arguments, "--device", str(device)]
@@ -136,19 +134,32 @@ def run_demo(device):
     return folders
 
 
+def is_finished(folder):
+    """Whether a run folder has the ledger, which is written last."""
+    return (folder / "ledger.json").is_file()
+
+
 def read_runs(folders):
     """The Runs of the folders, each once however it is spelt."""
-    return [read_run(folder) for folder in unique(map(os.path.normpath, folders))]
+    return list(map(read_run, unique(map(os.path.normpath, folders))))
+
+
+def trained_runs(runs):
+    """The runs that were trained here: connectors alone have no ledger, no data and no seed."""
+    return [run for run in runs if run.ledger]
 
 
 def encoders_of(pairs):
     """The different encoders of pairs, in order of appearance."""
-    return unique(itertools.chain.from_iterable(pairs))
+    names = []
+    for pair in pairs:
+        names += pair
+    return unique(names)
 
 
 def open_embeddings(runs, flags) -> Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
-    trained_on = [run.data for run in runs if run.ledger]
+    trained_on = [run.data for run in trained_runs(runs)]
     if not (flags.data or trained_on or flags.task):
         raise BadInput(
             f"{runs[0].folder}: holds connectors alone; name embeddings to score them on: --task NAME=FOLDER"
@@ -176,14 +187,23 @@ def open_embeddings(runs, flags) -> Embeddings:
 
 def pairs_to_compare(data, runs, oracle_folders):
     """The pairs of the first run that is no oracle. Raises BadInput if another run lacks one."""
-    first = next((run for run in runs if str(run.folder) not in oracle_folders), runs[0])
-    pairs = [pair for pair in choose_pairs(data, ["all"]) if pair in first.ranks]
+    others = [run for run in runs if str(run.folder) not in oracle_folders]
+    first = (others or runs)[0]
+    all_pairs = choose_pairs(data, ["all"])  # whose order the report has
+    pairs = pairs_of_run(all_pairs, first)
     for run in runs:
-        missing = [pair for pair in pairs if pair not in run.ranks]
-        if missing:
-            message = f"{run.folder}: has no {pair_name(missing[0])} ({len(missing)} pairs missing of {len(pairs)})"
+        own = pairs_of_run(pairs, run)
+        if own != pairs:
+            missing = next(pair for pair in pairs if pair not in own)
+            count = len(pairs) - len(own)
+            message = f"{run.folder}: has no {pair_name(missing)} ({count} pairs missing of {len(pairs)})"
             raise BadInput(f"{message}; compare runs of the same pairs")
     return pairs
+
+
+def pairs_of_run(pairs, run):
+    """Those of the pairs that a run has connectors for."""
+    return [pair for pair in pairs if pair in run.ranks]
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -191,8 +211,8 @@ def pairs_to_compare(data, runs, oracle_folders):
 
 def open_all_tasks(flags, runs, data):
     """([Task], warnings). Of the folder that the runs were trained on, only rows that no run was trained on."""
-    seeds = sorted({run.seed for run in runs if run.ledger})
-    splits = [row.get("split") for row in data.rows or []]
+    seeds = sorted({run.seed for run in trained_runs(runs)})
+    splits = {row.get("split") for row in data.rows or []}
     tasks, warnings = [], []
     for name, folder in (flags.task or {None: data.folder}).items():
         is_own = seeds and os.path.realpath(folder) == os.path.realpath(data.folder)
@@ -218,7 +238,8 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
         for run in method.runs:
             for pair in pairs:
                 load_connector(run, *pair, data)
-    possible, left_out = [], {}
+    possible = []
+    left_out = {}  # reason -> [names of tasks]
     for task in tasks:
         try:
             prepare_inputs(task, pairs, flags.weights, flags.device, data)
@@ -227,7 +248,9 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
             left_out.setdefault(str(error), []).append(f"{task.name} {task.kind}")
     if not possible:
         raise BadInput("; ".join(left_out))
-    warnings = [f"left out: {' and '.join(names)}: {reason}" for reason, names in left_out.items()]
+    warnings = []
+    for reason, names in left_out.items():
+        warnings.append(f"left out: {' and '.join(names)}: {reason}")
     return possible, warnings
 
 
@@ -241,34 +264,49 @@ def load_connector(run, image, text, data):
 
 def score_runs(tasks, methods, pairs, data, flags):
     """([TaskScores] of the tasks, a record with CLIP_benchmark's keys for each connector on each task)."""
-    runs = [(method, run) for method in methods for run in method.runs]
+    runs = runs_of(methods)
     task_scores, records = [], []
     with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
         for task in tasks:
-            kind = KINDS[task.kind]
-            units = {method.name: [] for method in methods}  # method -> [[P, U]] of its seeds
-            for method, run in runs:
-                units_of_run = []
-                for image, text in pairs:
-                    result = score_connector(task, run, image, text, data, flags)
-                    units_of_run.append(result.units.double().numpy())
-                    record = {
-                        "dataset": task.name,
-                        "model": run.connector(image, text).stem,
-                        "pretrained": str(run.folder),
-                        "task": kind.benchmark_name,
-                        "metrics": result.metrics,
-                        "image": image,
-                        "text": text,
-                        "method": method.name,
-                        "seed": run.seed,
-                        "protocol": task.protocol,
-                    }
-                    records.append(record)
-                    progress.update()
-                units[method.name].append(units_of_run)
-            task_scores.append(summarise(task, kind, units, flags.bootstrap))
+            units = {}  # method -> [S, P, U], whose mean over U is a score
+            for method in methods:
+                of_seeds = []
+                for run in method.runs:
+                    of_pairs = []
+                    for pair in pairs:
+                        result = score_connector(task, run, *pair, data, flags)
+                        of_pairs.append(result.units.double().numpy())  # [U]
+                        records.append(benchmark_record(task, method, run, pair, result))
+                        progress.update()
+                    of_seeds.append(of_pairs)
+                units[method.name] = np.array(of_seeds)
+            task_scores.append(summarise(task, units, flags.bootstrap))
     return task_scores, records
+
+
+def runs_of(methods):
+    """The runs of all methods, one after the other."""
+    runs = []
+    for method in methods:
+        runs += method.runs
+    return runs
+
+
+def benchmark_record(task, method, run, pair, result):
+    """A connector's scores on a task, with CLIP_benchmark's keys and some of ours. result: a Score."""
+    image, text = pair
+    return {
+        "dataset": task.name,
+        "model": run.connector(image, text).stem,
+        "pretrained": str(run.folder),
+        "task": KINDS[task.kind].benchmark_name,
+        "metrics": result.metrics,
+        "image": image,
+        "text": text,
+        "method": method.name,
+        "seed": run.seed,
+        "protocol": task.protocol,
+    }
 
 
 def score_connector(task, run, image, text, data, flags):
@@ -282,18 +320,17 @@ def score_connector(task, run, image, text, data, flags):
         raise BadInput(f"{run.connector(image, text)}: {error}") from None
 
 
-def summarise(task, kind, units, resamples):
-    """The TaskScores of a task. units: {method: [S, P, U]}, whose mean over U is a score."""
+def summarise(task, units, resamples):
+    """The TaskScores of a task. units: {method: [S, P, U]}, whose mean over U is a score, 0 to 1."""
     scores = {}
     for method, values in units.items():
-        units[method] = np.array(values)
-        scores[method] = units[method].mean(-1).round(9)
-    count = next(iter(units.values())).shape[-1]
+        scores[method] = values.mean(-1).round(9)  # [S, P]
+        count = values.shape[-1]  # the same for all
     return TaskScores(
         name=f"{task.name} {task.kind}",
         kind=task.kind,
         protocol=task.protocol,
-        counted=f"{count} {kind.units}",
+        counted=f"{count} {KINDS[task.kind].units}",
         chance=task.chance,
         scores=scores,
         resampled=resample(units, resamples, task.name),
@@ -304,22 +341,26 @@ def headline_first(task_scores):
     """The TaskScores, those of the headline's kind first: retrieval, which connectors are trained for, or else zeroshot,
     or vqa. Several of that kind are led by their mean; other kinds have no weight in it, so that labels, which make two
     tasks, never count twice."""
-    kinds = [task.kind for task in task_scores]
-    kind = next(kind for kind in KINDS if kind in kinds)
-    leading = [task for task in task_scores if task.kind == kind]
-    others = [task for task in task_scores if task.kind != kind]
-    if len(leading) == 1:
-        return leading + others
-    mean = TaskScores(
-        name=f"the mean of {' and '.join(unique(task.name for task in leading))}",
-        kind=kind,
+    by_kind = {kind: [] for kind in KINDS}  # in the order of KINDS
+    for task in task_scores:
+        by_kind[task.kind].append(task)
+    leading = next(filter(None, by_kind.values()))
+    others = [task for task in task_scores if task.kind != leading[0].kind]
+    means = [mean_of_tasks(leading)] if len(leading) > 1 else []
+    return means + leading + others
+
+
+def mean_of_tasks(tasks):
+    """The TaskScores of the mean of several tasks of a kind, which all weigh the same."""
+    return TaskScores(
+        name=f"the mean of {' and '.join(unique(task.name for task in tasks))}",
+        kind=tasks[0].kind,
         protocol="each task's own, below",
-        counted=" and ".join(unique(task.counted for task in leading)),
-        chance=sum(task.chance for task in leading) / len(leading),
-        scores=mean_by_method([task.scores for task in leading]),
-        resampled=mean_by_method([task.resampled for task in leading]),
+        counted=" and ".join(unique(task.counted for task in tasks)),
+        chance=sum(task.chance for task in tasks) / len(tasks),
+        scores=mean_by_method([task.scores for task in tasks]),
+        resampled=mean_by_method([task.resampled for task in tasks]),
     )
-    return [mean, *leading, *others]
 
 
 def mean_by_method(arrays):
@@ -342,10 +383,10 @@ def warn_at_chance(task, oracle, seed_weights):
 
 def costs_of(methods, oracle, pairs, data):
     """{method: Cost}, at the batch size and updates of the oracle for comparison, or else of the first run that has them."""
-    ledgers = [run.ledger for method in (oracle, *methods) for run in method.runs if run.ledger]
+    ledgers = [run.ledger for run in trained_runs(runs_of([oracle, *methods]))]
     # A closed form has no batch size, so it is the reference only if there is nothing else.
-    by_batches = list(filter(trained_by_batches, ledgers))
-    reference = next(iter(by_batches or ledgers), None)
+    ledgers.sort(key=trained_by_batches, reverse=True)
+    reference = ledgers[0] if ledgers else None
     names = encoders_of(pairs)
     costs = {}
     for method in methods:
@@ -358,18 +399,18 @@ def costs_of(methods, oracle, pairs, data):
     return costs
 
 
-# ------------------------------------------------------------------------------------------------------------- main
-
-
 def warn_of_hidden_costs(methods):
     """A warning for each method whose connectors another run has begun."""
-    words = "starts from another run's connectors, whose cost is not in its own"
-    return [f"{method.name}: {words}" for method in methods if method.runs[0].starts_from]
+    warnings = []
+    for method in methods:
+        if method.runs[0].starts_from:
+            warnings.append(f"{method.name}: starts from another run's connectors, whose cost is not in its own")
+    return warnings
 
 
 def open_selectors(data, pairs, runs, flags):
     """What `run_selectors` returns, on training rows of the first run that has any: connectors alone have none."""
-    trained = [run for run in runs if run.ledger]
+    trained = trained_runs(runs)
     if not (flags.selector_rows and trained):
         return [], {}, []
     training_rows, _ = split_rows(data, trained[0].seed)
@@ -381,6 +422,9 @@ def choose_pair(primary, oracle, task):
     """The index of the pair to stitch: the first choice of `primary` or, of connectors alone, the truly best on the task."""
     preference = primary.preferences.mean(0) if primary.trained else true_scores(task, oracle)  # [P]
     return best_pairs(preference)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- main
 
 
 def main():
@@ -403,8 +447,7 @@ def main():
     task_scores = headline_first(task_scores)
 
     # Selectors, which train nothing.
-    runs_oracle_first = [run for method in (oracle, *methods) for run in method.runs]
-    selectors, spectra, duplicates = open_selectors(data, pairs, runs_oracle_first, flags)
+    selectors, spectra, duplicates = open_selectors(data, pairs, runs_of([oracle, *methods]), flags)
     random_order = SelectionMethod("random order", np.zeros((1, len(pairs))), [], NO_COST)
     methods += [*selectors, random_order]
     warnings += duplicates
@@ -428,10 +471,9 @@ def main():
         warnings=warnings,
     )
 
+    # Records, and the report that is drawn from them.
     gallery = make_gallery(result, tasks, flags.pictures)
     warnings += gallery.warnings
-
-    # Records, and the report that is drawn from them.
     sentence = answer(result)
     results = {
         "answer": sentence,

@@ -52,7 +52,7 @@ def is_other_seed(run, group, oracle_folders):
     """Whether a run is another seed of the method of these runs."""
     same_recipe = run.recipe == group[0].recipe
     same_role = (str(run.folder) in oracle_folders) == (str(group[0].folder) in oracle_folders)
-    return same_recipe and same_role and all(run.seed != other.seed for other in group)
+    return same_recipe and same_role and run.seed not in [other.seed for other in group]
 
 
 def choose_oracle(methods, oracle_folders):
@@ -84,9 +84,11 @@ def choose_oracle(methods, oracle_folders):
 
 def can_be_oracle(method, oracle_folders):
     """Whether --oracle names all runs of a method or, without --oracle, whether they are full grids."""
-    if oracle_folders:
-        return all(str(run.folder) in oracle_folders for run in method.runs)
-    return all(run.full_grid for run in method.runs)
+    for run in method.runs:
+        named = str(run.folder) in oracle_folders if oracle_folders else run.full_grid
+        if not named:
+            return False
+    return True
 
 
 def first_of_depth(methods, hidden_layers):

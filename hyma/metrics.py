@@ -37,11 +37,14 @@ class Retrieval:
         self.place = {}  # {"image", "caption"}: [n], which picture (caption) of the candidates a row has
         self.first = {}  # {"image", "caption"}: [candidates], the first row that has it
         for part in ("image", "caption"):
-            names = [data.rows[i][part] for i in rows.tolist()] if data.rows else rows.tolist()
+            names = rows.tolist()  # without a table, every row is a picture and a caption of its own
+            if data.rows:
+                names = [data.rows[i][part] for i in names]
             place, first = number_names(names)
             self.place[part], self.first[part] = place.to(device), first.to(device)
-        chances = [self.random_recalls(query, target) for query, target in (("image", "caption"), ("caption", "image"))]
-        self.chance = [sum(pair) / 2 for pair in zip(*chances)]
+        to_text = self.random_recalls("image", "caption")
+        to_image = self.random_recalls("caption", "image")
+        self.chance = ((np.array(to_text) + np.array(to_image)) / 2).tolist()
 
     def random_recalls(self, query, target):
         """What a random order of the candidates scores, for each k.
@@ -84,17 +87,21 @@ class Retrieval:
         """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""
         recalls = []
         for ranks in self.ranks(text, image):
-            recalls += [(ranks < k).double().mean().item() for k in self.ks]
+            for k in self.ks:
+                recalls.append((ranks < k).double().mean().item())
         return recalls
 
 
 def number_names(names):
-    """The different names, numbered as they come: (index of each name [n], first place of each index [different])."""
-    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    place = torch.tensor([number[name] for name in names])
-    count = len(names)
-    first = torch.full((len(number),), count).scatter_reduce(0, place, torch.arange(count), "amin")
-    return place, first
+    """The different names, numbered as they come: (number of each name [n], first place of each number [different])."""
+    number = {}
+    place, first = [], []
+    for row, name in enumerate(names):
+        if name not in number:
+            number[name] = len(number)
+            first.append(row)
+        place.append(number[name])
+    return torch.tensor(place), torch.tensor(first)
 
 
 def mean_recalls(six):
@@ -111,7 +118,7 @@ def rank_pairs(recalls, before=None):
     table, values = [], {}
     for pair, six in recalls.items():
         image, _, text = pair.partition(":")
-        recall1, recall5, recall10 = (round(mean, 6) for mean in mean_recalls(six))
+        recall1, recall5, recall10 = [round(mean, 6) for mean in mean_recalls(six)]
         values[image, text] = (before.get(pair, 0), recall10, recall5, recall1)
         row = {"image": image, "text": text, "val_recall1": recall1, "val_recall5": recall5, "val_recall10": recall10}
         table.append(row)
@@ -176,12 +183,16 @@ def resample(units, times, name):
     They follow from the task's name, so that every report on it has the same ones."""
     count = next(iter(units.values())).shape[-1]
     random = np.random.default_rng(list(name.encode()))
-    parts = {method: [] for method in units}
+    parts = {}
     for start in range(0, times, 100):  # a hundred at a time bounds the memory
         draws = random.multinomial(count, np.full(count, 1 / count), size=min(100, times - start))  # [100, U]
         for method, values in units.items():
-            parts[method].append(np.einsum("ru,spu->srp", draws, values, optimize=True) / count)
-    return {method: np.concatenate(means, axis=1).round(9) for method, means in parts.items()}
+            means = np.einsum("ru,spu->srp", draws, values, optimize=True) / count  # [S, 100, P]
+            parts.setdefault(method, []).append(means)
+    resampled = {}
+    for method, means in parts.items():
+        resampled[method] = np.concatenate(means, axis=1).round(9)
+    return resampled
 
 
 def draw_seed_weights(methods, times):
@@ -248,9 +259,11 @@ def ndcg(truth, ranked, before, ties, k):
     """NDCG@k [R] of a preference in which `before` [P] pairs come before a pair and `ties` [P] share its place."""
     count = truth.shape[1]
     discounts = np.where(np.arange(count) < k, 1 / np.log2(np.arange(count) + 2), 0)  # [P] by place
-    expected = [discounts[first : first + shared].mean() for first, shared in zip(before, ties)]
+    expected = np.empty(count)  # [P] a pair's discount, the mean over the places that it shares
+    for pair in range(count):
+        expected[pair] = discounts[before[pair] : before[pair] + ties[pair]].mean()
     worst = ranked[:, -1:]
-    gained = (truth - worst) @ np.array(expected)
+    gained = (truth - worst) @ expected
     ideal = (ranked - worst) @ discounts
     return np.where(ideal > 0, gained / np.where(ideal > 0, ideal, 1), 1.0)
 

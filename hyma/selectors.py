@@ -34,7 +34,7 @@ def run_selectors(data, pairs, rows, device):
     data: the embedding folder. rows [n]: the result of `selector_rows`. Returns ([SelectionMethod], {pair: its canonical
     correlations, largest first}, lines of warning about encoders that are duplicates).
     """
-    names = unique(name for pair in pairs for name in pair)
+    names = unique(itertools.chain.from_iterable(pairs))
     features = centred_features(RowStore(data, names, device), names, rows)
     # On the CPU, where ranks come from torch's own products, which the counter sees.
     held_out = Retrieval(data, rows[len(rows) - len(rows) // 5 :], torch.device("cpu"))
@@ -54,7 +54,7 @@ def run_selectors(data, pairs, rows, device):
         with flop_counter() as counter:
             scores = selector(features, pairs)
         seconds = time.perf_counter() - started
-        preference = np.array([[scores[pair] for pair in pairs]]).round(9)
+        preference = np.array([[scores[pair] for pair in pairs]]).round(9)  # [1, P]
         cost = {"flops": counter.get_total_flops(), "seconds": seconds, "rows": len(rows)}
         methods.append(SelectionMethod(name, preference, [], cost))
     methods.append(SelectionMethod("largest (sum of widths)", sum_of_widths(data, pairs), [], NO_COST))
@@ -65,7 +65,9 @@ def selector_rows(data, rows, count):
     """`count` of the training rows in random order, each picture once: a second caption would be its own neighbour."""
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     if data.rows:
-        row_of_picture = {data.rows[i]["image"]: i for i in rows.tolist()}
+        row_of_picture = {}
+        for i in rows.tolist():
+            row_of_picture[data.rows[i]["image"]] = i
         rows = torch.tensor(list(row_of_picture.values()))
     if len(rows) < 50:
         raise BadInput(f"{data.folder}: selectors need 50 training pictures; it has {len(rows)}; use --selector-rows 0")
@@ -95,7 +97,9 @@ def linear_cka(features, pairs):
 
     CKA(X, Y) = |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms.
     """
-    own = {name: (x.T @ x).norm() for name, x in features.items()}
+    own = {}
+    for name, x in features.items():
+        own[name] = (x.T @ x).norm()
     scores = {}
     for image, text in pairs:
         cross = features[image].T @ features[text]  # [D_i, D_t]
@@ -106,10 +110,13 @@ def linear_cka(features, pairs):
 def debiased_cka(features, pairs):
     """HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with the unbiased estimate of HSIC (Nguyen et al., arXiv 2010.15327),
     which does not grow with the widths: about 0 for unrelated embeddings, at most 1."""
-    own = {name: unbiased_hsic(x, x).clamp(min=1e-30).sqrt() for name, x in features.items()}
+    own = {}
+    for name, x in features.items():
+        own[name] = unbiased_hsic(x, x).clamp(min=1e-30).sqrt()
     scores = {}
     for image, text in pairs:
-        scores[image, text] = (unbiased_hsic(features[image], features[text]) / (own[image] * own[text])).item()
+        cross = unbiased_hsic(features[image], features[text])
+        scores[image, text] = (cross / (own[image] * own[text])).item()
     return scores
 
 
@@ -134,7 +141,9 @@ def unbiased_hsic(x, y):
 def mutual_neighbours(features, pairs):
     """Share of a row's 10 nearest rows by picture that are also among its 10 nearest by caption (Huh et al., arXiv
     2405.07987, section 2), by cosine of centred vectors."""
-    nearest = {name: nearest_rows(F.normalize(x, dim=1)) for name, x in features.items()}
+    nearest = {}  # encoder -> [n, 10]
+    for name, x in features.items():
+        nearest[name] = nearest_rows(F.normalize(x, dim=1))
     scores = {}
     for image, text in pairs:
         shared = nearest[image][:, :, None] == nearest[text][:, None]  # [n, 10, 10]
@@ -161,7 +170,9 @@ def canonical_correlations(features, pairs, spectra=None):
     """
     row_count = len(next(iter(features.values())))
     count = min(COMPONENTS, row_count // 5, *(x.shape[1] for x in features.values()))
-    whitened = {name: whitened_components(x, count) for name, x in features.items()}  # [n, count]
+    whitened = {}  # encoder -> [n, count]
+    for name, x in features.items():
+        whitened[name] = whitened_components(x, count)
     scores = {}
     for image, text in pairs:
         correlations = torch.linalg.svdvals(whitened[image].T @ whitened[text]).clamp(max=1)  # [count]
@@ -213,7 +224,10 @@ def relative_representations(features, pairs, held_out):
         scores = (x[cut:] @ x[:cut].T).clamp(min=0)  # [held out, anchors]
         least = scores.topk(min(ANCHORS_KEPT, cut), dim=1).values[:, -1:]
         relative[name] = torch.where(scores >= least, scores, 0) ** POWER
-    return {(image, text): recall10(held_out, relative[text], relative[image]) for image, text in pairs}
+    recalls = {}
+    for image, text in pairs:
+        recalls[image, text] = recall10(held_out, relative[text], relative[image])
+    return recalls
 
 
 def first_held_out(features, held_out):
