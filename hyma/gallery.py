@@ -65,18 +65,7 @@ def make_gallery(result, tasks, pictures=None) -> Gallery:
 
     shown = unique(row["picture"] for row in table)
     root = task.data.folder / task.data.manifest.get("root", ".")
-    outside = 0
-    files = {}  # picture -> its thumbnail's file
-    thumbnails = {}
-    for picture in shown:
-        path = find_picture(picture, root, Path(pictures or root))
-        if path is None:
-            outside += 1
-            continue
-        jpeg = small_jpeg(path)
-        if jpeg:
-            files[picture] = f"thumbnails/{len(files)}.jpg"
-            thumbnails[files[picture]] = jpeg
+    files, thumbnails, outside = make_thumbnails(shown, root, Path(pictures or root))
     facts = {
         "task": task.name,
         "pictures": len(first_row),
@@ -126,6 +115,25 @@ def nearest_pictures(task, run, pair, places, queries):
     captions = F.normalize(text_inputs(task, text)[queries].float(), dim=1)  # [queries, D_t]
     mapped = vlm.map_text(vlm.load_connector(run.connector(image, text)), captions)  # [queries, D_i]
     return (mapped @ vectors.T).topk(min(NEAREST, len(places)), dim=1).indices.tolist()
+
+
+def make_thumbnails(shown, root, allowed):
+    """({picture: its thumbnail's file}, {that file: JPEG bytes}, how many pictures lie outside of the folder `allowed`).
+
+    shown: pictures as the rows name them. root: the folder of the manifest. Missing and unreadable ones have no thumbnail.
+    """
+    files, thumbnails = {}, {}
+    outside = 0
+    for picture in shown:
+        path = find_picture(picture, root, allowed)
+        if path is None:
+            outside += 1
+            continue
+        jpeg = small_jpeg(path)
+        if jpeg:
+            files[picture] = f"thumbnails/{len(files)}.jpg"
+            thumbnails[files[picture]] = jpeg
+    return files, thumbnails, outside
 
 
 def find_picture(picture, root, allowed):

@@ -301,7 +301,8 @@ class Recorder:
         os.environ.pop("COLUMNS", None)  # progress bars are cut to it
         # a copy, as evaluate.py adds prompts to the embeddings that it reads
         shutil.copytree(SAMPLE / "embeddings", self.folder / "sample" / "embeddings")
-        shutil.copytree(SAMPLE / "images", self.folder / "sample" / "images")  # a report shows no picture through a link
+        # no link, as a report shows no picture through one
+        shutil.copytree(SAMPLE / "images", self.folder / "sample" / "images")
         (self.folder / "planted").mkdir()
         write_planted(self.folder / "planted")
         (self.folder / "weights").symlink_to(next(iter(real_weights().values())).parent)

@@ -117,7 +117,7 @@ def lengthen_row(data):
 
 
 def write_words(data):
-    return re.sub(rb"\b\d+\.\d+", b"many", data)
+    return re.sub(rb"\b\d+(\.\d+)?\b", b"many", data)
 
 
 def reseal(folder, name):
