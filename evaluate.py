@@ -43,10 +43,11 @@ from hyma.metrics import (
     resample,
     true_scores,
 )
+from hyma.prompts import WeightsMissing
 from hyma.report import save_report
 from hyma.runs import newest_finished_run, read_run
 from hyma.selectors import run_selectors, selector_rows
-from hyma.tasks import KINDS, WeightsMissing, image_inputs, open_tasks, prepare_inputs, score, text_inputs
+from hyma.tasks import KINDS, image_inputs, open_tasks, prepare_inputs, score, text_inputs
 from vlm import BadInput
 
 # ------------------------------------------------------------------------------------------------------------ flags

@@ -1319,7 +1319,7 @@ class Fuzz:
             read_corpus(self.folder / "none" / text)
 
     def read_templates(self, draw):
-        from hyma.tasks import read_templates
+        from hyma.prompts import read_templates
 
         lines = "\n".join(draw.choice(["a photo of {}", odd_flag(draw)]) for _ in range(3))
         path = self.write("templates.txt", lines.encode(errors="surrogatepass"))

@@ -137,9 +137,53 @@ class Embeddings:
             return {name: sha256_file(self.folder / f"{name}.pt") for name in names}
         return {name: self.manifest["encoders"][name]["file_sha256"] for name in names}
 
+    def record(self, name):
+        """What the manifest records of an encoder of the folder: {} without a manifest."""
+        return self.manifest["encoders"][name] if self.manifest else {}
+
     def weights_sha256(self, name):
         """The digest of the weights that an encoder's embeddings were made with, None where it is not known."""
-        return self.manifest["encoders"][name].get("weights_sha256") if self.manifest else None
+        return self.record(name).get("weights_sha256")
+
+
+def check_same_encoder(name, data, other):
+    """Raises BadInput if two embedding folders hold vectors of an encoder that differs: in its weights, or in a setting.
+
+    A text model's settings are its longest sequence, prompts and pooling, an image model's its input size and crop. The
+    dtype is none of them: it rounds the vectors, and does not move them. other: None for a folder alone.
+    """
+    if not other or name not in data.encoders or name not in other.encoders:
+        return
+    digests = {data.weights_sha256(name), other.weights_sha256(name)}
+    if len(digests - {None}) > 1:
+        raise BadInput(f"{data.folder}: its {name} has other weights than {other.folder}'s; embed one of them again")
+    difference = first_difference(data.record(name).get("transform"), other.record(name).get("transform"))
+    if difference:
+        setting, here, there = difference
+        raise BadInput(
+            f"{data.folder}: its {name} was embedded with {setting} {here}, and {other.folder}'s with {setting} {there}; "
+            "embed one of them again"
+        )
+
+
+def first_difference(settings, others):
+    """(name, value, other value) of the first setting that both have and that differs, or None.
+
+    A setting that one of them lacks is no difference: later versions of the libraries record more of them.
+    """
+    if not isinstance(settings, dict) or not isinstance(others, dict):
+        return None
+    for name, value in settings.items():
+        if name not in others:
+            continue
+        other = others[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = first_difference(value, other)
+            if inner:
+                return (f"{name} {inner[0]}", *inner[1:])
+        elif value != other:
+            return name, value, other
+    return None
 
 
 def is_row(row):

@@ -5,25 +5,21 @@ folder, how it is scored and what its score is called. To add a kind, write its 
 """
 
 import functools
-import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import vlm
 from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, split_rows, unique
-from hyma.files import save_tensors
+from hyma.embeddings import Embeddings, check_same_encoder, split_rows, unique
 from hyma.metrics import Retrieval
+from hyma.prompts import RecordedEncoder, load_prompts, read_templates
 from kernels import true_rank
 from vlm import MAPPED_AT_ONCE, BadInput
 
@@ -65,10 +61,6 @@ class Kind(NamedTuple):
 
 class TaskNotPossible(Exception):
     """Why the rows of a folder allow no task of a kind."""
-
-
-class WeightsMissing(BadInput):
-    """Prompts need a text encoder whose weights are not on the hub or cannot be fetched; the message says what to pass."""
 
 
 def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
@@ -209,45 +201,6 @@ RETRIEVAL = Kind(
 # --------------------------------------------------------------------------------------------------------- zeroshot
 
 
-def eighty_templates():
-    """The 80 prompts of ImageNet that CLIP's authors published: 38 with "a" and with "the" for @, and four more."""
-    photos = "bad good bright dark cropped close-up blurry pixelated jpeg_corrupted low_resolution black_and_white"
-    adjectives = "hard_to_see clean dirty large small nice weird cool"
-    works = "a_sculpture a_rendering graffiti a_tattoo a_drawing a_painting a_doodle a_sketch a_rendition art itap"
-    materials = "plastic origami cartoon embroidered plushie toy"
-    frames = ["a photo of @ {}.", "@ {} in a video game."]
-    frames += [f"a {photo} photo of @ {{}}." for photo in photos.split()]
-    frames += [f"a photo of @ {adjective} {{}}." for adjective in adjectives.split()]
-    frames += [f"{work} of @ {{}}." for work in works.split()]
-    frames += [f"@ {material} {{}}." for material in materials.split()]
-    templates = []
-    for frame in frames:
-        words = frame.replace("_", " ")
-        templates += [words.replace("@", "a"), words.replace("@", "the")]
-    templates += ["a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."]
-    return tuple(templates)
-
-
-TEMPLATES = {"1": ("a photo of a {}",), "80": eighty_templates()}  # {} is the class
-
-
-def read_templates(source):
-    """The prompts of a class, with {} for its name. source: a key of TEMPLATES or a text file, one prompt per line."""
-    if source in TEMPLATES:
-        return TEMPLATES[source]
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--templates {source}: expected 1, 80 or a text file: {error}") from None
-    templates = [line.strip() for line in lines if line.strip()]
-    for line in templates:
-        if line.count("{}") != 1:
-            raise BadInput(f"--templates {source}: each line needs one {{}} for the class name; found {line[:60]!r}")
-    if not templates:
-        raise BadInput(f"--templates {source}: has no lines")
-    return tuple(templates)
-
-
 def make_zeroshot(name, data, rows, rows_description, flags):
     """The Task of naming the class of a picture; every label of the folder is a class."""
     classes, rows, right = labelled_pictures(data, rows)
@@ -266,7 +219,8 @@ def make_zeroshot(name, data, rows, rows_description, flags):
 def labelled_pictures(data, rows):
     """(all labels of the folder, sorted; the rows [n] that have a label, each picture and label once; the index of each
     row's label [n])."""
-    classes = sorted({row["label"] for row in data.rows or [] if row.get("label")})
+    labels = {row.get("label") for row in data.rows or []}
+    classes = sorted(filter(None, labels))
     if not classes:
         raise TaskNotPossible("its rows have no labels")
     if len(classes) == 1:
@@ -432,7 +386,7 @@ KINDS = {kind.name: kind for kind in (RETRIEVAL, ZEROSHOT, VQA)}
 
 def image_inputs(task, image_name, run_data=None):
     """The image embeddings of the task's rows, unit vectors [n, D_i] as stored. run_data: as for `text_inputs`."""
-    check_encoder(task.data, image_name, run_data)
+    check_same_encoder(image_name, task.data, run_data)
     return load_embeddings(task.data, image_name)[task.rows]
 
 
@@ -442,13 +396,12 @@ def text_inputs(task, text_name, weights=None, device="cpu", run_data=None):
     weights: {encoder: local folder} for prompts that are not cached. run_data: the embeddings that the run was trained
     on, whose encoders these must be. Raises BadInput if they are others, or if embeddings or weights are missing.
     """
-    digest = check_encoder(task.data, text_name, run_data)
+    check_same_encoder(text_name, task.data, run_data)
     if not task.texts:
         return load_embeddings(task.data, text_name)[task.rows].to(device)
-    known = (run_data.encoders if run_data else {}) | task.data.encoders
-    encoder = known.get(text_name) or vlm.find_encoder(text_name)
+    recorded = recorded_encoder(text_name, task.data, run_data)
     folder = (weights or {}).get(text_name)
-    return load_prompts(task.data, encoder, digest, task.texts, folder, device).to(device)
+    return load_prompts(task.data.folder, recorded, task.texts, folder, device).to(device)
 
 
 def prepare_inputs(task, pairs, weights, device, run_data):
@@ -462,18 +415,14 @@ def prepare_inputs(task, pairs, weights, device, run_data):
         text_inputs(task, text, weights, device, run_data)
 
 
-def check_encoder(data, name, run_data):
-    """The sha256 of an encoder's weights by the manifests, or None. Raises BadInput if the two folders differ."""
-    folder_of = {}  # sha256 -> a folder whose manifest has it
+def recorded_encoder(name, data, run_data):
+    """The text encoder as the task's folder records it, else the run's, else as the registry knows it."""
     for folder in (data, run_data):
-        if folder and folder.manifest and name in folder.encoders:
-            digest = folder.manifest["encoders"][name].get("weights_sha256")
-            if digest:
-                folder_of[digest] = folder.folder
-    if len(folder_of) > 1:
-        here, there = folder_of.values()
-        raise BadInput(f"{here}: its {name} has other weights than {there}'s; embed one of them again")
-    return next(iter(folder_of), None)
+        if folder and name in folder.encoders:
+            record = folder.record(name)
+            settings = json.dumps(record.get("transform", {}))
+            return RecordedEncoder(folder.encoders[name], record.get("weights_sha256"), settings)
+    return RecordedEncoder(vlm.find_encoder(name), None, "{}")
 
 
 @functools.cache
@@ -483,60 +432,3 @@ def load_embeddings(data, name):
         held = ", ".join(data.encoders)
         raise BadInput(f"{data.folder}: has {held} but not {name}; add it: python embed.py --encoder {name} --out ...")
     return data.load(name)
-
-
-@functools.cache
-def load_prompts(data, encoder, digest, texts, weights, device):
-    """The prompts' unit vectors [texts, D_t], float16, from prompts/ in the data's folder or, once, from the encoder.
-
-    The file is named after the encoder's weights and the texts in order, so that another's are never taken for these.
-    """
-    identity = json.dumps([digest or encoder.spec, *texts])
-    path = data.folder / "prompts" / f"{encoder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
-    if path.is_file():
-        return read_prompts(path, len(texts), encoder.dim)
-    vectors = embed_prompts(encoder, digest, texts, weights, device)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        save_tensors(vectors, path)
-    except OSError as error:  # a folder that others share: the prompts are embedded again next time
-        print(f"{path}: not saved: {error.strerror}", file=sys.stderr)
-    return vectors
-
-
-def read_prompts(path, count, dim):
-    """Unit vectors [count, dim]; dim None is any width. Raises BadInput if the file holds something else."""
-    vectors = vlm.load_tensors(path)
-    has_shape = torch.is_tensor(vectors) and vectors.shape == (count, dim or vectors.shape[-1])
-    if not has_shape or not ((vectors.float().norm(dim=1) - 1).abs() < 1e-2).all():  # NaN is refused too
-        raise BadInput(f"{path}: expected {count} unit vectors of width {dim}; delete it")
-    return vectors
-
-
-def embed_prompts(encoder, digest, texts, weights, device):
-    """Unit vectors [texts, D_t], float16, by the text encoder, 1024 texts at a time."""
-    model = open_text_encoder(encoder, digest, weights, device)
-    starts = range(0, len(texts), 1024)
-    vectors = []
-    for start in tqdm(starts, desc=f"{encoder.name}: prompts, 1024 at a time", disable=len(texts) < 2048):
-        vectors.append(model.encode_text(list(texts[start : start + 1024])).half().cpu())
-    return torch.cat(vectors)
-
-
-@functools.lru_cache(maxsize=1)
-def open_text_encoder(encoder, digest, weights, device):
-    """The text encoder. Raises BadInput if its width or its weights are not those of the embeddings."""
-    try:
-        model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
-    except BadInput as error:
-        raise (WeightsMissing(str(error)) if weights is None else error) from None
-    if encoder.dim not in (None, model.embed_dim):
-        raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
-    if digest and vlm.weights_digest(model.model) != digest:
-        if weights is None:
-            raise WeightsMissing(
-                f"{encoder.name}: the weights on the hub are not those that the embeddings were made with; pass those: "
-                f"--weights {encoder.name}=FOLDER"
-            )
-        raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
-    return model

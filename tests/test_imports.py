@@ -19,6 +19,7 @@ HYMA = [
     "selectors",
     "methods",
     "tasks",
+    "prompts",
     "hypernetworks",
     "free_connectors",
     "training",

@@ -4,6 +4,7 @@ import argparse
 import collections
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,18 +17,11 @@ from scipy.stats import rankdata
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import vlm
+from hyma.datasets import draw_distractors
 from hyma.embeddings import Embeddings, split_rows
 from hyma.files import write_json
-from hyma.tasks import (
-    TEMPLATES,
-    WeightsMissing,
-    draw_distractors,
-    image_inputs,
-    load_prompts,
-    map_prompts,
-    score,
-    text_inputs,
-)
+from hyma.prompts import TEMPLATES, WeightsMissing, load_prompts
+from hyma.tasks import image_inputs, map_prompts, score, text_inputs
 
 PRETRAINED = ("efflite0", "efflite1", "efflite2")
 EIGHTY = "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467"
@@ -344,6 +338,54 @@ def test_prompts_of_other_weights_are_refused(tmp_path, weights, monkeypatch):
         text_inputs(task, "minilm_l6")
 
 
+def copy_of_sample(folder):
+    """The embedded sample in another folder, by links, with a manifest that can be changed."""
+    folder.mkdir()
+    for path in (SAMPLE / "embeddings").iterdir():
+        if path.name == "manifest.json":
+            shutil.copy(path, folder)
+        elif path.is_file():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, setting, value, says",
+    [
+        ("efflite0", "crop_pct", 0.9, "crop_pct 0.9, and .*'s with crop_pct 0.875"),
+        ("efflite2", "input_size", [3, 288, 288], r"input_size \[3, 288, 288\]"),
+        ("mpnet", "max_seq_length", 128, "max_seq_length 128"),
+    ],
+)
+def test_an_encoder_with_other_settings_is_refused(refused, sample_ridge, tmp_path, name, setting, value, says):
+    """The same weights with another input size, crop or length limit give other vectors."""
+    copy = copy_of_sample(tmp_path / "copy")
+    manifest = vlm.read_json(copy / "manifest.json")
+    manifest["encoders"][name]["transform"][setting] = value
+    write_json(copy / "manifest.json", manifest)
+    line = refused("evaluate.py", sample_ridge, "--task", f"x={copy}", says=[f"copy: its {name} was embedded with"])
+    assert re.search(says, line.err) and str(SAMPLE / "embeddings") in line.err
+
+
+def test_settings_that_only_one_version_records_are_no_difference(sample_ridge, tmp_path):
+    copy = copy_of_sample(tmp_path / "copy")
+    manifest = vlm.read_json(copy / "manifest.json")
+    manifest["encoders"]["mpnet"]["transform"] |= {"prompts": {}, "modules": {"Normalize": {}}}
+    manifest["encoders"]["mpnet"]["dtype"] = "float32"
+    write_json(copy / "manifest.json", manifest)
+    task = tasks_of(copy)["retrieval"]
+    assert len(text_inputs(task, "mpnet", run_data=Embeddings(SAMPLE / "embeddings"))) == len(task.rows)
+
+
+def test_prompts_by_other_settings_are_refused(tmp_path, weights):
+    folder = make_embedding_folder(tmp_path / "e", [{"label": "a"}, {"label": "b"}], minilm_l6=unit_vectors(2, 384))
+    manifest = vlm.read_json(folder / "manifest.json")
+    manifest["encoders"]["minilm_l6"]["transform"] = {"max_seq_length": 7}
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(vlm.BadInput, match="minilm_l6: .* max_seq_length 7, and it has max_seq_length 256 here"):
+        text_inputs(tasks_of(folder)["zeroshot"], "minilm_l6", weights)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -384,11 +426,7 @@ def test_a_task_without_the_runs_encoder_is_refused(refused, sample_ridge, tmp_p
 def test_a_task_whose_prompts_cannot_be_embedded_is_left_out(run, refused, sample_ridge, tmp_path, weights):
     """80 prompts of the sample are not shipped: retrieval is reported, and a warning names the weights to pass. Weights that
     are passed and wrong end the report before anything is scored."""
-    copy = tmp_path / "sample"
-    copy.mkdir()
-    for path in (SAMPLE / "embeddings").iterdir():
-        if path.is_file():
-            (copy / path.name).symlink_to(path)
+    copy = copy_of_sample(tmp_path / "sample")
     flags = ("--task", f"x={copy}", "--templates", "80", "--bootstrap", "10", "--selector-rows", "0")
     result = run("evaluate.py", sample_ridge, *flags)
     assert result.code == 0, result.err
