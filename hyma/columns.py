@@ -32,7 +32,9 @@ NUMBERED_CAPTION = re.compile(r"(caption|text|sentence|description|comment|raw)[
 
 CLASS_FILES = ("classes.txt", "labels.txt")  # beside a table: the names of its numbers, one a line
 
-EMPTY = ("", "nan", "NaN", "None", "null", "NULL", "<NA>")  # what other programs write for a cell that holds nothing
+# What other programs write for a cell that holds nothing. A table cannot tell it from a caption of this one word, which
+# is rarer, so that it counts as empty in every kind of table; the summary counts such captions apart from empty cells.
+PLACEHOLDERS = ("nan", "NaN", "None", "null", "NULL", "<NA>")
 TEXT_ONLY = "conversation without a picture"  # LLaVA's mixes have them by design: left out, but not faults
 
 
@@ -146,11 +148,15 @@ def make_rows(record, columns, fault=None):
     return [row | {"caption": caption} for caption in captions]
 
 
+def is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
+
+
 def is_empty(value):
     """Whether a cell holds nothing."""
-    if isinstance(value, float) and math.isnan(value):
+    if is_nan(value):
         return True
-    return value is None or (isinstance(value, str) and value.strip() in EMPTY)
+    return value is None or (isinstance(value, str) and value.strip() in ("", *PLACEHOLDERS))
 
 
 def as_text(value):
@@ -178,9 +184,19 @@ def picture_path(value):
     return as_text(value)
 
 
+def caption_fault(text):
+    """Why a text is no caption, or None."""
+    if not text.strip():
+        return "empty caption"
+    if text.strip() in PLACEHOLDERS:
+        return f"placeholder for a missing caption: {text.strip()}"
+    return None
+
+
 def read_captions(record, columns):
     """The captions of a record, one at least. Raises RowFault if it has none."""
     captions = []
+    faults = []
     for column in columns:
         value = record.get(column)
         if column.casefold() in ("conversations", "messages"):
@@ -188,11 +204,14 @@ def read_captions(record, columns):
         for caption in as_list(value):
             if isinstance(caption, dict):  # Karpathy's sentences
                 caption = caption.get("raw") or caption.get("caption") or caption.get("text")
-            text = as_text(caption)
-            if text.strip():
+            text = "" if is_nan(caption) else as_written(caption)
+            fault = caption_fault(text)
+            if fault:
+                faults.append(fault)
+            else:
                 captions.append(text)
     if not captions:
-        raise RowFault("empty caption")
+        raise RowFault(faults[0] if faults else "empty caption")
     return captions
 
 

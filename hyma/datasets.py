@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.columns import QUESTION_COLUMNS, choose_columns, is_empty, is_known, make_rows, named, type_labels
+from hyma.columns import QUESTION_COLUMNS, caption_fault, choose_columns, is_known, make_rows, named, type_labels
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
 from hyma.splits import known_split, split_of_file
 from hyma.tables import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, read_table, read_text
@@ -113,27 +113,51 @@ def find_tables(root, files):
 
     Of several, those named in TABLE_STEMS; else those named after splits; else all parts of one table.
     """
-    pictures = {path.with_suffix("") for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-    found = []
-    for path in files:
-        # img2dataset writes a .json about each picture and another about each shard
-        about_pictures = path.with_suffix("") in pictures or path.stem.endswith("_stats")
-        if path.suffix.lower() in TABLE_SUFFIXES and not about_pictures:
-            found.append(path)
-    own = [path for path in found if path.parent == root]
+    found = list_tables(files)
+    own = []
+    known = []
+    for path in found:
+        if path.parent == root:
+            own.append(path)
+        if path.stem in TABLE_STEMS:
+            known.append(path)
     for stem in TABLE_STEMS:
         for path in own:
             if path.stem == stem:
                 return [path]
-    tables = own or [path for path in found if path.stem in TABLE_STEMS] or found
-    if len(tables) < 2 or len({path.parent for path in tables}) == len(tables):
+    tables = own or known or found
+    if are_one_corpus(tables):
         return tables
-    if all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables):
-        return tables
-    if {path.suffix.lower() for path in tables} == {".parquet"}:
-        return tables
-    found = named([path.relative_to(root) for path in tables])
-    raise BadInput(f"--data {root}: holds several tables ({found}); name one of them")
+    raise BadInput(f"--data {root}: holds several tables ({names_from(root, tables)}); name one of them")
+
+
+def list_tables(files):
+    """The files that are tables, without those about a picture: img2dataset writes one beside each, and one for a shard."""
+    pictures = set()
+    for path in files:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            pictures.add(path.with_suffix(""))
+    tables = []
+    for path in files:
+        about_pictures = path.with_suffix("") in pictures or path.stem.endswith("_stats")
+        if path.suffix.lower() in TABLE_SUFFIXES and not about_pictures:
+            tables.append(path)
+    return tables
+
+
+def are_one_corpus(tables):
+    """Whether tables are read together: each in a folder of its own, all named after splits, or all parts in parquet."""
+    folders = {path.parent for path in tables}
+    if len(tables) < 2 or len(folders) == len(tables):
+        return True
+    if all(path.suffix.lower() == ".parquet" for path in tables):
+        return True
+    return all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables)
+
+
+def names_from(root, paths):
+    """Paths as they are named from the root, for a message."""
+    return named([path.relative_to(root) for path in paths])
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -155,16 +179,12 @@ def read_tables(root, paths, image_column, caption_column):
         if not table.records:
             raise BadInput(f"--data {path}: has no rows")
         columns = choose_columns(path, table.records, image_column, caption_column)
-        found = []
-        for number, record in enumerate(table.records):
-            found += make_rows(record, columns, table.faults.get(number))
-        if columns.image is None:
-            name_by_key(path, found)
+        found = rows_of_table(path, table, columns)
         notes.append(f"{path.relative_to(root)}: {columns}{'; ' + table.note if table.note else ''}")
         notes += type_labels(path, found, table.class_names.get(columns.label))
-        if not columns.split:
-            split = split_of_path(path.relative_to(root)) if several else None
-            for row in found if split else []:
+        split = split_of_path(path.relative_to(root))
+        if several and split and not columns.split:
+            for row in found:
                 row["split"] = split
         if table.packed:
             packed.append(path)
@@ -172,19 +192,33 @@ def read_tables(root, paths, image_column, caption_column):
         if several and not table.packed:
             prefix_images(found, os.path.relpath(folder, root))
         rows += found
-    source = named([path.relative_to(root) for path in paths])
     if several:
-        return Corpus(root, root.resolve().name, rows, None, source, tuple(notes), tuple(packed))
-    name = paths[0].resolve().parent.name if paths[0].stem in UNNAMED_STEMS else paths[0].stem
-    return Corpus(folder, name, rows, None, source, tuple(notes), tuple(packed))
+        folder, name = root, root.resolve().name
+    else:
+        name = paths[0].resolve().parent.name if paths[0].stem in UNNAMED_STEMS else paths[0].stem
+    return Corpus(folder, name, rows, None, names_from(root, paths), tuple(notes), tuple(packed))
+
+
+def rows_of_table(path, table, columns):
+    """The rows of a table's records, those that cannot be used too."""
+    rows = []
+    for number, record in enumerate(table.records):
+        rows += make_rows(record, columns, table.faults.get(number))
+    if columns.image is None:
+        name_by_key(path, rows)
+    return rows
 
 
 def name_by_key(table, rows):
     """Gives rows of img2dataset's table, NNNNN.parquet, the pictures of the folder NNNNN that have their keys."""
     folder = table.with_suffix("")
-    names = {path.stem: path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    file_of_key = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            file_of_key[path.stem] = path.name
     for row in rows:
-        row["image"] = f"{folder.name}/{names.get(row['image'], row['image'] + '.jpg')}"
+        key = row["image"]
+        row["image"] = f"{folder.name}/{file_of_key.get(key, key + '.jpg')}"
 
 
 def find_root(table, rows, root):
@@ -193,11 +227,14 @@ def find_root(table, rows, root):
     Its own, or, as in LLaVA's layout, images/ beside it; the same of the folder that --data names.
     """
     some = rows[:: max(1, len(rows) // 500)]
+    images = [row["image"] for row in some if row["image"]]
     best = table.parent
     most = 0
     for base in (table.parent, root):
         for folder in (base, base / "images", base / "Images"):
-            there = sum(is_file(folder / row["image"]) for row in some if row["image"]) if folder.is_dir() else 0
+            if not folder.is_dir():
+                continue
+            there = sum(is_file(folder / image) for image in images)
             if there > most:
                 best, most = folder, there
     return best
@@ -213,10 +250,15 @@ def prefix_images(rows, folder):
 
 def split_of_path(path):
     """The split that a table's folders, or else its name, say it is of; None if they do not."""
-    for part in path.parent.parts:
-        if known_split(part):
-            return known_split(part)
-    return split_of_file(path.stem)
+    return split_of_folders(path.parent.parts) or split_of_file(path.stem)
+
+
+def split_of_folders(folders):
+    """The first split that folders are named after, or None."""
+    for folder in folders:
+        if known_split(folder):
+            return known_split(folder)
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -224,85 +266,106 @@ def split_of_path(path):
 
 def read_folder(root, files):
     """The Corpus of a folder without a table: a.jpg with a.txt, or pictures in folders named after their classes."""
-    images = []
-    others = Counter()
-    for path in files:
-        suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
-            images.append(path)
-        elif suffix in CAPTION_SUFFIXES or suffix in TABLE_SUFFIXES:
-            continue
-        elif holds_picture(path):
-            images.append(path)
-        else:
-            others[suffix or "without a suffix"] += 1
-    archives = [path.name for path in files if path.suffix.lower() in ARCHIVE_SUFFIXES]
-    if not images and archives:
-        raise BadInput(
-            f"--data {root}: holds archives ({named(archives)}); unpack them, and give the folder with what was in"
-        )
-    if not images:
-        raise BadInput(f"--data {root}: holds no table ({' '.join(sorted(TABLE_SUFFIXES))}) and no pictures")
-    notes = [f"passed over, no pictures: {named([f'{n:,} {kind}' for kind, n in others.items()])}"] if others else []
-    captions = find_caption_files(root, files, images)
+    pictures, notes = sort_files(root, files)
+    captions = find_caption_files(files, pictures)
     if captions:
-        rows, how = read_text_files(root, images, captions)
-    elif all(path.parent == root for path in images):
+        rows, how = read_text_files(root, pictures, captions)
+    elif all(path.parent == root for path in pictures):
         raise BadInput(
             f"--data {root}: pictures need a caption each: a.txt beside a.jpg, a table, or folders named after classes"
         )
     else:
-        rows, how = read_class_folders(root, images)
+        rows, how = read_class_folders(root, pictures)
     return Corpus(root, root.resolve().name, rows, None, str(root), (*notes, how))
 
 
-def find_caption_files(root, files, images):
+def sort_files(root, files):
+    """(a folder's pictures, lines about the files that are none). Raises BadInput if there are no pictures."""
+    pictures = []
+    archives = []
+    others = Counter()
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
+            pictures.append(path)
+        elif suffix in CAPTION_SUFFIXES or suffix in TABLE_SUFFIXES:
+            continue
+        elif holds_picture(path):
+            pictures.append(path)
+        else:
+            others[suffix or "without a suffix"] += 1
+        if suffix in ARCHIVE_SUFFIXES:
+            archives.append(path.name)
+    if not pictures and archives:
+        raise BadInput(
+            f"--data {root}: holds archives ({named(archives)}); unpack them, and give the folder with what was in"
+        )
+    if not pictures:
+        raise BadInput(f"--data {root}: holds no table ({' '.join(sorted(TABLE_SUFFIXES))}) and no pictures")
+    if not others:
+        return pictures, []
+    counts = [f"{count:,} {kind}" for kind, count in others.items()]
+    return pictures, [f"passed over, no pictures: {named(counts)}"]
+
+
+def find_caption_files(files, pictures):
     """{picture: text file}: the text beside it, or, where no picture has one, the text of that name in another folder."""
-    texts = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
-    by_path = {path.with_suffix(""): path for path in texts}
-    beside = {image: by_path[image.with_suffix("")] for image in images if image.with_suffix("") in by_path}
-    if beside:
-        return beside
-    by_stem = {path.stem: path for path in texts if path.parent.name.casefold() not in NO_CAPTION_FOLDERS}
-    return {image: by_stem[image.stem] for image in images if image.stem in by_stem}
+    text_of_path = {}
+    text_of_name = {}
+    for path in files:
+        if path.suffix.lower() not in CAPTION_SUFFIXES:
+            continue
+        text_of_path[path.with_suffix("")] = path
+        if path.parent.name.casefold() not in NO_CAPTION_FOLDERS:
+            text_of_name[path.stem] = path
+    beside = {}
+    elsewhere = {}
+    for picture in pictures:
+        if picture.with_suffix("") in text_of_path:
+            beside[picture] = text_of_path[picture.with_suffix("")]
+        if picture.stem in text_of_name:
+            elsewhere[picture] = text_of_name[picture.stem]
+    return beside or elsewhere
 
 
-def read_text_files(root, images, captions):
+def read_text_files(root, pictures, captions):
     """(rows, a line about them) of pictures and texts, a caption a line. A picture without a text has an empty caption."""
     rows = []
-    for path in images:
+    for path in pictures:
+        image = path.relative_to(root)
+        split = split_of_folders(image.parent.parts)
         text = read_text(captions[path]) if path in captions else ""
         lines = [line for line in text.split("\n") if line.strip()]
         for line in lines or [""]:
-            row = {"image": str(path.relative_to(root)), "caption": line}
-            folders = path.relative_to(root).parent.parts
-            split = next((known_split(part) for part in folders if known_split(part)), None)
+            row = {"image": str(image), "caption": line}
+            fault = caption_fault(line)
+            if fault:
+                row["fault"] = fault
             if split:
                 row["split"] = split
             rows.append(row)
     return rows, f"{root}: {len(captions):,} text files, a caption a line"
 
 
-def read_class_folders(root, images):
+def read_class_folders(root, pictures):
     """(rows, a line about them) of a tree <class>/a.jpg, with folders named after splits above or below the classes.
 
     The classes are captions and labels. Folders that hold everything and are no split are passed over.
     """
-    folders = [path.relative_to(root).parent.parts for path in images]
+    folders = [path.relative_to(root).parent.parts for path in pictures]
     level = find_split_level(folders)
     splits = [None] * len(folders)
     if level is not None:
-        splits = [parts[level] if len(parts) > level else "" for parts in folders]
-        folders = [parts[:level] + parts[level + 1 :] for parts in folders]
+        folders, splits = take_level(folders, level)
     if not any(folders):
         raise BadInput(
             f"--data {root}: its pictures lie in folders of splits and have no captions: give a.txt beside a.jpg, a table, "
             "or folders named after classes"
         )
     while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
-        folders = [parts[1:] for parts in folders]
+        folders, _ = take_level(folders, 0)
     rows = []
-    for path, parts, split in zip(images, folders, splits):
+    for path, parts, split in zip(pictures, folders, splits):
         label = parts[0] if parts else ""
         row = {"image": str(path.relative_to(root)), "caption": label.replace("_", " "), "label": label}
         if not parts:
@@ -310,11 +373,26 @@ def read_class_folders(root, images):
         if split is not None:
             row["split"] = split
         rows.append(row)
-    classes = sorted({row["label"] for row in rows if row["label"]})
+    classes = different_names(row["label"] for row in rows)
     how = f"{root}: {len(classes):,} folders are classes ({named(classes)})"
     if level is not None:
-        how += f"; folders of splits: {named(sorted({split for split in splits if split}))}"
+        how += f"; folders of splits: {named(different_names(splits))}"
     return rows, how
+
+
+def take_level(folders, level):
+    """(the folders without those of one level, the names of that level, one for each picture)."""
+    others = []
+    names = []
+    for parts in folders:
+        others.append(parts[:level] + parts[level + 1 :])
+        names.append(parts[level])
+    return others, names
+
+
+def different_names(names):
+    """The names that are not empty, each once and sorted."""
+    return sorted(set(filter(None, names)))
 
 
 def find_split_level(folders):
@@ -322,11 +400,9 @@ def find_split_level(folders):
 
     A class may itself be called train. So a level counts if all its names are splits, or two different splits at least.
     """
-    for level in range(max(map(len, folders))):
-        if not all(len(parts) > level for parts in folders):
-            return None
+    for level in range(min(map(len, folders))):
         names = {parts[level] for parts in folders}
-        known = {known_split(name) for name in names}
+        known = set(map(known_split, names))
         if None not in known or len(known - {None}) > 1:
             return level
     return None
@@ -339,7 +415,7 @@ def row_fault(row):
     """The reason why a row cannot be used, whatever its picture is, or None."""
     if "fault" in row:
         return row["fault"]
-    if not isinstance(row["caption"], str) or is_empty(row["caption"]):
+    if not isinstance(row["caption"], str) or not row["caption"].strip():
         return "empty caption"
     texts = [row.get(part, "") for part in ("image", "caption", "label", "split", "question", "answer")]
     texts += row.get("choices", [])

@@ -1,9 +1,11 @@
 """The scan of a corpus: every picture decoded once, the rows that can be used, and lines that say what they are."""
 
+import functools
 import json
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -26,9 +28,14 @@ def scan_corpus(corpus, listing, journal, workers):
     that were refused are looked at again.
     """
     pictures = read_journal(journal, listing)
-    write_jsonl(journal, [listing, *([image, *picture] for image, picture in pictures.items())])
+    lines = [[image, *picture] for image, picture in pictures.items()]
+    write_jsonl(journal, [listing, *lines])
     images = unique(row["image"] for row in corpus.rows if not row_fault(row))
-    missing = [image for image in images if image not in pictures or pictures[image].reason]
+    missing = []
+    for image in images:
+        if image not in pictures or pictures[image].reason:
+            missing.append(image)
+    scan = functools.partial(scan_picture, corpus.root)
     with (
         tqdm(total=len(images), initial=len(images) - len(missing), desc="scan", unit="picture") as progress,
         open(journal, "a") as file,
@@ -36,11 +43,11 @@ def scan_corpus(corpus, listing, journal, workers):
     ):
         for start in range(0, len(missing), SCANNED_AT_ONCE):
             part = missing[start : start + SCANNED_AT_ONCE]
-            found = list(pool.map(lambda image: scan_picture(corpus.root, image), part))
-            file.writelines(json.dumps([image, *picture]) + "\n" for image, picture in zip(part, found))
+            for image, picture in zip(part, pool.map(scan, part)):
+                pictures[image] = picture
+                file.write(json.dumps([image, *picture]) + "\n")
+                progress.update()
             file.flush()
-            pictures |= zip(part, found)
-            progress.update(len(found))
     return pictures
 
 
@@ -52,9 +59,21 @@ def read_journal(journal, listing):
         first, *lines = journal.read_text(errors="replace").split("\n")[:-1]  # a line without its end was cut off
         if json.loads(first) != listing:
             return {}
-        return {image: Picture(*picture) for image, *picture in map(json.loads, lines)}
+        pictures = {}
+        for line in lines:
+            image, *found = json.loads(line)
+            pictures[image] = Picture(*found)
+        return pictures
     except (ValueError, TypeError, RecursionError):
         return {}
+
+
+class UsableRow(NamedTuple):
+    """A row of the corpus whose picture can be decoded."""
+
+    number: int  # of the row in the corpus
+    row: dict  # a copy, whose split may still be changed
+    picture: Picture
 
 
 def sort_rows(corpus, pictures):
@@ -62,28 +81,36 @@ def sort_rows(corpus, pictures):
 
     Rows of equal pictures, in one file or in copies, are given the image of the first: it is one picture.
     """
-    used = []
+    usable = []
     reasons = {}  # row's number -> why it cannot be used
     image_of_digest = {}
     for number, row in enumerate(corpus.rows):
-        reason = row_fault(row)
-        picture = None if reason else pictures[row["image"]]
-        if reason or picture.reason:
-            reasons[number] = reason or picture.reason
+        reason = row_fault(row) or pictures[row["image"]].reason
+        if reason:
+            reasons[number] = reason
             continue
+        picture = pictures[row["image"]]
         image = image_of_digest.setdefault(picture.sha256, picture.image)
-        used.append((number, dict(row), picture._replace(image=image)))
+        usable.append(UsableRow(number, dict(row), picture._replace(image=image)))
 
-    sha256_of = {id(row): picture.sha256 for _, row, picture in used}
     lines = []
-    if used:
-        lines, held_out = give_splits([row for _, row, _ in used], lambda row: sha256_of[id(row)], corpus.source)
-        reasons |= {used[place][0]: reason for place, reason in held_out.items()}
-    images = [row["image"] or f"row {number}" for number, row in enumerate(corpus.rows, start=1)]
-    for number, _, picture in used:
-        images[number] = picture.image
+    if usable:
+        rows = [found.row for found in usable]
+        digests = [found.picture.sha256 for found in usable]
+        lines, held_out = give_splits(rows, digests, corpus.source)
+        for place, reason in held_out.items():
+            reasons[usable[place].number] = reason
+
+    images = []
+    for number, row in enumerate(corpus.rows, start=1):
+        images.append(row["image"] or f"row {number}")
+    for found in usable:
+        images[found.number] = found.picture.image
     keys = row_keys(images)
-    rows = [usable_row(keys[number], row, picture) for number, row, picture in used if number not in reasons]
+    rows = []
+    for found in usable:
+        if found.number not in reasons:
+            rows.append(usable_row(keys[found.number], found.row, found.picture))
     quarantine = []
     for number in sorted(reasons):
         # What is not UTF-8 cannot be written as it is.
@@ -112,7 +139,8 @@ def check_bad(corpus, quarantine, out, allow_bad):
 
 def count_reasons(quarantine):
     """{kind of reason: rows}, the most frequent first. A reason's kind stands before its colon."""
-    return dict(Counter(row["reason"].partition(":")[0] for row in quarantine).most_common())
+    counts = Counter(row["reason"].partition(":")[0] for row in quarantine)
+    return dict(counts.most_common())
 
 
 def in_words(counts):
@@ -123,19 +151,31 @@ def in_words(counts):
 
 def describe_rows(source, rows):
     """A line that says what the rows are: pictures, captions, splits, labels."""
-    captions = Counter(row["image"] for row in rows)  # of each picture
+    captions = Counter()  # of each picture
+    split_of_picture = {}
+    classes = set()
+    for row in rows:
+        captions[row["image"]] += 1
+        split_of_picture[row["image"]] = row.get("split")
+        if row.get("label"):
+            classes.add(row["label"])
     least, most = min(captions.values()), max(captions.values())
     each = f"{least}" if least == most else f"{least} to {most}"
-    split_of_picture = {row["image"]: row.get("split") for row in rows}
-    counts = Counter(split_of_picture.values())
-    order = unique(split for split in (*SPELLINGS, *counts) if split and counts[split])
-    splits = ", ".join(f"{split} {counts[split]:,}" for split in order) or "none"
-    classes = unique(row["label"] for row in rows if row.get("label"))
     labels = f"{len(classes):,} ({named(sorted(classes))})" if classes else "none"
-    pictures = counted(len(captions), "picture")
     return printable(
-        f"{source}: {pictures}, {counted(len(rows), 'caption')} ({each} a picture), splits {splits}, labels {labels}"
+        f"{source}: {counted(len(captions), 'picture')}, {counted(len(rows), 'caption')} ({each} a picture), splits "
+        f"{describe_splits(split_of_picture.values())}, labels {labels}"
     )
+
+
+def describe_splits(splits):
+    """How many pictures each split has, train first: "train 40, val 5", or "none"."""
+    counts = Counter(filter(None, splits))
+    parts = []
+    for split in unique([*SPELLINGS, *counts]):
+        if counts[split]:
+            parts.append(f"{split} {counts[split]:,}")
+    return ", ".join(parts) or "none"
 
 
 def describe_quarantine(out, total):

@@ -33,11 +33,11 @@ def split_of_file(stem):
     return known_split(re.split(r"[-_.]", stem)[0])
 
 
-def give_splits(rows, picture_of, source):
-    """Writes the split of every row. Returns (lines that say what was done, rows that must not be used -> the reason).
+def give_splits(rows, digests, source):
+    """Writes the split of every row. Returns (lines that say what was done, {row number: why it must not be used}).
 
-    rows: dicts that may have a `split`, as their source spells it. picture_of(row): the digest of its picture. source: their
-    name, for messages.
+    rows: dicts that may have a `split`, as their source spells it. digests: of each row's picture. source: the name of
+    the rows, for messages.
 
     Rows keep the split that they come with, and a row without one trains where others have one. Where training rows
     have no val beside them, pictures are set aside from them to choose by, and, if there is no test either, to test on:
@@ -45,9 +45,14 @@ def give_splits(rows, picture_of, source):
     not count, else that picture would be trained on. Raises BadInput if no row's split has a known name.
     """
     lines = read_names(rows, source)
-    refused = refuse_held_out(rows, picture_of)
-    used = [row for number, row in enumerate(rows) if number not in refused]
-    lines += set_aside(used, picture_of)
+    refused = refuse_held_out(rows, digests)
+    used = []
+    digests_used = []
+    for number, (row, digest) in enumerate(zip(rows, digests)):
+        if number not in refused:
+            used.append(row)
+            digests_used.append(digest)
+    lines += set_aside(used, digests_used)
     return lines, refused
 
 
@@ -65,7 +70,8 @@ def read_names(rows, source):
             known = True
         else:
             unknown[str(name)] += 1
-    counts = ", ".join(f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(5))
+    parts = [f"{name!r} ({count:,} rows)" for name, count in unknown.most_common(5)]
+    counts = ", ".join(parts)
     if unknown and not known:
         raise BadInput(
             f"{source}: the splits are named {counts}, and none of these is train, val or test; rename them, or leave the split "
@@ -86,17 +92,17 @@ def read_names(rows, source):
 
 def spellings():
     """The known names of splits, for a message."""
-    return "; ".join(" ".join(names) for names in SPELLINGS.values())
+    return "; ".join(map(" ".join, SPELLINGS.values()))
 
 
-def refuse_held_out(rows, picture_of):
+def refuse_held_out(rows, digests):
     """{row number: reason} of the training rows whose picture is in val or test, and the val rows whose is in test."""
     splits_of_picture = defaultdict(set)
-    for row in rows:
-        splits_of_picture[picture_of(row)].add(row["split"])
+    for row, digest in zip(rows, digests):
+        splits_of_picture[digest].add(row["split"])
     refused = {}
-    for number, row in enumerate(rows):
-        others = splits_of_picture[picture_of(row)]
+    for number, (row, digest) in enumerate(zip(rows, digests)):
+        others = splits_of_picture[digest]
         held_out = None
         if row["split"] in ("train", "val") and "test" in others:
             held_out = "test"
@@ -107,7 +113,7 @@ def refuse_held_out(rows, picture_of):
     return refused
 
 
-def set_aside(rows, picture_of):
+def set_aside(rows, digests):
     """Moves training rows to val, where it is empty, and then to test: all rows of a picture together.
 
     The digest of a picture alone says where it belongs, so that the split stays as it is when rows are added or are in
@@ -116,28 +122,40 @@ def set_aside(rows, picture_of):
     found = {row["split"] for row in rows}
     if "train" not in found or "val" in found:
         return []
-    training = {picture_of(row) for row in rows if row["split"] == "train"}
-    place = {picture: place_of(picture) for picture in training}
+    training = set()
+    for row, digest in zip(rows, digests):
+        if row["split"] == "train":
+            training.add(digest)
     least = 1 if len(training) < 10 else 2  # of one picture any other is as good
     most = min(MOST_HELD_OUT, max(least, len(training) // 5))
     moved = {}
     for split, first in (("val", HELD_OUT), ("test", 0)):
-        left = [picture for picture in training if picture not in moved]
-        if split in found or len(left) < 2:
-            continue
-        inside = [picture for picture in left if first <= place[picture] < first + HELD_OUT]
-        # in a small corpus too few may be inside: then those that are next
-        outside = sorted(set(left).difference(inside), key=lambda picture: (place[picture] < first, place[picture]))
-        chosen = sorted(inside, key=place.get) + outside[: max(0, least - len(inside))]
-        moved |= dict.fromkeys(chosen[:most], split)
-    for row in rows:
+        left = training.difference(moved)
+        if split not in found and len(left) > 1:
+            chosen = draw_held_out(left, first, least)
+            moved |= dict.fromkeys(chosen[:most], split)
+    for row, digest in zip(rows, digests):
         if row["split"] == "train":
-            row["split"] = moved.get(picture_of(row), "train")
+            row["split"] = moved.get(digest, "train")
     counts = Counter(moved.values())
     if not counts:
         return []
     parts = [f"{split} {counts[split]:,}" for split in ("val", "test") if counts[split]]
     return [f"set aside by picture content from {len(training):,} training pictures: {', '.join(parts)}"]
+
+
+def draw_held_out(digests, first, least):
+    """The pictures whose place is from `first` to `first + HELD_OUT`; where these are too few, then those that are next."""
+    inside = []
+    outside = []
+    for digest in digests:
+        place = place_of(digest)
+        if first <= place < first + HELD_OUT:
+            inside.append((place, digest))
+        else:
+            outside.append((place < first, place, digest))
+    chosen = sorted(inside) + sorted(outside)[: max(0, least - len(inside))]
+    return [digest for *_, digest in chosen]
 
 
 def place_of(digest):

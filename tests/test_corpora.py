@@ -254,7 +254,53 @@ def test_captions_that_are_no_text(folder, embed):
     table = write_jsonl(folder / "t.jsonl", [{"image": f"{k}.webp", "caption": v} for k, v in enumerate(values)])
     _, rows, quarantine = embed(table, "--allow-bad", "1")
     assert captions_of(rows) == ["1984", "2.5", "[untitled] boat", "none"]
-    assert [quarantine[f"{k}.webp"] for k in (2, 3, 4, 6)] == ["empty caption"] * 4
+    placeholder = "placeholder for a missing caption: None"
+    assert [quarantine[f"{k}.webp"] for k in (2, 3, 4, 6)] == [
+        "empty caption",
+        "empty caption",
+        placeholder,
+        "empty caption",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet", "txt"])
+def test_placeholders_for_missing_captions(folder, embed, kind):
+    """What programs write for an empty cell is no caption, in whatever kind of file it stands; a word like it is one."""
+    words = ["None", "nan", "NaN", "null", "NULL", "<NA>", "  null ", "", "  "]
+    records = [picture(k) for k in range(20)]
+    for k, word in enumerate(words):
+        records[k]["caption"] = word
+    records[10]["caption"], records[11]["caption"] = "none", "null and void"
+    table = folder / f"t.{kind}"
+    if kind in ("csv", "tsv"):
+        write_csv(table, records, "," if kind == "csv" else "\t")
+    elif kind == "jsonl":
+        write_jsonl(table, records)
+    elif kind == "json":
+        table.write_text(json.dumps(records))
+    elif kind == "parquet":
+        arrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(arrow.Table.from_pylist(records), table)
+    else:
+        table = folder
+        for k in range(40):
+            caption = records[k]["caption"] if k < 20 else "more"
+            (folder / f"{k}.txt").write_text(caption)
+    result, rows, quarantine = embed(table, "--allow-bad", "0.5")
+    assert captions_of(rows)[:3] == ["caption 9", "none", "null and void"] or kind == "txt"
+    assert len(quarantine) == 9 and quarantine["6.webp"] == "placeholder for a missing caption: null"
+    assert quarantine["7.webp"] == quarantine["8.webp"] == "empty caption"
+    assert "placeholder for a missing caption (7), empty caption (2)" in result.out
+
+
+def test_a_class_may_have_any_name(folder, embed):
+    for k, label in enumerate(("None", "nan", "cat")):
+        (folder / "tree" / label).mkdir(parents=True)
+        (folder / f"{k}.webp").rename(folder / "tree" / label / "a.webp")
+    _, rows, quarantine = embed(folder / "tree")
+    assert captions_of(rows) == ["None", "cat", "nan"] and not quarantine
 
 
 def test_questions_that_lack_a_part(folder, embed):
@@ -633,6 +679,7 @@ def test_the_sample_keeps_one_of_two_equal_pictures(tmp_path):
 def test_data_that_come_with_train_and_val_keep_just_these():
     """Nothing is taken from what somebody wants to train on; evaluate.py warns that no test rows are left."""
     rows = [{"image": f"{k}.png", "split": "train" if k % 4 else "val"} for k in range(100)]
-    lines, refused = give_splits(rows, lambda row: hashlib.sha256(row["image"].encode()).hexdigest(), "rows")
+    digests = [hashlib.sha256(row["image"].encode()).hexdigest() for row in rows]
+    lines, refused = give_splits(rows, digests, "rows")
     assert [row["split"] for row in rows] == ["train" if k % 4 else "val" for k in range(100)]
     assert lines == [] and refused == {}
