@@ -40,7 +40,7 @@ MAPPED_AT_ONCE = 8192  # texts that go through a connector at a time, to bound t
 
 
 class BadInput(ValueError):
-    """Something the user can mend. The message is one line: which file, row or flag, and what to do next."""
+    """Something the user can fix. The message is one line: which file, row or flag, and what to do next."""
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).splitlines()))  # a value that is quoted in it may hold several
@@ -239,7 +239,8 @@ class TextEncoder:
         except Exception as error:  # as above
             raise BadInput(cannot_load(encoder, weights, error)) from None
         for missing in loaded:
-            check_filled(encoder, weights, [key for key in missing if "pooler" not in key], ())  # a pooler is not used
+            missing = [key for key in missing if "pooler" not in key]  # a pooler is not used
+            check_filled(encoder, weights, missing, ())
         self.model.eval().requires_grad_(False)
         dimension = getattr(self.model, "get_embedding_dimension", None)  # the name from version 6 on
         self.embed_dim = (dimension or self.model.get_sentence_embedding_dimension)()
@@ -329,24 +330,30 @@ def read_image_weights(encoder, path, name):
     import timm
 
     state = timm.models.load_state_dict(str(path))
-    if not any(torch.is_tensor(tensor) for tensor in state.values()):
+    if not any(map(torch.is_tensor, state.values())):
         raise BadInput(f"--weights {encoder.name}={path}: holds no tensors")
-    if not any(key.startswith(WRAPPERS) for key in state):
+    if not unwrap(state):
         return state
     own = timm.create_model(name, num_classes=0).state_dict().keys()
-    while not own & state.keys():
-        prefixes = [prefix for prefix in WRAPPERS if any(key.startswith(prefix) for key in state)]
-        if not prefixes:
-            break
-        # A head beside a wrapped backbone has no prefix, and is not asked for.
-        state = {key.removeprefix(prefixes[0]): state[key] for key in state if key.startswith(prefixes[0])}
+    while not own & state.keys() and (inner := unwrap(state)):
+        state = inner
     return state
+
+
+def unwrap(state):
+    """The tensors below the first of WRAPPERS that there is, {} if there is none. A head beside it is not asked for."""
+    for prefix in WRAPPERS:
+        inner = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        if inner:
+            return inner
+    return {}
 
 
 @contextlib.contextmanager
 def recorded_loading():
     """A list of what `load_state_dict` found missing and left over, of each module that is loaded within."""
-    load, found = nn.Module.load_state_dict, []
+    load = nn.Module.load_state_dict
+    found = []
 
     def load_and_record(module, *arguments, **options):
         keys = load(module, *arguments, **options)
@@ -367,11 +374,13 @@ def recorded_pretrained():
     """A list of the names of tensors that weights did not hold, of each transformers model that is loaded within."""
     from transformers import PreTrainedModel
 
-    load, found = PreTrainedModel.__dict__["from_pretrained"], []
+    load = PreTrainedModel.__dict__["from_pretrained"]
+    found = []
 
     def load_and_record(model_class, *arguments, **options):
         model, info = load.__func__(model_class, *arguments, **options | {"output_loading_info": True})
-        found.append([*info["missing_keys"], *(str(mismatch[0]) for mismatch in info["mismatched_keys"])])
+        mismatched = [str(mismatch[0]) for mismatch in info["mismatched_keys"]]
+        found.append([*info["missing_keys"], *mismatched])
         return (model, info) if options.get("output_loading_info") else model
 
     PreTrainedModel.from_pretrained = classmethod(load_and_record)
@@ -410,12 +419,12 @@ def full_image_name(encoder, model):
         return encoder.spec
     found = model.pretrained_cfg
     architecture = found.get("architecture", re.sub(r"^timm:", "", encoder.spec))
-    return ".".join(part for part in (architecture, found.get("tag")) if part)
+    return f"{architecture}.{found['tag']}" if found.get("tag") else architecture
 
 
 def go_offline_without_hub():
     """Spares a machine without a network the hub client's minutes of retries: what it has cached is still found."""
-    if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
+    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
@@ -428,9 +437,12 @@ def go_offline_without_hub():
 
 def weights_digest(model):
     """sha256 over a model's floating-point tensors, by their bytes alone: libraries rename tensors between versions."""
-    tensors = [t.detach().cpu().contiguous() for t in model.state_dict().values() if t.is_floating_point()]
-    digests = sorted(hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).digest() for t in tensors)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = []
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digests.append(hashlib.sha256(data.numpy()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def cannot_load(encoder: Encoder, weights, error: Exception) -> str:
@@ -462,9 +474,10 @@ def did_you_mean(encoder):
     known = {name.lower(): name for name in [*timm.list_models(), *timm.list_pretrained(), *ENCODERS]}
     if "/" in asked or asked in known.values():
         return ""
-    guess = difflib.get_close_matches(asked.lower(), known, n=1, cutoff=0.75)
-    guess = guess or difflib.get_close_matches(encoder.name.lower(), known, n=1, cutoff=0.75)
-    return f" Did you mean {known[guess[0]]}?" if guess and known[guess[0]] not in (asked, encoder.name) else ""
+    for name in (asked, encoder.name):
+        for guess in difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+            return "" if known[guess] == encoder.name else f" Did you mean {known[guess]}?"
+    return ""
 
 
 # ----------------------------------------------------------------------------------- the stitched model (VLM)
@@ -512,7 +525,9 @@ def read_connector(path, image_dim=None, text_dim=None):
     state = load_tensors(path)
 
     layers = connector_keys(hidden_layers)
-    keys = [layer + part for layer in layers for part in ("weight", "bias")]
+    keys = []
+    for layer in layers:
+        keys += [layer + "weight", layer + "bias"]
     if not isinstance(state, dict) or set(state) != set(keys):
         found = " ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise BadInput(f"{path}: expected the keys {' '.join(keys)}; found {found or 'none'}")
@@ -520,7 +535,7 @@ def read_connector(path, image_dim=None, text_dim=None):
         if not is_plain_tensor(tensor):
             raise BadInput(f"{path}: expected tensors of floating-point numbers under the keys {' '.join(keys)}")
         if not tensor.isfinite().all():
-            raise BadInput(f"{path}: {key} holds numbers that are not finite; the connector is of no use")
+            raise BadInput(f"{path}: {key} holds numbers that are not finite: the connector cannot be used")
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
     text_dim = text_dim or registered_dim(text) or (first.shape[1] if first.dim() == 2 else 0)
@@ -565,10 +580,12 @@ def map_text(connector, features):
     Raises BadInput if the connector's outputs are not finite: no comparison holds for a NaN, so nothing would seem
     nearer to a picture than the right text.
     """
-    mapped = [F.normalize(connector(part), dim=1) for part in features.split(MAPPED_AT_ONCE)]  # each [n, D_i]
-    mapped = torch.cat(mapped)
+    parts = []
+    for part in features.split(MAPPED_AT_ONCE):
+        parts.append(F.normalize(connector(part), dim=1))  # [n, D_i]
+    mapped = torch.cat(parts)
     if not mapped.isfinite().all():
-        raise BadInput("the connector gives vectors that are not finite; its file is of no use")
+        raise BadInput("the connector gives vectors that are not finite: it cannot be used")
     return mapped
 
 
@@ -621,19 +638,17 @@ class CustomVLM:
 def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None, weights=None):
     """The stitched model of a connector file, with nothing else present.
 
-    The encoders are those of the file's name; encoders outside the registry are looked up in the `.json` card beside
+    The encoders are those of the file's name; encoders outside the registry are named by the `.json` card beside
     the file. `image_encoder` and `text_encoder` replace them, with a local folder for example; weights, {encoder name:
     file or folder}, takes what `embed.py --weights` takes. Raises BadInput, one line, if the weights are not those that
     the connector was trained on, as far as the card says which those were.
     """
     image, _, text, _ = read_connector(path)
-    names = {"image": image_encoder or encoder_of_connector(path, "image", image)}
-    names["text"] = text_encoder or encoder_of_connector(path, "text", text)
-    given = {}
-    for kind, name in (("image", image), ("text", text)):
-        if name in (weights or {}):
-            given[names[kind]] = weights[name]
-    vlm = CustomVLM(names["image"], names["text"], device=device, weights=given)
+    image_encoder = image_encoder or encoder_of_connector(path, "image", image)
+    text_encoder = text_encoder or encoder_of_connector(path, "text", text)
+    weights = weights or {}
+    given = {image_encoder: weights.get(image), text_encoder: weights.get(text)}
+    vlm = CustomVLM(image_encoder, text_encoder, device=device, weights=given)
     check_weights(path, image, vlm.image_encoder.model)
     check_weights(path, text, vlm.text_encoder.model)
     vlm.load_connector_checkpoint(path)
