@@ -1,4 +1,4 @@
-"""Table files as records: text tables, JSON, parquet. What their columns mean is in `hyma/datasets.py`.
+"""Table files as records: text tables, JSON, parquet. What their columns mean is in `hyma/columns.py`.
 
 A row of a file that cannot be read costs itself and no other row. To add a kind of table, extend TABLE_SUFFIXES and
 `read_table`.
@@ -19,7 +19,7 @@ from vlm import BadInput, check_regular
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 ARCHIVE_SUFFIXES = {".tar", ".zip", ".gz", ".tgz", ".zst", ".7z", ".rar"}
-DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 PARQUET_ROWS = 256  # that are in memory at once: each may hold a picture
 SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
@@ -113,7 +113,7 @@ def choose_delimiter(header, usual, is_known):
 
 
 def number_repeated(names):
-    """The names, with _2, _3 ... after those that stand there again."""
+    """The names, with _2, _3 ... after those that occur again."""
     counts = {}
     numbered = []
     for name in names:

@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers import TINY, make_embedding_folder, tasks_of, unit_vectors, write_csv
+from helpers import SAMPLE, TINY, make_embedding_folder, sample_captions, tasks_of, unit_vectors, write_csv
 from PIL import Image
 
 from hyma import pictures as pictures_on_disk
@@ -91,7 +91,7 @@ def test_a_quote_that_cuts_a_caption_costs_its_row(folder, embed):
     assert quarantine == {"1.webp": "a quotation mark is opened and not closed"} and len(rows) == 22
 
 
-@pytest.mark.parametrize("delimiter, word", [("\t", "tabs"), (";", "semicolons"), ("|", "bars")])
+@pytest.mark.parametrize("delimiter, word", [("\t", "tabs"), (";", "semicolons"), ("|", "vertical bars")])
 def test_other_delimiters(folder, embed, delimiter, word):
     write_csv(folder / "t.csv", [{"FilePath": f"{k}.webp", " Title ": f"a, b; {k}"} for k in range(3)], delimiter)
     result, rows, _ = embed(folder / "t.csv")
@@ -674,6 +674,16 @@ def test_the_sample_keeps_one_of_two_equal_pictures(tmp_path):
     table = list(csv.DictReader(io.StringIO((tmp_path / "out" / "captions.csv").read_text())))
     assert [row["caption"] for row in table] == ["caption 0", "caption 2"]
     assert len(list((tmp_path / "out" / "images").rglob("*.webp"))) == 2
+
+
+def test_no_picture_of_the_sample_is_in_two_splits():
+    """One picture is there twice, under two labels: both copies are test rows."""
+    splits_of_picture = {}
+    for row in sample_captions():
+        digest = hashlib.sha256((SAMPLE / row["image"]).read_bytes()).hexdigest()
+        splits_of_picture.setdefault(digest, set()).add(row["split"])
+    assert len(splits_of_picture) == 2649
+    assert all(len(splits) == 1 for splits in splits_of_picture.values())
 
 
 def test_data_that_come_with_train_and_val_keep_just_these():
