@@ -8,10 +8,12 @@
 
 One scan fixes the rows before the first encoder runs, and prints what it understood of them. A picture that cannot be
 read or a row without a caption goes to quarantine.jsonl with the reason, and no encoder embeds it; if many rows are bad,
-the scan stops (--allow-bad). Rows without a split are split here, by their pictures' bytes: train 80 %, val and test 10 %
-each, at most 5,000. Each encoder then writes `<encoder>.pt`, one tensor
-[rows, dim] of unit vectors in row order, shard by shard. Rerun an interrupted command to resume at the first missing
-shard; the files get the same bytes. manifest.json is written last and seals the folder.
+the scan stops (--allow-bad). What programs write for an empty cell, such as nan or null, is no caption either. Rows
+without a split are split here, by their pictures' bytes: train 80 %, val and test 10 % each, at most 5,000.
+
+Each encoder then writes `<encoder>.pt`, one tensor [rows, dim] of unit vectors in row order, shard by shard. Rerun an
+interrupted command to resume at the first missing shard; the files get the same bytes. manifest.json is written last
+and seals the folder.
 """
 
 import argparse
@@ -141,11 +143,7 @@ def resolve_flags(flags):
 
 def choose_encoders(names):
     """The encoders that `--encoder` asks for, each once, in the order asked."""
-    groups = {
-        "all": vlm.PAPER_ENCODERS,
-        "images": [encoder for encoder in vlm.PAPER_ENCODERS if encoder.kind == "image"],
-        "texts": [encoder for encoder in vlm.PAPER_ENCODERS if encoder.kind == "text"],
-    }
+    groups = {"all": vlm.PAPER_ENCODERS, "images": paper_encoders("image"), "texts": paper_encoders("text")}
     chosen = {}
     for name in names:
         found = groups.get(name) or [vlm.ENCODERS[known] for known in fnmatch.filter(vlm.ENCODERS, name)]
@@ -155,6 +153,11 @@ def choose_encoders(names):
             if chosen.setdefault(encoder.name, encoder) != encoder:
                 raise BadInput(f"--encoder {name}: two different encoders are named {encoder.name}; use NAME=SPEC")
     return list(chosen.values())
+
+
+def paper_encoders(kind):
+    """The paper's image or text encoders."""
+    return [encoder for encoder in vlm.PAPER_ENCODERS if encoder.kind == kind]
 
 
 def match_weights(items, encoders):
@@ -208,33 +211,24 @@ def open_folder(flags):
 def fix_rows(corpus, out, flags):
     """The rows that an earlier run has fixed, or those that a scan of every picture finds usable.
 
-    As long as no encoder is finished, the pictures that were refused are looked at again: they may have been mended.
+    As long as no encoder is finished, the pictures that were refused are scanned again: they may have been repaired.
     """
     listing = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
-    manifest = read_manifest(out)
     journal = out / ".scan.jsonl"
-    fixed = None
-    if manifest:
-        if manifest.get("source_sha256") != listing:
-            raise BadInput(f"{out}: holds embeddings of other rows than {flags.data} has now; choose another --out")
-        rows = read_jsonl(out / "rows.jsonl")
-        if hash_keys(rows) != manifest["keys_sha256"]:
-            raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
-        fixed = FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
-        if not (manifest["quarantined"] and journal.is_file()):
-            return fixed
-    elif any(out.glob("*.pt")):
-        raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
+    fixed = read_fixed_rows(corpus, out, listing, flags.data)
+    if fixed and not (fixed.quarantined and journal.is_file()):
+        return fixed
 
     pictures = scan_corpus(corpus, listing, journal, flags.workers)
     rows, quarantine, lines = sort_rows(corpus, pictures)
+    if fixed and rows == fixed.rows:
+        return fixed
     if fixed:
-        if rows == fixed.rows:
-            return fixed
-        if manifest["encoders"]:
+        embedded = ", ".join(read_manifest(out)["encoders"])
+        if embedded:
             print(
-                f"{out}: pictures that the scan refused can be used now, but {', '.join(manifest['encoders'])} is embedded "
-                "without them; choose another --out to use them"
+                f"{out}: pictures that the scan refused can be used now, but {embedded} is embedded without them; choose "
+                "another --out to use them"
             )
             return fixed
         print(f"{out}: pictures that the scan refused can be used now")
@@ -243,27 +237,47 @@ def fix_rows(corpus, out, flags):
     for line in lines:
         print(printable(f"{corpus.source}: {line}"))
     write_jsonl(out / "rows.jsonl", rows)
-    manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
-    if corpus.protocol:
-        left_out = f", {len(quarantine):,} rows left out" if quarantine else ""
-        manifest["protocol"] = corpus.protocol + left_out
-    if any(row.get("split") == "test" for row in rows) and not any(has_test_split(row) for row in corpus.rows):
-        manifest["test_set_aside"] = True
-    manifest |= {
-        "root": os.path.relpath(corpus.root, out),
-        "source_sha256": listing,
-        "rows": len(rows),
-        "keys_sha256": hash_keys(rows),
-        "quarantined": len(quarantine),
-        "encoders": {},
-    }
+    manifest = new_manifest(corpus, out, rows, len(quarantine), listing)
     write_manifest(out, manifest)
     return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], len(quarantine))
 
 
-def has_test_split(row):
-    """Whether a row of the source is marked as a test row."""
-    return known_split(row.get("split")) == "test"
+def read_fixed_rows(corpus, out, listing, data):
+    """The rows that an earlier run has fixed, or None. Raises BadInput if they are not those of the data source now."""
+    manifest = read_manifest(out)
+    if not manifest:
+        if any(out.glob("*.pt")):
+            raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
+        return None
+    if manifest.get("source_sha256") != listing:
+        raise BadInput(f"{out}: holds embeddings of other rows than {data} has now; choose another --out")
+    rows = read_jsonl(out / "rows.jsonl")
+    if hash_keys(rows) != manifest["keys_sha256"]:
+        raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
+    return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
+
+
+def new_manifest(corpus, out, rows, quarantined, listing):
+    """The manifest of a folder whose rows are fixed and which holds no embeddings yet."""
+    manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
+    if corpus.protocol:
+        left_out = f", {quarantined:,} rows left out" if quarantined else ""
+        manifest["protocol"] = corpus.protocol + left_out
+    if has_test_rows(rows) and not has_test_rows(corpus.rows):
+        manifest["test_set_aside"] = True
+    return manifest | {
+        "root": os.path.relpath(corpus.root, out),
+        "source_sha256": listing,
+        "rows": len(rows),
+        "keys_sha256": hash_keys(rows),
+        "quarantined": quarantined,
+        "encoders": {},
+    }
+
+
+def has_test_rows(rows):
+    """Whether some rows are marked as test rows, in any spelling."""
+    return any(known_split(row.get("split")) == "test" for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------------- embedding
@@ -295,7 +309,7 @@ def embed_encoder(wanted, encoder, fixed, flags):
 
 
 def make_plan(wanted, encoder, fixed, flags):
-    """All that the bytes of an embedding file depend on. Shards that were made by another plan are of no use."""
+    """All that the bytes of an embedding file depend on. Shards that were made by another plan are made again."""
     plan = {
         "kind": wanted.kind,
         "spec": wanted.spec,
@@ -318,13 +332,15 @@ def embed_shards(name, encoder, folder, fixed, flags):
     shard_index, shard_count = flags.shard
     starts = range(0, len(rows), flags.shard_rows)[shard_index::shard_count]
     total = 0
+    done = 0
     missing = []
     for start in starts:
         part = rows[start : start + flags.shard_rows]
         total += len(part)
-        if not is_sound_shard(shard_path(folder, start), (len(part), encoder.embed_dim), DTYPES[flags.dtype]):
+        if is_sound_shard(shard_path(folder, start), (len(part), encoder.embed_dim), DTYPES[flags.dtype]):
+            done += len(part)
+        else:
             missing.append((start, part))
-    done = total - sum(len(part) for _, part in missing)
     with (
         tqdm(total=total, initial=done, desc=name, unit="row") as progress,
         ThreadPoolExecutor(flags.workers) as pool,
@@ -334,9 +350,7 @@ def embed_shards(name, encoder, folder, fixed, flags):
             if isinstance(encoder, vlm.ImageEncoder):
                 partial = PartialShard(shard_path(folder, start), signals)
                 shown = progress.n
-                vectors = embed_images(
-                    encoder, fixed.root, part, flags.batch_size, pool, partial, progress
-                )  # [rows, dim]
+                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool, partial, progress)
                 progress.update(shown - progress.n)  # pictures were counted, and a shard counts rows
             else:
                 vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
@@ -355,24 +369,28 @@ def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
     """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
     digests = {row["image"]: row.get("image_sha256") for row in rows}  # as the scan read the pictures
     images = list(digests)
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
-    def read_ahead(batch):
-        return [pool.submit(load_pixels, encoder, root / image, digests[image]) for image in batch]
+    def read_ahead(start):
+        futures = []
+        for image in images[start : start + batch_size]:
+            futures.append(pool.submit(load_pixels, encoder, root / image, digests[image]))
+        return futures
 
     vectors = partial.load()  # of batches that are done
-    batches = batches[sum(map(len, vectors)) // batch_size :]
-    ahead = read_ahead(batches[0])
-    for following in [*batches[1:], []]:
+    done = sum(map(len, vectors))
+    ahead = read_ahead(done)
+    while ahead:
         pixels = torch.stack([future.result() for future in ahead])  # [B, 3, H, W]
-        ahead = read_ahead(following)  # the threads read the next batch while the encoder works on this one
+        done += len(pixels)
+        ahead = read_ahead(done)  # the threads read the next batch while the encoder works on this one
         vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
         progress.update(len(pixels))
-        if following:
+        if ahead:
             partial.save_when_due(vectors)
     partial.remove()
-    place = {image: i for i, image in enumerate(images)}
-    return torch.cat(vectors)[[place[row["image"]] for row in rows]]
+    place_of_image = dict(zip(images, range(len(images))))
+    places = [place_of_image[row["image"]] for row in rows]
+    return torch.cat(vectors)[places]
 
 
 def load_pixels(encoder, path, sha256):
@@ -393,10 +411,10 @@ def join_shards(name, encoder, folder, plan, fixed, shard_rows):
     if record is not None:  # another process finished first
         return record
     shards = [shard_path(folder, start) for start in range(0, len(fixed.rows), shard_rows)]
-    if not all(shard.is_file() for shard in shards):
+    if not all(map(Path.is_file, shards)):
         return None
     path = fixed.out / f"{name}.pt"
-    vectors = torch.cat([vlm.load_tensors(shard) for shard in shards])  # [rows, dim]
+    vectors = torch.cat(list(map(vlm.load_tensors, shards)))  # [rows, dim]
     if not has_unit_rows(vectors, (len(fixed.rows), encoder.embed_dim)):
         raise BadInput(f"{folder}: its shards are damaged; run the same command again to make the bad ones anew")
     save_tensors(vectors, path)

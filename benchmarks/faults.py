@@ -1173,9 +1173,8 @@ class Fuzz:
 
     def scan(self, corpus):
         """What embed.py does with the rows of a corpus before it embeds."""
-        from hyma.datasets import row_fault
         from hyma.pictures import scan_picture
-        from hyma.scan import sort_rows
+        from hyma.scan import row_fault, sort_rows
 
         json.dumps(corpus.rows, default=str)
         images = {row["image"] for row in corpus.rows if not row_fault(row)}

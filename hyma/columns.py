@@ -25,9 +25,11 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "text", "title", "sentence", "sentences", "description", "blip_caption", "conversations"),
     *("messages", "raw", "alt_text", "alt"),
 )
+CONVERSATION_COLUMNS = ("conversations", "messages")  # of CAPTION_COLUMNS: their captions are answers
 LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name")
 QUESTION_COLUMNS = ("question", "answer", "choices")
 COLUMNS = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
+KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, "split"}
 NUMBERED_CAPTION = re.compile(r"(caption|text|sentence|description|comment|raw)[ _-]?\d+")
 
 CLASS_FILES = ("classes.txt", "labels.txt")  # beside a table: the names of its numbers, one a line
@@ -54,16 +56,17 @@ class Columns(NamedTuple):
     def __str__(self):
         parts = [f"image {self.image or 'key'!r}"]
         parts.append(f"caption {' '.join(map(repr, self.captions)) or 'from question and answer'}")
-        parts += [f"{part} {column!r}" for part, column in (("label", self.label), ("split", self.split)) if column]
+        if self.label:
+            parts.append(f"label {self.label!r}")
+        if self.split:
+            parts.append(f"split {self.split!r}")
         return ", ".join(parts)
 
 
 def is_known(name, part=None):
     """Whether a column has a name that is read, as any part of a row or as this one."""
     name = str(name).strip().casefold()
-    if part:
-        return name in COLUMNS[part]
-    return any(name in names for names in COLUMNS.values()) or name in ("split", *QUESTION_COLUMNS)
+    return name in (COLUMNS[part] if part else KNOWN_COLUMNS)
 
 
 def choose_columns(path, records, image_column, caption_column):
@@ -84,9 +87,11 @@ def choose_columns(path, records, image_column, caption_column):
             if asked.strip().casefold() not in names:
                 raise BadInput(f"--{part}-column {asked}: {path} has the columns {named(names.values(), 20)}")
             return names[asked.strip().casefold()]
-        known = COLUMNS[part]
-        here = [name for name in known if name in filled] or [name for name in known if name in names]
-        return names[here[0]] if here else None
+        for here in (filled, names):
+            for name in COLUMNS[part]:
+                if name in here:
+                    return names[name]
+        return None
 
     image = pick("image", image_column)
     if image is None and not ("key" in names and path.with_suffix("").is_dir()):
@@ -107,11 +112,11 @@ def no_column(part, names):
 
 def explain_unknown(path, names):
     """Raises BadInput for a table of which no column is known: its header is missing, or names what we cannot guess."""
-    first = next((str(name) for name in names if Path(str(name)).suffix.lower() in IMAGE_SUFFIXES), None)
-    if first:
-        raise BadInput(
-            f"--data {path}: its first line should name the columns and names {first}; put image,caption there"
-        )
+    for name in map(str, names):
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            raise BadInput(
+                f"--data {path}: its first line should name the columns and names {name}; put image,caption there"
+            )
     raise BadInput(
         f"--data {path}: {no_column('image', dict(enumerate(names)))}, and the caption with --caption-column"
     )
@@ -131,8 +136,7 @@ def make_rows(record, columns, fault=None):
         if fault:
             raise RowFault(fault)
         if not row["image"]:
-            is_conversation = columns.captions and columns.captions[0].casefold() in ("conversations", "messages")
-            raise RowFault(TEXT_ONLY if is_conversation else "no image path")
+            raise RowFault(TEXT_ONLY if any(map(is_conversation, columns.captions)) else "no image path")
         if columns.label is not None:
             row["label"] = record.get(columns.label)
         if columns.split is not None:
@@ -199,7 +203,7 @@ def read_captions(record, columns):
     faults = []
     for column in columns:
         value = record.get(column)
-        if column.casefold() in ("conversations", "messages"):
+        if is_conversation(column):
             value = first_answer(value)
         for caption in as_list(value):
             if isinstance(caption, dict):  # Karpathy's sentences
@@ -230,6 +234,10 @@ def as_list(value):
     return [value]
 
 
+def is_conversation(column):
+    return column.casefold() in CONVERSATION_COLUMNS
+
+
 def first_answer(turns):
     """The caption of a conversation, LLaVA's or another's: the first thing that the model is to answer."""
     if isinstance(turns, str):
@@ -246,7 +254,7 @@ def first_answer(turns):
             speaker, text = turn
         elif isinstance(turn, dict):
             speaker = turn.get("from") or turn.get("role")
-            text = next((turn[name] for name in ("value", "content", "text") if turn.get(name)), None)
+            text = turn.get("value") or turn.get("content") or turn.get("text")
         else:
             raise RowFault(f"broken conversation: a turn is {type(turn).__name__}")
         if str(speaker).casefold() in ("gpt", "assistant", "model", "bot"):
@@ -326,17 +334,26 @@ def as_number(label):
 
 def read_class_file(folder):
     """{number: name} of a file of names: a name a line, counted from 0, or `number name` lines. None without a file."""
-    for name in CLASS_FILES:
-        if (folder / name).is_file():
-            lines = [line.strip() for line in read_text(folder / name).splitlines() if line.strip()]
-            numbered = [re.fullmatch(r"(\d+)\s+(.+)", line) for line in lines]
-            if lines and all(numbered):
-                return {int(match[1]): match[2] for match in numbered}
-            return dict(enumerate(lines))
+    for file in CLASS_FILES:
+        if (folder / file).is_file():
+            return read_class_names(read_text(folder / file))
     return None
+
+
+def read_class_names(text):
+    """{number: name} of the lines of a class file."""
+    lines = list(filter(None, map(str.strip, text.splitlines())))
+    names = {}
+    for line in lines:
+        numbered = re.fullmatch(r"(\d+)\s+(.+)", line)
+        if not numbered:
+            return dict(enumerate(lines))
+        names[int(numbered[1])] = numbered[2]
+    return names
 
 
 def named(names, most=5):
     """Some names for a message, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(" ".join(str(name).split()) for name in list(names)[:most]) + more
+    lines = [" ".join(str(name).split()) for name in list(names)[:most]]
+    return ", ".join(lines) + more

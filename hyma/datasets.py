@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.columns import QUESTION_COLUMNS, caption_fault, choose_columns, is_known, make_rows, named, type_labels
+from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
 from hyma.splits import known_split, split_of_file
 from hyma.tables import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, read_table, read_text
@@ -406,39 +406,6 @@ def find_split_level(folders):
         if None not in known or len(known - {None}) > 1:
             return level
     return None
-
-
-# ------------------------------------------------------------------------------------------------- which rows are used
-
-
-def row_fault(row):
-    """The reason why a row cannot be used, whatever its picture is, or None."""
-    if "fault" in row:
-        return row["fault"]
-    if not isinstance(row["caption"], str) or not row["caption"].strip():
-        return "empty caption"
-    texts = [row.get(part, "") for part in ("image", "caption", "label", "split", "question", "answer")]
-    texts += row.get("choices", [])
-    try:
-        "".join(map(str, texts)).encode()
-    except UnicodeEncodeError:
-        return "not UTF-8 (save the table as UTF-8)"
-    if not row["image"]:
-        return "no image path"
-    return None
-
-
-def usable_row(key, row, picture):
-    """The row as rows.jsonl holds it. picture: the `Picture` that the scan has found."""
-    found = {"key": key, "image": picture.image, "caption": " ".join(row["caption"].split())}
-    for part in ("label", "split"):
-        if row.get(part) not in (None, ""):
-            found[part] = str(row[part])
-    for part in QUESTION_COLUMNS:
-        if row.get(part):
-            found[part] = row[part]
-    found["image_sha256"] = picture.sha256
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- choices

@@ -133,9 +133,10 @@ class Embeddings:
 
     def fingerprint(self, names):
         """What a run's embeddings are recognised by later: {encoder: sha256 of its file}."""
-        if self.manifest is None:
-            return {name: sha256_file(self.folder / f"{name}.pt") for name in names}
-        return {name: self.manifest["encoders"][name]["file_sha256"] for name in names}
+        digests = {}
+        for name in names:
+            digests[name] = self.record(name).get("file_sha256") or sha256_file(self.folder / f"{name}.pt")
+        return digests
 
     def record(self, name):
         """What the manifest records of an encoder of the folder: {} without a manifest."""
@@ -154,8 +155,8 @@ def check_same_encoder(name, data, other):
     """
     if not other or name not in data.encoders or name not in other.encoders:
         return
-    digests = {data.weights_sha256(name), other.weights_sha256(name)}
-    if len(digests - {None}) > 1:
+    own, others = data.weights_sha256(name), other.weights_sha256(name)
+    if own and others and own != others:
         raise BadInput(f"{data.folder}: its {name} has other weights than {other.folder}'s; embed one of them again")
     difference = first_difference(data.record(name).get("transform"), other.record(name).get("transform"))
     if difference:
@@ -188,20 +189,28 @@ def first_difference(settings, others):
 
 def is_row(row):
     """Whether a line of rows.jsonl has what every row has, and nothing in it is of another kind than text."""
-    has_text = all(isinstance(row.get(part), str) for part in ("key", "image", "caption"))
-    return has_text and all(isinstance(row.get(part, ""), str) for part in ("label", "split", "question", "answer"))
+    for part in ("key", "image", "caption"):
+        if not isinstance(row.get(part), str):
+            return False
+    return all(isinstance(row.get(part, ""), str) for part in ("label", "split", "question", "answer"))
 
 
 class RowStore:
     """The embeddings of several encoders, on the device if half its memory holds them, to take batches of rows from."""
 
     def __init__(self, data, names, device):
-        tensors = {name: data.load(name) for name in names}
-        self.dims = {name: tensor.shape[1] for name, tensor in tensors.items()}
         self.device = device
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        moved = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2
-        self.tensors = {name: tensor.to(device) if moved else tensor for name, tensor in tensors.items()}
+        self.tensors = {}
+        self.dims = {}
+        size = 0
+        for name in names:
+            tensor = data.load(name)
+            self.tensors[name] = tensor
+            self.dims[name] = tensor.shape[1]
+            size += tensor.nbytes
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+            for name, tensor in self.tensors.items():
+                self.tensors[name] = tensor.to(device)
 
     def take(self, name, rows):
         """Unit vectors [len(rows), dim], float32, on the device."""
@@ -236,7 +245,7 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
     """
     splits = [row.get("split") for row in data.rows] if data.rows else []
     if any(splits):
-        train, validation = split_by_column(data, splits)
+        train, validation = split_by_column(splits)
     else:
         train, validation = split_by_picture(data, seed, fraction, most)
     for kind, rows in (("train", train), ("val", validation)):
@@ -250,10 +259,15 @@ def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
     return train.sort().values, validation.sort().values
 
 
-def split_by_column(data, splits):
+def split_by_column(splits):
     """(train, validation) by the values of the split column."""
-    train = [i for i, split in enumerate(splits) if split in (None, "") or known_split(split) == "train"]
-    validation = [i for i, split in enumerate(splits) if known_split(split) == "val"]
+    train = []
+    validation = []
+    for i, split in enumerate(splits):
+        if split in (None, "") or known_split(split) == "train":
+            train.append(i)
+        elif known_split(split) == "val":
+            validation.append(i)
     return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
 
 
@@ -262,9 +276,10 @@ def no_rows_to(kind, data, splits):
     purpose = {"train": "train on", "val": "choose by"}[kind]
     if not any(splits):
         return f"{data.folder}: one picture leaves no {kind} rows to {purpose}; at least two pictures are needed"
-    counts = ", ".join(f"{split} {count:,}" for split, count in Counter(map(str, splits)).items())
+    counts = Counter(map(str, splits))
+    parts = [f"{split} {count:,}" for split, count in counts.items()]
     return (
-        f"{data.folder}/rows.jsonl: there are no {kind} rows to {purpose} among its splits ({counts} rows); embed more "
+        f"{data.folder}/rows.jsonl: there are no {kind} rows to {purpose} among its splits ({', '.join(parts)} rows); embed more "
         "pictures, or a table with train and val rows, into a new --out"
     )
 
@@ -276,8 +291,13 @@ def split_by_picture(data, seed, fraction, most):
     count = min(most, max(1, round(fraction * len(different))))
     order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = {different[i] for i in order[:count]}
-    train = [i for i, picture in enumerate(pictures) if picture not in held_out]
-    validation = [i for i, picture in enumerate(pictures) if picture in held_out]
+    train = []
+    validation = []
+    for i, picture in enumerate(pictures):
+        if picture in held_out:
+            validation.append(i)
+        else:
+            train.append(i)
     return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
 
 
@@ -307,7 +327,7 @@ def choose_pairs(data: Embeddings, patterns, flag="--pairs"):
 
 
 def unique(names):
-    """The different names, in the order in which they first stand."""
+    """The different names, in the order in which they first occur."""
     return list(dict.fromkeys(names))
 
 

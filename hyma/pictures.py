@@ -1,4 +1,8 @@
-"""Pictures on disk: the file that a path means, what format it has, whether it can be decoded, the digest of its bytes."""
+"""Pictures on disk: the file that a path means, what format it has, whether it can be decoded, the digest of its bytes.
+
+A picture is what a file shows. `image` is its path, as rows and tables name it, and the
+kind of an encoder.
+"""
 
 import errno
 import hashlib
@@ -76,7 +80,7 @@ def scan_picture(root, image) -> Picture:
         return Picture("missing file")
     except OSError as error:
         raise BadInput(
-            f"{root / image}: {error.strerror or error}; this says nothing about the picture, so the scan stops; mend it "
+            f"{root / image}: {error.strerror or error}; this says nothing about the picture, so the scan stops; fix it "
             "and run the same command again to resume"
         ) from None
     reason = why_not_decoded(data)
@@ -166,7 +170,7 @@ def why_not_decoded(data):
 
 
 def format_of(data):
-    """The format that the first bytes of a file tell, or None."""
+    """The format that the first bytes of a file show, or None."""
     for signature, name in SIGNATURES:
         if data.startswith(signature):
             return name

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import vlm
 from hyma.embeddings import first_difference, has_unit_rows
-from hyma.files import save_tensors
+from hyma.files import make_folder, save_tensors
 from vlm import BadInput, Encoder
 
 PROMPTS_AT_ONCE = 1024
@@ -92,7 +92,7 @@ def load_prompts(folder, recorded: RecordedEncoder, texts, weights, device):
         return read_prompts(path, len(texts), encoder.dim)
     vectors = embed_prompts(recorded, texts, weights, device)
     try:
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         save_tensors(vectors, path)
     except OSError as error:  # a folder that others share: the prompts are embedded again next time
         print(f"{path}: not saved: {error.strerror}", file=sys.stderr)

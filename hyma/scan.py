@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from hyma.columns import TEXT_ONLY, named
-from hyma.datasets import row_fault, usable_row
+from hyma.columns import QUESTION_COLUMNS, TEXT_ONLY, named
 from hyma.embeddings import row_keys, unique
 from hyma.files import read_jsonl, write_jsonl
 from hyma.pictures import Picture, scan_picture
@@ -25,7 +24,7 @@ def scan_corpus(corpus, listing, journal, workers):
     """Decodes every picture once: {image as the rows name it: Picture}.
 
     The journal holds the hash of the rows, then a picture a line, so that an interrupted scan can be resumed. Pictures
-    that were refused are looked at again.
+    that were refused are scanned again.
     """
     pictures = read_journal(journal, listing)
     lines = [[image, *picture] for image, picture in pictures.items()]
@@ -118,6 +117,36 @@ def sort_rows(corpus, pictures):
     return rows, quarantine, lines
 
 
+def row_fault(row):
+    """The reason why a row cannot be used, whatever its picture is, or None."""
+    if "fault" in row:
+        return row["fault"]
+    if not isinstance(row["caption"], str) or not row["caption"].strip():
+        return "empty caption"
+    texts = [row.get(part, "") for part in ("image", "caption", "label", "split", "question", "answer")]
+    texts += row.get("choices", [])
+    try:
+        "".join(map(str, texts)).encode()
+    except UnicodeEncodeError:
+        return "not UTF-8 (save the table as UTF-8)"
+    if not row["image"]:
+        return "no image path"
+    return None
+
+
+def usable_row(key, row, picture):
+    """The row as rows.jsonl holds it. picture: the `Picture` that the scan has found."""
+    found = {"key": key, "image": picture.image, "caption": " ".join(row["caption"].split())}
+    for part in ("label", "split"):
+        if row.get(part) not in (None, ""):
+            found[part] = str(row[part])
+    for part in QUESTION_COLUMNS:
+        if row.get(part):
+            found[part] = row[part]
+    found["image_sha256"] = picture.sha256
+    return found
+
+
 def check_bad(corpus, quarantine, out, allow_bad):
     """Raises BadInput if more of the rows are bad than the share that is allowed. One bad row alone never stops a corpus.
 
@@ -132,7 +161,7 @@ def check_bad(corpus, quarantine, out, allow_bad):
     if bad > max(1, allow_bad * total):
         raise BadInput(
             f"{corpus.source}: {bad:,} of {total:,} rows ({bad / total:.1%}) cannot be used: {in_words(counts)}; "
-            f"{out}/quarantine.jsonl names each. Mend them and run the same command again, or allow it: --allow-bad "
+            f"{out}/quarantine.jsonl names each. Repair them and run the same command again, or allow it: --allow-bad "
             f"{math.ceil(100 * bad / total) / 100:g}"
         )
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from hyma.columns import is_known
 from hyma.datasets import Corpus, draw_distractors
+from hyma.files import make_folder
 from hyma.pictures import IMAGE_SUFFIXES
 from hyma.tables import read_text, read_text_table
 from vlm import BadInput, read_json
@@ -124,9 +125,11 @@ def read_cifar(data, out, name):
     root = out / "images"
     unfinished = out / ".images"  # renamed when all pictures are there
     if not root.is_dir():
-        unfinished.mkdir(exist_ok=True)
+        make_folder(unfinished)
         for k, (image, _) in enumerate(published_set):
-            image.save(unfinished / f"{k:05d}.png")
+            target = unfinished / f"{k:05d}.png"
+            target.unlink(missing_ok=True)  # cut by a kill, or somebody's link
+            image.save(target)
         os.replace(unfinished, root)
     rows = []
     for k, target in enumerate(published_set.targets):
@@ -190,7 +193,7 @@ def flickr_annotations(table):
 
 
 def flickr_captions(table):
-    """Rows of `image,caption`. A caption with a comma is quoted; one that was not is cut, and has no use."""
+    """Rows of `image,caption`. A caption with a comma is quoted; one that was not is cut, and cannot be used."""
     found = read_text_table(table, is_known)
     rows = []
     for number, record in enumerate(found.records):

@@ -74,7 +74,8 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
     if name is None:
         name = data.manifest["dataset"] if data.manifest else data.folder.name
     rows_description, rows = choose_rows(data, run_seed)
-    tasks, reasons = [], []
+    tasks = []
+    reasons = []
     for kind in KINDS.values():
         try:
             tasks.append(kind.make(name, data, rows, rows_description, flags))
@@ -91,16 +92,16 @@ def choose_rows(data, run_seed):
     Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all. A test
     split that embed.py has set aside itself counts for that folder's own runs alone: others have seen none of its rows.
     """
-    published = (data.manifest or {}).get("protocol")  # a standard set's own description of its rows
+    manifest = data.manifest or {}
+    published = manifest.get("protocol")  # a standard set's own description of its rows
     test = [i for i, row in enumerate(data.rows or []) if row.get("split") == "test"]
-    if run_seed is None and (data.manifest or {}).get("test_set_aside"):
-        return published or "all rows", torch.arange(data.row_count)
-    if test:
+    is_foreign = run_seed is None
+    if test and not (is_foreign and manifest.get("test_set_aside")):
         return published or "test split", torch.tensor(test)
-    if run_seed is not None:
-        _, validation = split_rows(data, run_seed)
-        return "validation rows, which also chose the connectors", validation
-    return published or "all rows", torch.arange(data.row_count)
+    if is_foreign:
+        return published or "all rows", torch.arange(data.row_count)
+    _, validation = split_rows(data, run_seed)
+    return "validation rows, which also chose the connectors", validation
 
 
 @torch.no_grad()
@@ -159,12 +160,18 @@ def make_retrieval(name, data, rows, rows_description, flags):
 
 def count_captions(rows):
     """(captions of each picture [pictures], how many different captions there are)."""
-    if any("question" in row for row in rows):
-        raise TaskNotPossible("its captions are questions")
-    if all(row["caption"] == readable_label(row.get("label", "")) for row in rows):
+    captions_of_picture = Counter()
+    captions = set()
+    are_labels = True
+    for row in rows:
+        if "question" in row:
+            raise TaskNotPossible("its captions are questions")
+        captions_of_picture[row["image"]] += 1
+        captions.add(row["caption"])
+        are_labels &= row["caption"] == readable_label(row.get("label", ""))
+    if are_labels:
         raise TaskNotPossible("its captions are the labels")
-    captions_of_picture = Counter(row["image"] for row in rows)
-    return torch.tensor(list(captions_of_picture.values())), len({row["caption"] for row in rows})
+    return torch.tensor(list(captions_of_picture.values())), len(captions)
 
 
 def score_retrieval(task, mapped, images):
@@ -225,16 +232,19 @@ def labelled_pictures(data, rows):
         raise TaskNotPossible("its rows have no labels")
     if len(classes) == 1:
         raise TaskNotPossible(f"its labels are of one class ({classes[0]})")
-    index = {label: k for k, label in enumerate(classes)}
-    first = {}  # (picture, label) -> its first row
+    index = dict(zip(classes, range(len(classes))))
+    labelled = []
+    right = []
+    seen = set()
     for i in rows.tolist():
-        label = data.rows[i].get("label")
-        if label:
-            first.setdefault((data.rows[i]["image"], label), i)
-    if not first:
+        picture, label = data.rows[i]["image"], data.rows[i].get("label")
+        if label and (picture, label) not in seen:
+            seen.add((picture, label))
+            labelled.append(i)
+            right.append(index[label])
+    if not labelled:
         raise TaskNotPossible("the rows to evaluate have no labels")
-    right = [index[label] for _, label in first]
-    return classes, torch.tensor(list(first.values())), torch.tensor(right)
+    return classes, torch.tensor(labelled), torch.tensor(right)
 
 
 def readable_label(label):
@@ -277,6 +287,10 @@ class Question(NamedTuple):
     answer: str | None
     choices: list | None  # with the answer among them
 
+    def texts(self):
+        """The question with each of its choices, no choice twice."""
+        return [f"{self.text} {choice}" for choice in dict.fromkeys(self.choices)]
+
 
 def make_vqa(name, data, rows, rows_description, flags):
     """The Task of choosing an answer: the folder's own questions, or some made from its labels. Its texts are question and
@@ -302,12 +316,14 @@ def make_vqa(name, data, rows, rows_description, flags):
 
 def own_questions(data, rows):
     """The rows [n] that have a question, and their Questions."""
-    kept = [i for i in rows.tolist() if data.rows[i].get("question")]
+    asked = []
     questions = []
-    for i in kept:
+    for i in rows.tolist():
         row = data.rows[i]
-        questions.append(Question(row["question"], row.get("answer"), row.get("choices")))
-    return torch.tensor(kept, dtype=torch.int64), questions
+        if row.get("question"):
+            asked.append(i)
+            questions.append(Question(row["question"], row.get("answer"), row.get("choices")))
+    return torch.tensor(asked, dtype=torch.int64), questions
 
 
 def label_questions(data, rows):
@@ -333,13 +349,16 @@ def check_questions(data, rows, questions):
 
 def number_texts(questions):
     """(different texts of all choices, sorted; indices of the right texts [n] and of all choices [n, K], -1 for none)."""
-    texts = sorted({f"{question.text} {choice}" for question in questions for choice in question.choices})
-    index = {text: k for k, text in enumerate(texts)}
-    right, choices = [], []
+    texts = set()
+    for question in questions:
+        texts.update(question.texts())
+    texts = sorted(texts)
+    index = dict(zip(texts, range(len(texts))))
+    right = []
+    choices = []
     for question in questions:
         right.append(index[f"{question.text} {question.answer}"])
-        different = dict.fromkeys(question.choices)
-        choices.append(torch.tensor([index[f"{question.text} {choice}"] for choice in different]))
+        choices.append(torch.tensor([index[text] for text in question.texts()]))
     padded = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-1)  # [n, K]
     return tuple(texts), torch.tensor(right), padded
 
@@ -409,9 +428,10 @@ def prepare_inputs(task, pairs, weights, device, run_data):
 
     Arguments as for `text_inputs`. Raises BadInput; WeightsMissing if prompts cannot be embedded without --weights.
     """
-    for image in unique(image for image, _ in pairs):
+    images, texts = zip(*pairs)
+    for image in unique(images):
         image_inputs(task, image, run_data)
-    for text in unique(text for _, text in pairs):
+    for text in unique(texts):
         text_inputs(task, text, weights, device, run_data)
 
 
