@@ -25,16 +25,20 @@ class EmojiRetrieval:
 
     def __init__(self, folders):
         """folders: embedding folders, whose rows of split `test` are the emoji; an image path begins with its vendor."""
-        self.folders = [Embeddings(folder) for folder in folders]
+        self.folders = list(map(Embeddings, folders))
         self.rows = []  # of each folder, the numbers of its emoji
-        records = []
+        captions, vendors = [], []  # of all emoji
         for folder in self.folders:
-            numbers = [k for k, row in enumerate(folder.rows) if row["split"] == "test"]
+            numbers = []
+            for number, row in enumerate(folder.rows):
+                if row["split"] == "test":
+                    numbers.append(number)
+                    captions.append(row["caption"])
+                    vendors.append(row["image"].split("/")[0])
             self.rows.append(torch.tensor(numbers))
-            records += [folder.rows[k] for k in numbers]
         # A caption of several emoji goes through a connector once.
-        self.caption_of, self.first = number_names([record["caption"] for record in records])  # [n], [captions]
-        self.galleries = deal_galleries([record["image"].split("/")[0] for record in records])
+        self.caption_of, self.first = number_names(captions)  # [n], [captions]
+        self.galleries = deal_galleries(vendors)
         self.features = {}  # encoder -> what `take` has read
 
     def take(self, encoder):

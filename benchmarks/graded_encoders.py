@@ -146,6 +146,8 @@ def embed(table, out, weights_folder):
         specs[name] = f"{name}=timm:efflite0_{name}"
 
     command = ["embed.py", "--data", table, "--out", out, "--encoder", *specs.values()]
-    command += ["--weights", *(f"{name}={path}" for name, path in weights.items())]
-    sys.argv = [str(part) for part in command]
+    command.append("--weights")
+    for name, path in weights.items():
+        command.append(f"{name}={path}")
+    sys.argv = list(map(str, command))
     runpy.run_path(str(ROOT / "embed.py"), run_name="__main__")  # in this process, where the stages are registered

@@ -63,7 +63,7 @@ def main():
     if flags.score:
         for folder in flags.score:
             connector = f"mlp{read_run(folder).hidden_layers}"
-            grids = [benchmark.read(f"{connector}-grid-s{seed}") for seed in benchmark.seeds]
+            grids = benchmark.read_seeds(f"{connector}-grid")
             print_comparisons(folder.name, [compare(benchmark.read(folder), grids)])
         return
 
@@ -153,11 +153,16 @@ class Benchmark:
             self.finished[name] = self.read_finished(name if isinstance(name, Path) else self.runs / name)
         return self.finished[name]
 
+    def read_seeds(self, name):
+        """The FinishedRun of every seed."""
+        return [self.read(f"{name}-s{seed}") for seed in self.seeds]
+
     def read_finished(self, folder):
         run = read_run(folder)
+        validation = {}
         with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
-            ranking = list(csv.DictReader(file))
-        validation = {f"{row['image']}:{row['text']}": 100 * float(row["val_recall10"]) for row in ranking}
+            for row in csv.DictReader(file):
+                validation[f"{row['image']}:{row['text']}"] = 100 * float(row["val_recall10"])
         hits = OnDemand(lambda pair: self.emoji.hits(run, *pair.split(":")))
         return FinishedRun(
             order=list(validation),
@@ -191,37 +196,36 @@ class Comparison(NamedTuple):
 
 def compare(run, grids):
     """The Comparison of a run with grid search's runs: the true score of a pair is the mean of theirs."""
-    truth = mean_scores(grids)
+    truth = mean_scores(grids, "test")
     best_first = sorted(truth, key=truth.get, reverse=True)
     by_validation = sorted(run.validation, key=run.validation.get, reverse=True)
     regret, spearman = ranking_fidelity(run.order, truth)
     regret_by_validation, spearman_by_validation = ranking_fidelity(by_validation, truth)
-    validation_gaps = []
-    for pair in best_first[:9]:
-        validation_gaps.append(run.validation[pair] - np.mean([grid.validation[pair] for grid in grids]))
+    true_validation = mean_scores(grids, "validation")
     return Comparison(
         chosen=run.order[0],
         regret=regret,
         delivered=run.test[run.order[0]] - truth[best_first[0]],
-        top9_gap=mean_gap(run, truth, best_first[:9]),
-        best_gap=mean_gap(run, truth, best_first[:1]),
-        mean_gap=mean_gap(run, truth, best_first),
+        top9_gap=mean_gap(run.test, truth, best_first[:9]),
+        best_gap=mean_gap(run.test, truth, best_first[:1]),
+        mean_gap=mean_gap(run.test, truth, best_first),
         spearman=spearman,
         regret_by_validation=regret_by_validation,
         spearman_by_validation=spearman_by_validation,
-        validation_top9_gap=float(np.mean(validation_gaps)),
+        validation_top9_gap=mean_gap(run.validation, true_validation, best_first[:9]),
         collapsed=bool(run.curve[-1] < 0.5 * max(run.curve)),
     )
 
 
-def mean_scores(runs):
-    """{pair: mean of the runs' scores on the emoji}"""
-    return {pair: float(np.mean([run.test[pair] for run in runs])) for pair in runs[0].order}
+def mean_scores(runs, name):
+    """{pair: mean of the runs' scores}. name: test or validation."""
+    scores = over_seeds(runs, name)
+    return {pair: float(np.mean([score[pair] for score in scores])) for pair in runs[0].order}
 
 
-def mean_gap(run, truth, pairs):
-    """Mean over the pairs of the run's score minus the true score."""
-    return float(np.mean([run.test[pair] - truth[pair] for pair in pairs]))
+def mean_gap(scores, truth, pairs):
+    """Mean over the pairs of the score minus the true score."""
+    return float(np.mean([scores[pair] - truth[pair] for pair in pairs]))
 
 
 def ranking_fidelity(order, truth):
@@ -244,14 +248,18 @@ def excess_interval(hymas, grids):
     in points: what the emoji can say of the hypernetwork's regret minus grid search's own.
     """
     pairs = grids[0].order
-    hits = np.array([[grid.hits[pair] for pair in pairs] for grid in grids])  # [S, P, emoji]
-    scores = resample({"grid": hits}, RESAMPLES, SEED_ZERO)["grid"]  # [S, R, P]
+    hits = [[grid.hits[pair] for pair in pairs] for grid in grids]
+    scores = resample({"grid": np.array(hits)}, RESAMPLES, SEED_ZERO)["grid"]  # [S, P, emoji] to [S, R, P]
 
     def regrets(run, truth):
         return fidelity(truth, earlier_is_higher(run.order, pairs))["regret"]  # [R]
 
-    own = [regrets(grid, np.delete(scores, k, axis=0).mean(0)) for k, grid in enumerate(grids)]
-    excess = np.mean([regrets(hyma, scores.mean(0)) for hyma in hymas], axis=0) - np.mean(own, axis=0)  # [R]
+    of_grids = []
+    for k, grid in enumerate(grids):
+        others = np.delete(scores, k, axis=0)
+        of_grids.append(regrets(grid, others.mean(0)))
+    of_hymas = [regrets(hyma, scores.mean(0)) for hyma in hymas]
+    excess = np.mean(of_hymas, axis=0) - np.mean(of_grids, axis=0)  # [R]
     return np.percentile(excess, INTERVAL).round(2).tolist()
 
 
@@ -263,10 +271,12 @@ def measure(benchmark, connector):
     train_grids(benchmark, connector)
     for seed in benchmark.seeds:
         train(benchmark, "train_hyma.py", f"{connector}-hyma-s{seed}", "--connector", connector, "--seed", seed)
-    grids = [benchmark.read(f"{connector}-grid-s{seed}") for seed in benchmark.seeds]
-    hymas = [benchmark.read(f"{connector}-hyma-s{seed}") for seed in benchmark.seeds]
+    grids = benchmark.read_seeds(f"{connector}-grid")
+    hymas = benchmark.read_seeds(f"{connector}-hyma")
 
-    noise = [compare(grid, [other for other in grids if other is not grid]) for grid in grids]
+    noise = []
+    for k, grid in enumerate(grids):
+        noise.append(compare(grid, grids[:k] + grids[k + 1 :]))
     comparisons = [compare(hyma, grids) for hyma in hymas]
     print_comparisons(f"{connector} grid search, against its other seeds", noise)
     print_comparisons(f"{connector} hypernetwork, against grid search", comparisons)
@@ -275,9 +285,10 @@ def measure(benchmark, connector):
     for name in ("regret", "delivered", "top9_gap", "best_gap", "spearman", "mean_gap"):
         result[f"{name}_noise"] = over_seeds(noise, name)
     for name in ("flops", "seconds"):
-        spent = over_seeds(grids, name)
-        result[f"cost_ratio_{name}"] = [own / whole for own, whole in zip(over_seeds(hymas, name), spent)]
-        result[f"grid_{name}"] = spent
+        of_grids = over_seeds(grids, name)
+        of_hymas = over_seeds(hymas, name)
+        result[f"cost_ratio_{name}"] = np.divide(of_hymas, of_grids).tolist()
+        result[f"grid_{name}"] = of_grids
     result["regret_excess_interval"] = excess_interval(hymas, grids)
     result["acceptance"] = acceptance(result)
     print_measurement(connector, result)
@@ -295,7 +306,7 @@ def acceptance(result):
     Cost: of every seed. Quality: means over the seeds, against grid search's own noise.
     """
     best_gap = np.mean(result["best_gap"]).item()
-    largest_noise = max(abs(gap) for gap in result["best_gap_noise"])
+    largest_noise = max(map(abs, result["best_gap_noise"]))
     return {
         "a tenth of the FLOPs": max(result["cost_ratio_flops"]) <= 0.1,
         "a tenth of the seconds": max(result["cost_ratio_seconds"]) <= 0.1,
@@ -309,9 +320,9 @@ def acceptance(result):
 def measure_further(benchmark):
     """Pairs never trained, an encoder added later, and the choice from few rows: each against the same mlp1 grids."""
     data = Embeddings(benchmark.data)
-    pairs = [pair_name(pair) for pair in choose_pairs(data, ["all"])]
+    pairs = list(map(pair_name, choose_pairs(data, ["all"])))
     held_out = hold_out(data.names("image"), data.names("text"))
-    truth = mean_scores([benchmark.read(f"mlp1-grid-s{seed}") for seed in benchmark.seeds])
+    truth = mean_scores(benchmark.read_seeds("mlp1-grid"), "test")
     unseen = []
     added = []
     regrets = {"500": [], "1000": [], "2000": [], "all": []}
@@ -346,9 +357,9 @@ def measure_unseen_pairs(benchmark, seed, pairs, held_out, truth):
     train(benchmark, "train_grid.py", refined, "--seeds", seed, *refine_flags, timed=False)
     steps = read_json(benchmark.runs / refined / "ledger.json")["steps"]
     return {
-        "as they come": mean_gap(benchmark.read(part), truth, held_out),
-        "trained": mean_gap(benchmark.read(part), truth, trained),
-        f"after {steps} steps": mean_gap(benchmark.read(refined), truth, held_out),
+        "as they come": mean_gap(benchmark.read(part).test, truth, held_out),
+        "trained": mean_gap(benchmark.read(part).test, truth, trained),
+        f"after {steps} steps": mean_gap(benchmark.read(refined).test, truth, held_out),
     }
 
 
@@ -363,8 +374,8 @@ def measure_added_encoder(benchmark, seed, pairs, encoder, truth):
     train(benchmark, "train_hyma.py", added, *add_flags, timed=False, name_data=False)  # the earlier run names its data
     whole = benchmark.read(f"mlp1-hyma-s{seed}")
     return {
-        "gap": mean_gap(benchmark.read(added), truth, of_encoder),
-        "gap, trained with all": mean_gap(whole, truth, of_encoder),
+        "gap": mean_gap(benchmark.read(added).test, truth, of_encoder),
+        "gap, trained with all": mean_gap(whole.test, truth, of_encoder),
         "cost of one column, of the whole run": benchmark.read(added).flops / whole.flops,
     }
 
@@ -374,8 +385,12 @@ def measure_added_encoder(benchmark, seed, pairs, encoder, truth):
 
 def train_grids(benchmark, connector):
     """Grid search with every seed that is not finished yet, all in one process: train_grid.py makes a run of each."""
-    seeds = [seed for seed in benchmark.seeds if not is_finished(benchmark.runs / f"{connector}-grid-s{seed}")]
-    names = [f"{connector}-grid-s{seed}" for seed in seeds]
+    seeds, names = [], []
+    for seed in benchmark.seeds:
+        name = f"{connector}-grid-s{seed}"
+        if not is_finished(benchmark.runs / name):
+            seeds.append(seed)
+            names.append(name)
     if not seeds:
         return
     # With several --seeds, each run is named after OUT and its seed.
@@ -399,7 +414,7 @@ def run_trainer(benchmark, script, out, names, flags, timed=True, name_data=True
     command = [ROOT / script, "--device", "cpu", "--out", benchmark.runs / out]
     if name_data:
         command += ["--data", benchmark.data]
-    command = [str(part) for part in [*command, *flags]]
+    command = list(map(str, [*command, *flags]))
     print(f"{script} {', '.join(names)} ...", end=" ", flush=True)
     if timed:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
@@ -409,8 +424,11 @@ def run_trainer(benchmark, script, out, names, flags, timed=True, name_data=True
         sys.argv = command
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             runpy.run_path(command[0], run_name="__main__")
-    seconds = [read_json(benchmark.runs / name / "ledger.json")["seconds"] for name in names]
-    print(", ".join(f"{value:.1f} s" for value in seconds), flush=True)
+    seconds = []
+    for name in names:
+        ledger = read_json(benchmark.runs / name / "ledger.json")
+        seconds.append(f"{ledger['seconds']:.1f} s")
+    print(", ".join(seconds), flush=True)
 
 
 # --------------------------------------------------------------------------------------------- what is printed
