@@ -9,7 +9,13 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import faults  # noqa: E402
+from fault_injection.damage import damage, damage_problem
+from fault_injection.fuzz import fuzz
+from fault_injection.kills import kills
+from fault_injection.processes import Done
+from fault_injection.results import difference, undisturbed
+from fault_injection.signals import signals
+from fault_injection.stages import open_bench
 
 # What is known and not mended yet: patterns of problems that the long run reports as not held. Take a line out when its
 # fault is mended.
@@ -27,60 +33,60 @@ def problems(counts):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return faults.open_bench(tmp_path_factory.mktemp("faults"), workers=os.cpu_count() or 1)
+    return open_bench(tmp_path_factory.mktemp("faults"), workers=os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("stage", ["embed", "hyma", "grid", "halving", "shards", "closed"])
 def test_a_killed_command_typed_again_ends_with_the_same_bits(bench, stage):
-    counts = faults.kills(bench, bench.stages[stage], asked=4, writes=8)
+    counts = kills(bench, bench.stages[stage], asked=4, writes=8)
     assert counts.tried == 12 and counts.more["kills"] >= 8
     assert counts.more["not_compared"] == []
     assert not problems(counts)
 
 
 def test_a_killed_evaluation_typed_again_ends_with_the_same_report(bench):
-    counts = faults.kills(bench, bench.stages["evaluate"], asked=0, writes=2)
+    counts = kills(bench, bench.stages["evaluate"], asked=0, writes=2)
     assert counts.tried == 2 and not problems(counts)
 
 
 @pytest.mark.parametrize("stage", ["hyma", "embed"])
 def test_each_signal_has_its_exit_status_and_costs_no_bit(bench, stage):
-    counts = faults.signals(bench, bench.stages[stage], asked=1)
+    counts = signals(bench, bench.stages[stage], asked=1)
     assert counts.tried == 4 and not problems(counts)
 
 
 @pytest.mark.parametrize("part, cases", [("damage-run", 6), ("damage-embeddings", 6), ("damage-embedded", 6)])
 def test_a_damaged_file_is_named_or_costs_nothing(bench, part, cases):
-    counts = faults.damage(bench, part, limit=cases)
+    counts = damage(bench, part, limit=cases)
     assert counts.tried == cases and not problems(counts)
 
 
 def test_fuzzed_inputs_end_in_a_value_or_in_one_line(bench):
-    counts = faults.fuzz(bench, 400)
+    counts = fuzz(bench, 400)
     assert counts.tried == 400 and not problems(counts)
 
 
 def test_the_harness_notices_a_bit_that_differs(bench, tmp_path):
     """A run whose connector was changed is not the undisturbed one."""
     stage = bench.stages["closed"]
-    expected = faults.undisturbed(bench, stage)
+    expected = undisturbed(bench, stage)
     bench.runner.run(stage.commands[0], tmp_path)
-    assert faults.difference(expected, tmp_path / "r") is None
+    assert difference(expected, tmp_path / "r") is None
     path = tmp_path / "r" / "connectors" / "i1_mlp0_t1.pt"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert faults.difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt differs"
+    assert difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt differs"
     path.unlink()
-    assert faults.difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt is missing"
+    assert difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt is missing"
 
 
 def test_the_harness_notices_tracebacks_and_hangs():
-    ended = faults.Done(1, "", 'Traceback (most recent call last):\n  File "x"\nKeyError: 1\n', 0.0)
-    assert faults.judge_damage(ended, "r/a.json", None, None, None).startswith("traceback")
-    hung = faults.Done(None, "", "", 90.0)
-    assert faults.judge_damage(hung, "r/a.json", None, None, None) == "hangs"
-    unnamed = faults.Done(1, "", "evaluate.py: is damaged\n", 0.0)
-    assert faults.judge_damage(unnamed, "r/a.json", None, None, None).startswith("names no file")
-    named = faults.Done(1, "", "evaluate.py: r/a.json: is damaged\n", 0.0)
-    assert faults.judge_damage(named, "r/a.json", None, None, None) is None
+    ended = Done(1, "", 'Traceback (most recent call last):\n  File "x"\nKeyError: 1\n', 0.0)
+    assert damage_problem(ended, "r/a.json", None, None, None).startswith("traceback")
+    hung = Done(None, "", "", 90.0)
+    assert damage_problem(hung, "r/a.json", None, None, None) == "hangs"
+    unnamed = Done(1, "", "evaluate.py: is damaged\n", 0.0)
+    assert damage_problem(unnamed, "r/a.json", None, None, None).startswith("names no file")
+    named = Done(1, "", "evaluate.py: r/a.json: is damaged\n", 0.0)
+    assert damage_problem(named, "r/a.json", None, None, None) is None
