@@ -3,6 +3,9 @@
 import os
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 
 import pytest
 from helpers import ROOT
@@ -79,6 +82,22 @@ def test_the_harness_notices_a_bit_that_differs(bench, tmp_path):
     assert difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt differs"
     path.unlink()
     assert difference(expected, tmp_path / "r") == "connectors/i1_mlp0_t1.pt is missing"
+
+
+def test_threads_that_share_a_runner_read_every_exit_status(bench, monkeypatch):
+    """multiprocessing can read a status once: of two threads that read at the same time, one would get 255."""
+    read_signed = forkserver.read_signed
+
+    def read_slowly(pipe):
+        time.sleep(0.02)
+        return read_signed(pipe)
+
+    def fork_and_wait(status):
+        return bench.runner.exit_status(bench.runner.fork(os._exit, (status,)), seconds=None)
+
+    monkeypatch.setattr(forkserver, "read_signed", read_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fork_and_wait, range(12))) == list(range(12))
 
 
 def test_the_harness_notices_tracebacks_and_hangs():

@@ -8,7 +8,7 @@ import torch
 from hyma.embeddings import hash_keys
 from hyma.files import sha256_file, write_json, write_jsonl
 
-IMAGE_WIDTHS = {"i1": 24, "i2": 20, "i3": 16}
+IMAGE_WIDTHS = {"i1": 24, "i2": 20}
 TEXT_WIDTHS = {"t1": 16, "t2": 12}
 PICTURES = 24
 

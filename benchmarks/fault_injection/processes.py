@@ -21,7 +21,7 @@ SECONDS = 180  # after which a command hangs; the machine may be loaded
 # What the scripts import. torch._dynamo is imported by the counter of FLOPs.
 PRELOADED = ["torch", "torch._dynamo", "timm", "sentence_transformers", "matplotlib.pyplot", "jinja2", "scipy.stats"]
 PRELOADED += ["PIL.Image", "tqdm", "hyma.records", "hyma.report", "hyma.tasks", "hyma.selectors", "hyma.training"]
-PRELOADED += ["hyma.hypernetworks", "hyma.standard_sets", "hyma.scan", "hyma.runs", "fault_injection.fuzz"]
+PRELOADED += ["hyma.hypernetworks", "hyma.standard_sets", "hyma.scan", "hyma.runs", "faults"]
 PRELOADED += ["torch.utils.flop_counter", "matplotlib.backends.backend_agg", "transformers.generation.utils"]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vlm import load_tensors
 
-VOLATILE = {"seconds", "started", "peak_bytes", "versions", "made"}  # of a result: what no two runs share
+VOLATILE = {"seconds", "started", "peak_bytes", "versions", "made", "commit"}  # what equal results may differ in
 
 
 class Undisturbed(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fault_injection.inputs import make_inputs
 from fault_injection.processes import Runner
 
-SHORT = ("--connector", "mlp0", "--epochs", 4, "--batch-size", 32, "--warmup-steps", 2, "--device", "cpu")
+SHORT = ("--connector", "mlp0", "--epochs", 2, "--batch-size", 32, "--warmup-steps", 2, "--device", "cpu")
 
 
 class Stage(NamedTuple):
@@ -70,7 +70,7 @@ def make_stages(inputs):
     stages = [
         Stage("embed", [embed], "e"),
         Stage("hyma", [hyma], "r"),
-        Stage("grid", [[*grid, "--pairs-per-pass", 4]], "r"),
+        Stage("grid", [[*grid, "--pairs-per-pass", 2]], "r"),
         Stage("halving", [[*grid, "--halving"]], "r"),
         Stage("shards", [[*grid, "--shard", "0/2"], [*grid, "--shard", "1/2"]], "r"),
         Stage("closed", [closed], "r"),
