@@ -456,6 +456,8 @@ def differences(expected, found, exact, where=""):
         for k, (old, new) in enumerate(zip(expected, found)):
             lines += differences(old, new, exact, f"{where}[{k}]")
         return lines
+    if not exact and key.endswith("median_rank") and abs(expected - found) <= max(2, NEAR * expected):
+        return []  # a few similarities that are nearly equal change places
     return [] if same(expected, found, exact) else [f"{where}: expected {expected!r}, found {found!r}"]
 
 

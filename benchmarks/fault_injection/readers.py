@@ -242,9 +242,8 @@ class Readers:
 
     def scan(self, corpus):
         """What embed.py does with the rows of a corpus before it embeds."""
-        from hyma.datasets import row_fault
         from hyma.pictures import scan_picture
-        from hyma.scan import sort_rows
+        from hyma.scan import row_fault, sort_rows
 
         json.dumps(corpus.rows, default=str)
         images = {row["image"] for row in corpus.rows if not row_fault(row)}
@@ -261,7 +260,7 @@ class Readers:
             vlm.open_image(path)
 
     def read_templates(self, draw):
-        from hyma.tasks import read_templates
+        from hyma.prompts import read_templates
 
         lines = [draw.choice(["a photo of {}", odd_flag(draw)]) for _ in range(3)]
         path = self.write("templates.txt", "\n".join(lines).encode(errors="surrogatepass"))
