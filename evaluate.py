@@ -28,7 +28,7 @@ from tqdm import tqdm
 import vlm
 from hyma.answer import answer, print_table
 from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, trained_by_batches
-from hyma.embeddings import Embeddings, choose_pairs, split_rows, unique
+from hyma.embeddings import Embeddings, unique
 from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import provenance, run_script
 from hyma.gallery import make_gallery
@@ -39,14 +39,15 @@ from hyma.metrics import (
     best_pairs,
     bootstrap_scores,
     draw_seed_weights,
-    pair_name,
     resample,
     true_scores,
 )
+from hyma.pair_names import choose_pairs, pair_name
 from hyma.prompts import WeightsMissing
 from hyma.report import save_report
 from hyma.runs import newest_finished_run, read_run
 from hyma.selectors import run_selectors, selector_rows
+from hyma.splits import split_rows
 from hyma.tasks import KINDS, image_inputs, open_tasks, prepare_inputs, score, text_inputs
 from vlm import BadInput
 

@@ -27,15 +27,17 @@ from tqdm import tqdm
 
 from hyma import closed_form
 from hyma.costs import flop_counter, step_flops
-from hyma.embeddings import RowStore, split_rows
+from hyma.embeddings import RowStore
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.free_connectors import FreeConnectors, connector_of_run
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
-from hyma.metrics import Retrieval, pair_name, rank_pairs
+from hyma.metrics import Retrieval, rank_pairs
+from hyma.pair_names import pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
+from hyma.splits import split_rows
 from hyma.training import (
     draw_rows,
     learning_rate,
@@ -297,8 +299,8 @@ def fit_closed_forms(flags, pairs, store, retrieval, rows):
                 weight = weight.float()
                 six = retrieval.recalls(F.linear(texts, weight, bias), pictures)
                 card_info = {"closed_form": flags.closed_form, "regularisation": strength}
-                keep_best(state, f"{image}:{text}", six, [(weight, bias)], card_info)
-            state["updates"][f"{image}:{text}"] = 1
+                keep_best(state, pair_name((image, text)), six, [(weight, bias)], card_info)
+            state["updates"][pair_name((image, text))] = 1
     state["start_flops"] = state["flops"]
     state["step"] = 1
     state["seconds"] = time.perf_counter() - started
@@ -415,10 +417,10 @@ def export(flags, data, state, retrieval, row_count):
             state["trainable_parameters"] += weight.numel() + bias.numel()
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
 
-    def connector_of(pair):
-        return best[pair]["layers"], best[pair]["about"] | {"updates": updates[pair]}
+    def connector_of(name):
+        return best[name]["layers"], best[name]["about"] | {"updates": updates[name]}
 
-    recalls = {pair: best[pair]["recalls"] for pair in best}
+    recalls = {name: best[name]["recalls"] for name in best}
     ranking = rank_pairs(recalls, before=updates)  # halving: pairs with fewer updates were dropped sooner
     batch_size = row_count if flags.closed_form else flags.batch_size
     paths = write_results(flags.out, data, ranking, connector_of, batch_size, state)

@@ -38,9 +38,10 @@ import corpus
 import graded_encoders
 from emoji_retrieval import EmojiRetrieval
 
-from hyma.embeddings import Embeddings, choose_pairs
+from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, run_script, write_json
-from hyma.metrics import INTERVAL, fidelity, pair_name, resample
+from hyma.metrics import INTERVAL, fidelity, resample
+from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
 from hyma.runs import read_run
 from vlm import read_json
 
@@ -114,7 +115,7 @@ def describe_machine(config):
 
 
 class FinishedRun(NamedTuple):
-    """A run and its scores. Pairs are "image:text"."""
+    """A run and its scores. Pairs are their names, "image:text"."""
 
     order: list  # pairs, best first by ranking.csv
     validation: dict  # pair -> R@10 on the validation rows, in points, the mean of both directions
@@ -162,8 +163,8 @@ class Benchmark:
         validation = {}
         with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                validation[f"{row['image']}:{row['text']}"] = 100 * float(row["val_recall10"])
-        hits = OnDemand(lambda pair: self.emoji.hits(run, *pair.split(":")))
+                validation[name_of_row(row)] = 100 * float(row["val_recall10"])
+        hits = OnDemand(lambda pair: self.emoji.hits(run, *pair_of_name(pair)))
         return FinishedRun(
             order=list(validation),
             validation=validation,
@@ -342,7 +343,7 @@ def measure_further(benchmark):
 
 def hold_out(images, texts):
     """A pair of every image encoder, each with another text encoder in turn: every encoder stays in other pairs."""
-    return [f"{image}:{texts[k % len(texts)]}" for k, image in enumerate(images)]
+    return [pair_name((image, texts[k % len(texts)])) for k, image in enumerate(images)]
 
 
 def measure_unseen_pairs(benchmark, seed, pairs, held_out, truth):
@@ -365,8 +366,8 @@ def measure_unseen_pairs(benchmark, seed, pairs, held_out, truth):
 
 def measure_added_encoder(benchmark, seed, pairs, encoder, truth):
     """{what: mean gap to grid search} of an image encoder's pairs, when it is added to a run of all others."""
-    of_encoder = [pair for pair in pairs if encoder in pair]
-    of_others = [pair for pair in pairs if encoder not in pair]
+    of_encoder = [pair for pair in pairs if encoder in pair_of_name(pair)]
+    of_others = [pair for pair in pairs if encoder not in pair_of_name(pair)]
     without = f"without-s{seed}"
     added = f"added-s{seed}"
     train(benchmark, "train_hyma.py", without, "--seed", seed, "--pairs", *of_others, timed=False)

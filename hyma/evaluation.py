@@ -11,7 +11,8 @@ from scipy.stats import rankdata
 
 from hyma.embeddings import unique
 from hyma.methods import SelectionMethod
-from hyma.metrics import INTERVAL, METRICS, best_pairs, bootstrap_scores, fidelity, pair_name, true_scores
+from hyma.metrics import INTERVAL, METRICS, best_pairs, bootstrap_scores, fidelity, true_scores
+from hyma.pair_names import pair_name
 
 
 class Estimate(NamedTuple):

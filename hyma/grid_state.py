@@ -1,6 +1,7 @@
 """What training the pairs by themselves changes besides the tensors: costs, updates, metrics, each pair's best state."""
 
-from hyma.metrics import mean_recalls, pair_name
+from hyma.metrics import mean_recalls
+from hyma.pair_names import pair_name
 
 COSTS = ("flops", "start_flops", "step_flops", "logit_flops", "seconds")  # summed over groups of pairs
 
@@ -12,7 +13,7 @@ def new_state(pairs):
         "updates": {},  # of each pair, by its name
         "losses": [],  # of the steps since the last validation
         "metrics": [],  # lines of metrics.jsonl
-        "best": {},  # pair -> its best recalls, and the layers that reached them, see `keep_best`
+        "best": {},  # of each pair, by its name: its best recalls, and the layers that reached them, see `keep_best`
         "peak_bytes": 0,
     }
     for pair in pairs:

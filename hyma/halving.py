@@ -3,7 +3,7 @@
 import math
 
 from hyma.grid_state import selection_key
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 from vlm import BadInput
 
 

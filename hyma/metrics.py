@@ -8,14 +8,10 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 
+from hyma.pair_names import name_of_row, pair_name, pair_of_name  # noqa: F401  figures import pair_name from here
 from kernels import true_rank
 
 INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
-
-
-def pair_name(pair):
-    """("image", "text") as "image:text"."""
-    return ":".join(pair)
 
 
 # --------------------------------------------------------------------------------------------------------- retrieval
@@ -116,15 +112,15 @@ def rank_pairs(recalls, before=None):
     """
     before = before or {}
     table, values = [], {}
-    for pair, six in recalls.items():
-        image, _, text = pair.partition(":")
+    for name, six in recalls.items():
+        image, text = pair_of_name(name)
         recall1, recall5, recall10 = [round(mean, 6) for mean in mean_recalls(six)]
-        values[image, text] = (before.get(pair, 0), recall10, recall5, recall1)
+        values[name] = (before.get(name, 0), recall10, recall5, recall1)
         row = {"image": image, "text": text, "val_recall1": recall1, "val_recall5": recall5, "val_recall10": recall10}
         table.append(row)
-    table.sort(key=lambda row: values[row["image"], row["text"]], reverse=True)
+    table.sort(key=lambda row: values[name_of_row(row)], reverse=True)
     for row in table:
-        own = values[row["image"], row["text"]]
+        own = values[name_of_row(row)]
         row["rank"] = 1 + sum(other > own for other in values.values())
     return table
 
@@ -144,13 +140,13 @@ def expected_recall10(recalls, cv_recall10, rows_ratio):
         t^2        the variance of the residuals v - fit
         rho        rows of a fold per validation row: s^2 rho is the variance of a validation score
 
-    recalls: {pair: six}. cv_recall10: {pair: R@10 of each fold}. rows_ratio: rho. Empty with fewer than four pairs, or if the
-    folds lack one.
+    recalls: {"image:text": six}. cv_recall10: {"image:text": R@10 of each fold}. rows_ratio: rho. Empty with fewer than four
+    pairs, or if the folds lack one.
     """
     if len(recalls) < 4 or not recalls.keys() <= cv_recall10.keys():
         return {}
     validation = torch.tensor([mean_recalls(six)[2] for six in recalls.values()], dtype=torch.float64)  # [P]
-    folds = torch.tensor([cv_recall10[pair] for pair in recalls], dtype=torch.float64)  # [P, K]
+    folds = torch.tensor([cv_recall10[name] for name in recalls], dtype=torch.float64)  # [P, K]
     pair_count, fold_count = folds.shape
     score = folds.mean(1) - folds.mean()  # [P]
     disagreement = folds - folds.mean(0) - score[:, None]  # [P, K]
@@ -160,7 +156,7 @@ def expected_recall10(recalls, cv_recall10, rows_ratio):
     least_spread = noise * (rows_ratio + 1 / fold_count)
     kept = 1 - noise * rows_ratio / torch.maximum(spread, least_spread).clamp(min=1e-12)
     expected = (fit + kept * (validation - fit)).tolist()
-    return {pair: round(value, 6) for pair, value in zip(recalls, expected)}  # so that rounding errors rank no pair
+    return {name: round(value, 6) for name, value in zip(recalls, expected)}  # so that rounding errors rank no pair
 
 
 # --------------------------------------------------------------------------------------- true scores and their bootstrap

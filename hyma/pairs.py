@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from hyma.embeddings import choose_pairs, seeded_generator, unique
+from hyma.embeddings import seeded_generator, unique
+from hyma.pair_names import choose_pairs, pair_name, pair_of_name
 from hyma.runs import Checkpoints
 from vlm import BadInput, read_json
 
@@ -76,7 +77,7 @@ def arrange_pairs(flags, data, trained):
     for image, text in untrained:
         if image not in image_names or text not in text_names:
             name = text if image in image_names else image
-            raise BadInput(f"--predict {image}:{text}: {name} must be in a pair that is trained")
+            raise BadInput(f"--predict {pair_name((image, text))}: {name} must be in a pair that is trained")
     return Pairs(trained, untrained, trained + untrained, image_names, text_names, None)
 
 
@@ -87,7 +88,7 @@ def arrange_added_encoder(name, run, data):
     base_state = Checkpoints(run).load("state")["state"]
     if "fold_recall10" not in base_state:
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
-    base_pairs = [tuple(pair.split(":")) for pair in base_state["best"]["recalls"]]
+    base_pairs = list(map(pair_of_name, base_state["best"]["recalls"]))
     image_names, text_names = images_of(base_pairs), texts_of(base_pairs)
     if name not in data.encoders:
         raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")

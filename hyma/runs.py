@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import vlm
 from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, provenance, save_tensors, write_csv, write_json
-from hyma.metrics import pair_name
+from hyma.pair_names import name_of_row, pair_name
 from vlm import BadInput, load_tensors, read_json
 
 # ---------------------------------------------------------------------------------------------- created and resumed
@@ -173,7 +173,7 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
     """
     paths = []
     for row in ranking:
-        layers, card_info = connector_of(f"{row['image']}:{row['text']}")
+        layers, card_info = connector_of(name_of_row(row))
         paths.append(save_connector(out, data, layers, row, card_info))
     write_csv(out / "ranking.csv", ranking)
     updates = state["updates"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from hyma.columns import QUESTION_COLUMNS, TEXT_ONLY, named
-from hyma.embeddings import row_keys, unique
+from hyma.embeddings import unique
 from hyma.files import read_jsonl, write_jsonl
 from hyma.pictures import Picture, scan_picture
 from hyma.splits import IN_TWO_SPLITS, SPELLINGS, give_splits
@@ -115,6 +115,16 @@ def sort_rows(corpus, pictures):
         # What is not UTF-8 cannot be written as it is.
         quarantine.append({"key": printable(keys[number][:300]), "reason": printable(reasons[number])})
     return rows, quarantine, lines
+
+
+def row_keys(images):
+    """The key of each row: its image path, and for every further caption of that picture `path#2`, `path#3`, ..."""
+    captions = Counter()
+    keys = []
+    for image in images:
+        captions[image] += 1
+        keys.append(image if captions[image] == 1 else f"{image}#{captions[image]}")
+    return keys
 
 
 def row_fault(row):

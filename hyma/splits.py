@@ -1,12 +1,16 @@
-"""Which pictures train, which choose and which test: names of splits, and the split that embed.py makes.
+"""Which rows train, which choose and which test: names of splits, the split that embed.py makes, the one that is read.
 
 A split is a name, `train`, `val` or `test`, in `rows.jsonl`. Rows train the connectors; val chooses among them; test is
 read once, by evaluate.py.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 
+import torch
+
+from hyma.embeddings import Embeddings, seeded_generator, unique
 from vlm import BadInput
 
 SPELLINGS = {
@@ -31,6 +35,9 @@ def known_split(name):
 def split_of_file(stem):
     """The split that the name of a table begins with: train.csv, train-00000-of-00002.parquet. None if there is none."""
     return known_split(re.split(r"[-_.]", stem)[0])
+
+
+# ----------------------------------------------------------------------------------------- the split that embed.py makes
 
 
 def give_splits(rows, digests, source):
@@ -161,3 +168,79 @@ def draw_held_out(digests, first, least):
 def place_of(digest):
     """A number from 0 to 1 for a picture, spread evenly, from the digest of its bytes alone."""
     return int(digest[:13], 16) / 16**13
+
+
+# ---------------------------------------------------------------------------------------- the split of an embedding folder
+
+
+def split_rows(data: Embeddings, seed=0, count=None, fraction=0.1, most=5000):
+    """Row numbers to train on and to choose by: (train [n], validation [m]).
+
+    count: only so many rows, both kinds in proportion, drawn by the seed; a smaller draw is part of every larger one.
+
+    The `split` of the rows decides where there is one: train, or none, is trained on; val chooses; test and any other
+    name is left alone. Otherwise a tenth of the pictures, or `most`, is set aside, all captions of a picture together,
+    so that no validation picture is trained on. Raises BadInput if there is nothing to train on or to choose by.
+    """
+    splits = [row.get("split") for row in data.rows] if data.rows else []
+    if any(splits):
+        train, validation = split_by_column(splits)
+    else:
+        train, validation = split_by_picture(data, seed, fraction, most)
+    for kind, rows in (("train", train), ("val", validation)):
+        if len(rows) == 0:
+            raise BadInput(no_rows_to(kind, data, splits))
+    share = (count or math.inf) / (len(train) + len(validation))
+    if share < 1:
+        random = seeded_generator("part of the rows", seed)
+        train = draw_share(train, share, random)
+        validation = draw_share(validation, share, random)
+    return train.sort().values, validation.sort().values
+
+
+def split_by_column(splits):
+    """(train, validation) by the values of the split column."""
+    train = []
+    validation = []
+    for i, split in enumerate(splits):
+        if split in (None, "") or known_split(split) == "train":
+            train.append(i)
+        elif known_split(split) == "val":
+            validation.append(i)
+    return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
+
+
+def no_rows_to(kind, data, splits):
+    """Why nothing can be trained or chosen, in a line."""
+    purpose = {"train": "train on", "val": "choose by"}[kind]
+    if not any(splits):
+        return f"{data.folder}: one picture leaves no {kind} rows to {purpose}; at least two pictures are needed"
+    counts = Counter(map(str, splits))
+    parts = [f"{split} {count:,}" for split, count in counts.items()]
+    return (
+        f"{data.folder}/rows.jsonl: there are no {kind} rows to {purpose} among its splits ({', '.join(parts)} rows); embed more "
+        "pictures, or a table with train and val rows, into a new --out"
+    )
+
+
+def split_by_picture(data, seed, fraction, most):
+    """(train, validation): `fraction` of the pictures, or `most`, with all their captions, are for validation."""
+    pictures = [row["image"] for row in data.rows] if data.rows else list(range(data.row_count))
+    different = unique(pictures)
+    count = min(most, max(1, round(fraction * len(different))))
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {different[i] for i in order[:count]}
+    train = []
+    validation = []
+    for i, picture in enumerate(pictures):
+        if picture in held_out:
+            validation.append(i)
+        else:
+            train.append(i)
+    return torch.tensor(train, dtype=torch.int64), torch.tensor(validation, dtype=torch.int64)
+
+
+def draw_share(rows, share, random):
+    """That share of the rows, one at least, drawn by the generator."""
+    order = torch.randperm(len(rows), generator=random)
+    return rows[order[: max(1, int(share * len(rows)))]]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 import vlm
 from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, check_same_encoder, split_rows, unique
+from hyma.embeddings import Embeddings, check_same_encoder, unique
 from hyma.metrics import Retrieval
 from hyma.prompts import RecordedEncoder, load_prompts, read_templates
+from hyma.splits import split_rows
 from kernels import true_rank
 from vlm import MAPPED_AT_ONCE, BadInput
 

@@ -11,10 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hyma.embeddings import SAMPLE, Embeddings, choose_pairs, seeded_generator, split_rows
-from hyma.metrics import mean_recalls, pair_name
+from hyma.embeddings import SAMPLE, Embeddings, seeded_generator
+from hyma.metrics import mean_recalls
+from hyma.pair_names import choose_pairs, name_of_row, pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import create_run, reopen_run, run_of_same_command
+from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
 from kernels import Layer, clip_loss, connector_mlp
 from vlm import BadInput
@@ -170,13 +172,14 @@ def validate(generator, store, retrieval, pairs):
         features = {text: store.take(text, retrieval.rows)}  # [n, D_t]
         z, _ = connector_mlp(*generator(features, group))  # [n, sum D_p]
         widths = [store.dims[image] for image, _ in group]
-        for (image, _), outputs in zip(group, z.split(widths, dim=1)):  # outputs [n, D_p]
+        for pair, outputs in zip(group, z.split(widths, dim=1)):  # outputs [n, D_p]
             if not outputs.isfinite().all():
                 raise BadInput(
-                    f"the last update made the connector of {image}:{text} give numbers that are not finite; what was saved "
-                    "before is kept; try a lower --lr"
+                    f"the last update made the connector of {pair_name(pair)} give numbers that are not finite; what was "
+                    "saved before is kept; try a lower --lr"
                 )
-            recalls[f"{image}:{text}"] = retrieval.recalls(outputs, store.take(image, retrieval.rows))
+            image, _ = pair
+            recalls[pair_name(pair)] = retrieval.recalls(outputs, store.take(image, retrieval.rows))
     return recalls
 
 
@@ -214,7 +217,7 @@ def print_ranking(ranking, recalls, retrieval):
     print(columns + "      R@10" * has_expected)
     for row in ranking:
         line = f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}"
-        for value in recalls[f"{row['image']}:{row['text']}"]:
+        for value in recalls[name_of_row(row)]:
             line += f"{100 * value:6.1f}"
         line += f"{100 * row['val_recall10']:7.1f}"
         if has_expected:

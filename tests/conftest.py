@@ -238,9 +238,10 @@ class Initialised(NamedTuple):
 def initialise(planted):
     """initialise(hidden_layers, shuffled=False): an Initialised on the planted rows, or with the pictures dealt out anew."""
     from hyma.closed_form import fold_rows
-    from hyma.embeddings import Embeddings, RowStore, split_rows
+    from hyma.embeddings import Embeddings, RowStore
     from hyma.hypernetworks import FactoredHyperNetwork
     from hyma.pairs import Pairs
+    from hyma.splits import split_rows
     from train_hyma import start_from_closed_form
 
     def initialise(hidden_layers, shuffled=False):

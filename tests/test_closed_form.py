@@ -22,8 +22,9 @@ from hyma.closed_form import (
     whitened_maps,
 )
 from hyma.costs import flop_counter
-from hyma.embeddings import Embeddings, split_rows
+from hyma.embeddings import Embeddings
 from hyma.metrics import Retrieval
+from hyma.splits import split_rows
 from hyma.training import validate
 
 # ----------------------------------------------------------------------------------------------------------------- maps

@@ -15,9 +15,9 @@ from helpers import SAMPLE, TINY, make_embedding_folder, sample_captions, tasks_
 from PIL import Image
 
 from hyma import pictures as pictures_on_disk
-from hyma.embeddings import Embeddings, split_rows
+from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
-from hyma.splits import give_splits
+from hyma.splits import give_splits, split_rows
 from vlm import BadInput
 
 

@@ -1,4 +1,4 @@
-"""hyma/embeddings.py: the embedding folder and its faults, splits of its rows, pairs."""
+"""hyma/embeddings.py, splits.py, pair_names.py: the embedding folder and its faults, splits of its rows, names of pairs."""
 
 import json
 
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from helpers import Rows, make_embedding_folder
 
 import vlm
-from hyma.embeddings import Embeddings, choose_pairs, seeded_generator, split_rows
+from hyma.embeddings import Embeddings, seeded_generator
 from hyma.files import write_json
+from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
+from hyma.splits import split_rows
 from vlm import BadInput
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -130,6 +132,12 @@ def test_pairs_by_name_and_wildcard(planted):
     assert found == [("efflite0", "minilm_l6"), ("efflite0", "mpnet"), ("efflite1", "mpnet")]  # in the folder's order
     with pytest.raises(BadInput, match="--pairs vit_l16:mpnet: no such pair"):
         choose_pairs(data, ["all", "vit_l16:mpnet"])
+
+
+def test_a_name_means_one_pair():
+    pair = ("vit_s16", "all-MiniLM.v2")
+    assert pair_name(pair) == "vit_s16:all-MiniLM.v2" and pair_of_name(pair_name(pair)) == pair
+    assert name_of_row({"rank": 1, "image": "vit_s16", "text": "all-MiniLM.v2"}) == pair_name(pair)
 
 
 def test_generators_of_other_parts_are_others():

@@ -18,9 +18,10 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import vlm
 from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, split_rows
+from hyma.embeddings import Embeddings
 from hyma.files import write_json
 from hyma.prompts import TEMPLATES, WeightsMissing, load_prompts
+from hyma.splits import split_rows
 from hyma.tasks import image_inputs, map_prompts, score, text_inputs
 
 PRETRAINED = ("efflite0", "efflite1", "efflite2")

@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import vlm
 from hyma.closed_form import PICTURE_RIDGE
 from hyma.costs import logit_flops
-from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.embeddings import Embeddings, RowStore
 from hyma.files import read_jsonl, write_json, write_jsonl
 from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.metrics import Retrieval
+from hyma.splits import split_rows
 from kernels import clip_loss, connector_mlp
 from train_grid import plan_steps
 

@@ -21,11 +21,12 @@ from helpers import (
 )
 
 import vlm
-from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.embeddings import Embeddings, RowStore
 from hyma.files import read_jsonl
 from hyma.hypernetworks import HyperNetwork
 from hyma.metrics import Retrieval
 from hyma.pairs import draw_pairs
+from hyma.splits import split_rows
 from kernels import connector_mlp
 from train_hyma import update
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU
 
-from hyma.embeddings import Embeddings, RowStore, split_rows
+from hyma.embeddings import Embeddings, RowStore
 from hyma.metrics import Retrieval
+from hyma.splits import split_rows
 from hyma.training import (
     draw_rows,
     learning_rate,

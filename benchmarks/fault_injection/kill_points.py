@@ -84,9 +84,9 @@ def install_hook(hook):
     hook: {"kill_at": k} kills at the k-th write; {"count": file} writes their count; {"begun": file} is made once the
     script has begun; {"often": True} saves checkpoints after every step.
     """
-    import hyma.embeddings
     import hyma.files
     import hyma.runs
+    import hyma.sealing
 
     writes = Writes(hook.get("kill_at"))
     if "kill_at" in hook or "count" in hook:
@@ -96,7 +96,7 @@ def install_hook(hook):
         hyma.files.open = writes.torn_open
     if hook.get("often"):
         hyma.runs.CHECKPOINT_SECONDS = 0
-        hyma.embeddings.CHECKPOINT_SECONDS = 0
+        hyma.sealing.CHECKPOINT_SECONDS = 0
     if "begun" in hook:
         announce_start(hyma.files, Path(hook["begun"]))
 

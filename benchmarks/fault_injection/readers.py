@@ -16,8 +16,10 @@ import vlm
 from fault_injection.inputs import make_embeddings
 from fault_injection.odd_values import mutate_bytes, mutate_value, odd_flag, odd_text, odd_value
 from fault_injection.processes import ROOT
-from hyma.embeddings import Embeddings, choose_pairs, hash_keys, split_rows
+from hyma.embeddings import Embeddings, hash_keys
 from hyma.files import read_jsonl, sha256_file, write_json, write_jsonl
+from hyma.pair_names import choose_pairs
+from hyma.splits import split_rows
 from vlm import load_tensors, read_json
 
 CONNECTOR = "i1_mlp0_t1"
