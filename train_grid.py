@@ -22,22 +22,22 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from hyma import closed_form
-from hyma.costs import flop_counter, step_flops
+from hyma.costs import step_flops
 from hyma.embeddings import RowStore
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
-from hyma.free_connectors import FreeConnectors, connector_of_run
+from hyma.fitted_connectors import fit_connectors
+from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.metrics import Retrieval, rank_pairs
 from hyma.pair_names import pair_name
-from hyma.pairs import group_by_text, images_of, texts_of
+from hyma.pairs import images_of, texts_of
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
 from hyma.splits import split_rows
+from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (
     draw_rows,
     learning_rate,
@@ -112,40 +112,6 @@ def parse_flags():
     return [(flags, None)]
 
 
-def flags_to_keep(run, data):
-    """The flags of the run in --from that are kept: its data, its split and its loss settings."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        if data is None:
-            raise BadInput(
-                f"--from {run}: has no config.json; name the data that its connectors were trained on: --data"
-            )
-        return {}
-    config = read_json(path)
-    kept = {"seeds": [config["seed"]]}
-    for name in ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision"):
-        kept[name] = config["flags"][name]
-    return kept
-
-
-def check_same_data(run, data, pairs, seeds):
-    """Raises BadInput if the run in --from was trained on other embeddings of these pairs' encoders than `data` holds, or
-    if a seed would choose by rows that the run was trained on."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        return
-    config = read_json(path)
-    for name, digest in data.fingerprint(images_of(pairs) + texts_of(pairs)).items():
-        if config["embeddings"].get(name, digest) != digest:
-            raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")
-    has_split = any(row.get("split") for row in data.rows or [])
-    if not has_split and set(seeds) != {config["seed"]}:
-        raise BadInput(
-            f"--seeds {' '.join(map(str, seeds))}: {data.folder} has no split column, so another seed than {config['seed']} "
-            f"would choose by rows that {run} was trained on"
-        )
-
-
 def folders_to_resume(flags):
     """The run folder of --out, or of the newest run; of several seeds, those of all."""
     out = find_run(flags.out)
@@ -187,11 +153,12 @@ def plan_steps(flags, pairs, dims, row_count):
     return steps
 
 
-def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, saved):
-    """Trains these pairs over the whole schedule. Returns their state (`grid_state.new_state`). must_match: config.json's seed
-    and steps. saved: the last checkpoint, {"done": states of the groups before this one} and, where this one was
-    interrupted, its state and tensors."""
-    seed, steps = must_match["seed"], must_match["steps"]
+def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, saved):
+    """Trains these pairs over the whole schedule of so many steps. Returns their state (`grid_state.new_state`).
+
+    store: a RowStore. retrieval: Retrieval of the validation rows. train_rows [n]: row numbers. saved: the last checkpoint,
+    {"done": states of the groups before this one} and, where this one was interrupted, its state and tensors.
+    """
     connectors = FreeConnectors(pairs, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
@@ -273,44 +240,6 @@ def train(flags, must_match, pairs, store, retrieval, train_rows, checkpoints, s
     return state
 
 
-def fit_closed_forms(flags, pairs, store, retrieval, rows):
-    """A closed form of every pair, in float64, its strength chosen by validation. Returns a state like `train`'s.
-
-    The bias of a linear connector can centre the texts, but nothing in the file can centre the pictures. A map whose outputs
-    are perpendicular to the pictures' mean scores a picture as if the mean had been subtracted, but for its length, so the
-    mean's direction is removed from the outputs.
-    """
-    state, started = new_state(pairs), time.perf_counter()
-    covariances = closed_form.Covariances(store, rows, images_of(pairs) + texts_of(pairs))
-    for text, group in group_by_text(pairs).items():
-        texts = store.take(text, retrieval.rows)  # [n, D_t]
-        with flop_counter() as counter:
-            text_gram = covariances.between(text, text)  # [D_t, D_t]
-            factors = {} if flags.closed_form == "procrustes" else closed_form.ridge_factors(text_gram)
-        state["flops"] += counter.get_total_flops()
-        for image, _ in group:
-            pictures = store.take(image, retrieval.rows)  # [n, D_i]
-            with flop_counter() as counter:
-                maps = closed_form.maps_of_pair(flags.closed_form, covariances, image, text, text_gram, factors)
-            state["flops"] += counter.get_total_flops()
-            for strength, weight in maps.items():  # weight [D_i, D_t], float64
-                weight = closed_form.without_mean_direction(weight, covariances.means[image])
-                bias = (-weight @ covariances.means[text]).float()  # [D_i]
-                weight = weight.float()
-                six = retrieval.recalls(F.linear(texts, weight, bias), pictures)
-                card_info = {"closed_form": flags.closed_form, "regularisation": strength}
-                keep_best(state, pair_name((image, text)), six, [(weight, bias)], card_info)
-            state["updates"][pair_name((image, text))] = 1
-    state["start_flops"] = state["flops"]
-    state["step"] = 1
-    state["seconds"] = time.perf_counter() - started
-    state["peak_bytes"] = peak_bytes(store.device)
-    recalls = {name: best["recalls"] for name, best in state["best"].items()}
-    line = {"epoch": 1, "step": 1, "val_recall10": mean_recall10(recalls), "seconds": state["seconds"]}
-    state["metrics"].append(line | {"recalls": recalls})
-    return state
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -347,11 +276,12 @@ def main():
         lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)
         opened.append((flags, must_match, lock))
     for flags, must_match, _ in opened:
+        seed, steps = must_match["seed"], must_match["steps"]
         encoders = f"{len(image_names)} image and {len(text_names)} text encoders"
-        print(f"run: {flags.out}, seed {must_match['seed']}, {len(pairs)} pairs of {encoders}")
-        train_rows, val_rows = split_for_training(data, must_match["seed"], flags.rows)
+        print(f"run: {flags.out}, seed {seed}, {len(pairs)} pairs of {encoders}")
+        train_rows, val_rows = split_for_training(data, seed, flags.rows)
         retrieval = Retrieval(data, val_rows, device)
-        state = run_groups(flags, must_match, pairs, store, retrieval, train_rows)
+        state = run_groups(flags, seed, steps, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
         if flags.shard:
             merge_shards(flags, must_match, data, all_pairs, retrieval, len(train_rows), device)
@@ -366,7 +296,7 @@ def plan_runs(flags, data, all_pairs, pairs, device):
     if flags.from_run:  # checked before anything is trained
         check_same_data(flags.from_run, data, all_pairs, flags.seeds)
         for pair in all_pairs:
-            connector_of_run(flags.from_run, *pair, hidden_layers_of(flags))
+            read_starting_connector(flags.from_run, *pair, hidden_layers_of(flags))
     dims = {name: encoder.dim for name, encoder in data.encoders.items()}
     steps = plan_steps(flags, all_pairs, dims, row_count)
     if flags.halving:
@@ -387,22 +317,23 @@ def describe_grid(flags, data, seed):
     return describe_run(flags, kind, not is_part, train_rows, val_rows)
 
 
-def run_groups(flags, must_match, pairs, store, retrieval, train_rows):
-    """Trains the pairs, --pairs-per-pass at a time, or fits their closed forms. The checkpoint keeps finished groups."""
+def run_groups(flags, seed, steps, pairs, store, retrieval, train_rows):
+    """Trains the pairs, --pairs-per-pass at a time, or fits their closed forms. Returns the state of all; arguments as for
+    `train`. The checkpoint keeps finished groups."""
     checkpoints = Checkpoints(flags.out)
     saved = checkpoints.load("done") or {"done": []}
     done = saved["done"]  # the states of the groups that are finished
     finished = sum(len(state["updates"]) for state in done)
     if finished == len(pairs):
-        print(resumed_line(flags.out, must_match["steps"], must_match["steps"]))
+        print(resumed_line(flags.out, steps, steps))
         return merge_states(done, pairs)
     if flags.closed_form:
-        done.append(fit_closed_forms(flags, pairs, store, retrieval, train_rows))
+        done.append(fit_connectors(flags.closed_form, pairs, store, retrieval, train_rows))
         finished = len(pairs)
     group_size = flags.pairs_per_pass or len(pairs)
     for start in range(finished, len(pairs), group_size):
         group = pairs[start : start + group_size]
-        done.append(train(flags, must_match, group, store, retrieval, train_rows, checkpoints, saved))
+        done.append(train(flags, seed, steps, group, store, retrieval, train_rows, checkpoints, saved))
         saved = {"done": done}
     checkpoints.save({"done": done})
     return merge_states(done, pairs)

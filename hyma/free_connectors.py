@@ -1,14 +1,12 @@
 """A connector of its own for each pair: what grid search trains. Nothing is shared and nothing is predicted."""
 
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 
 from hyma.costs import connector_flops, connector_shapes
 from hyma.embeddings import seeded_generator
+from hyma.starting_run import read_starting_connector
 from hyma.training import separate_layers
-from vlm import connector_name, read_connector
 
 
 class FreeConnectors(nn.Module):
@@ -26,19 +24,24 @@ class FreeConnectors(nn.Module):
                 for out, into in connector_shapes(dims[text], hidden_layers, dims[image]):
                     connector.append(nn.Linear(into, out))
             if source:
-                tensors = connector_of_run(source, image, text, hidden_layers)
+                tensors = read_starting_connector(source, image, text, hidden_layers)
                 for parameter, tensor in zip(connector.parameters(), tensors):
                     parameter.data.copy_(tensor)
             self.layers.append(connector)
 
     def predict(self, image, text):
         """The pair's own layers: (weight [out, in], bias [out]) of each."""
-        connector = self.layers[self.pairs.index((image, text))]
-        return [(layer.weight, layer.bias) for layer in connector]
+        layers = []
+        for linear in self.layers[self.pairs.index((image, text))]:
+            layers.append((linear.weight, linear.bias))
+        return layers
 
     def forward(self, features, pairs):
         """The texts [B, D_t] as they are, and each pair's own layers."""
-        return separate_layers(features, pairs, [self.predict(*pair) for pair in pairs])
+        connectors = []
+        for pair in pairs:
+            connectors.append(self.predict(*pair))
+        return separate_layers(features, pairs, connectors)
 
     def flops(self, batch_size, pairs):
         """(of the connectors, 0: nothing is predicted)."""
@@ -53,9 +56,3 @@ class FreeConnectors(nn.Module):
         for pair in pairs:
             connector = self.layers[self.pairs.index(pair)]
             nn.utils.clip_grad_norm_(connector.parameters(), clip_norm)
-
-
-def connector_of_run(run, image, text, hidden_layers):
-    """The pair's tensors in a run folder: weight, bias, and so on, layer after layer."""
-    path = Path(run, "connectors", connector_name(image, hidden_layers, text))
-    return read_connector(path)[3].values()

@@ -1,0 +1,52 @@
+"""The run in --from of train_grid.py: the flags that are kept of it, what must be the same, and the connectors to start from."""
+
+from pathlib import Path
+
+from hyma.pairs import images_of, texts_of
+from vlm import BadInput, connector_name, read_connector, read_json
+
+KEPT_FLAGS = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
+
+
+def flags_to_keep(run, data):
+    """{flag: value} that are kept of the run: its data, its split and its loss settings. A flag that is typed replaces one.
+
+    run: its folder; of connectors alone, as published, nothing is kept. data: the value of --data, or None. Raises BadInput
+    if neither names the data.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        if data is None:
+            raise BadInput(
+                f"--from {run}: has no config.json; name the data that its connectors were trained on: --data"
+            )
+        return {}
+    config = read_json(path)
+    kept = {"seeds": [config["seed"]]}
+    for name in KEPT_FLAGS:
+        kept[name] = config["flags"][name]
+    return kept
+
+
+def check_same_data(run, data, pairs, seeds):
+    """Raises BadInput if the run was trained on other embeddings of these pairs' encoders than `data` holds, or if a seed
+    would choose by rows that the run was trained on."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    for name, digest in data.fingerprint(images_of(pairs) + texts_of(pairs)).items():
+        if config["embeddings"].get(name, digest) != digest:
+            raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")
+    has_split = any(row.get("split") for row in data.rows or [])
+    if not has_split and set(seeds) != {config["seed"]}:
+        raise BadInput(
+            f"--seeds {' '.join(map(str, seeds))}: {data.folder} has no split column, so another seed than {config['seed']} "
+            f"would choose by rows that {run} was trained on"
+        )
+
+
+def read_starting_connector(run, image, text, hidden_layers):
+    """The tensors of the run's connector of a pair: weight [out, in], bias [out], and so on, layer after layer."""
+    path = Path(run, "connectors", connector_name(image, hidden_layers, text))
+    return read_connector(path)[3].values()
