@@ -23,7 +23,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import vlm
 from hyma.answer import answer, print_table
@@ -33,22 +32,15 @@ from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import provenance, run_script
 from hyma.gallery import make_gallery
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
-from hyma.metrics import (
-    INTERVAL,
-    TaskScores,
-    best_pairs,
-    bootstrap_scores,
-    draw_seed_weights,
-    resample,
-    true_scores,
-)
+from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name
 from hyma.prompts import WeightsMissing
 from hyma.report import save_report
 from hyma.runs import newest_finished_run, read_run
+from hyma.scoring import headline_first, load_connector, runs_of, score_runs
 from hyma.selectors import run_selectors, selector_rows
 from hyma.splits import split_rows
-from hyma.tasks import KINDS, image_inputs, open_tasks, prepare_inputs, score, text_inputs
+from hyma.tasks import open_tasks, prepare_inputs
 from vlm import BadInput
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -256,121 +248,7 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
     return possible, warnings
 
 
-def load_connector(run, image, text, data):
-    """A run's connector of a pair, on the CPU."""
-    return vlm.load_connector(run.connector(image, text), data.encoders[image].dim, data.encoders[text].dim)
-
-
-# ----------------------------------------------------------------------------------------------------------- scores
-
-
-def score_runs(tasks, methods, pairs, data, flags):
-    """([TaskScores] of the tasks, a record with CLIP_benchmark's keys for each connector on each task)."""
-    runs = runs_of(methods)
-    task_scores, records = [], []
-    with tqdm(total=len(tasks) * len(runs) * len(pairs), desc="score", unit="connector") as progress:
-        for task in tasks:
-            units = {}  # method -> [S, P, U], whose mean over U is a score
-            for method in methods:
-                of_seeds = []
-                for run in method.runs:
-                    of_pairs = []
-                    for pair in pairs:
-                        result = score_connector(task, run, *pair, data, flags)
-                        of_pairs.append(result.units.double().numpy())  # [U]
-                        records.append(benchmark_record(task, method, run, pair, result))
-                        progress.update()
-                    of_seeds.append(of_pairs)
-                units[method.name] = np.array(of_seeds)
-            task_scores.append(summarise(task, units, flags.bootstrap))
-    return task_scores, records
-
-
-def runs_of(methods):
-    """The runs of all methods, one after the other."""
-    runs = []
-    for method in methods:
-        runs += method.runs
-    return runs
-
-
-def benchmark_record(task, method, run, pair, result):
-    """A connector's scores on a task, with CLIP_benchmark's keys and some of ours. result: a Score."""
-    image, text = pair
-    return {
-        "dataset": task.name,
-        "model": run.connector(image, text).stem,
-        "pretrained": str(run.folder),
-        "task": KINDS[task.kind].benchmark_name,
-        "metrics": result.metrics,
-        "image": image,
-        "text": text,
-        "method": method.name,
-        "seed": run.seed,
-        "protocol": task.protocol,
-    }
-
-
-def score_connector(task, run, image, text, data, flags):
-    """The Score of a run's connector of a pair. Raises BadInput that names the connector if its outputs are unusable."""
-    texts = text_inputs(task, text, flags.weights, flags.device, data)
-    images = image_inputs(task, image, data)
-    connector = load_connector(run, image, text, data).to(flags.device)
-    try:
-        return score(task, texts, images, connector)
-    except BadInput as error:
-        raise BadInput(f"{run.connector(image, text)}: {error}") from None
-
-
-def summarise(task, units, resamples):
-    """The TaskScores of a task. units: {method: [S, P, U]}, whose mean over U is a score, 0 to 1."""
-    scores = {}
-    for method, values in units.items():
-        scores[method] = values.mean(-1).round(9)  # [S, P]
-        count = values.shape[-1]  # the same for all
-    return TaskScores(
-        name=f"{task.name} {task.kind}",
-        kind=task.kind,
-        protocol=task.protocol,
-        counted=f"{count} {KINDS[task.kind].units}",
-        chance=task.chance,
-        scores=scores,
-        resampled=resample(units, resamples, task.name),
-    )
-
-
-def headline_first(task_scores):
-    """The TaskScores, those of the headline's kind first: retrieval, which connectors are trained for, or else zeroshot,
-    or vqa. Several of that kind are led by their mean; other kinds have no weight in it, so that labels, which make two
-    tasks, never count twice."""
-    by_kind = {kind: [] for kind in KINDS}  # in the order of KINDS
-    for task in task_scores:
-        by_kind[task.kind].append(task)
-    leading = next(filter(None, by_kind.values()))
-    others = [task for task in task_scores if task.kind != leading[0].kind]
-    means = [mean_of_tasks(leading)] if len(leading) > 1 else []
-    return means + leading + others
-
-
-def mean_of_tasks(tasks):
-    """The TaskScores of the mean of several tasks of a kind, which all weigh the same."""
-    return TaskScores(
-        name=f"the mean of {' and '.join(unique(task.name for task in tasks))}",
-        kind=tasks[0].kind,
-        protocol="each task's own, below",
-        counted=" and ".join(unique(task.counted for task in tasks)),
-        chance=sum(task.chance for task in tasks) / len(tasks),
-        scores=mean_by_method([task.scores for task in tasks]),
-        resampled=mean_by_method([task.resampled for task in tasks]),
-    )
-
-
-def mean_by_method(arrays):
-    """{method: mean of its arrays}. arrays: [{method: array}] of the tasks."""
-    means = {}
-    for method in arrays[0]:
-        means[method] = np.mean([each[method] for each in arrays], axis=0).round(9)
-    return means
+# ------------------------------------------------------------------------------------------- selectors, costs, warnings
 
 
 def warn_at_chance(task, oracle, seed_weights):

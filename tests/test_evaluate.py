@@ -15,6 +15,7 @@ from hyma.files import read_jsonl, sha256_file, write_json
 from hyma.methods import SelectionMethod, group_runs
 from hyma.metrics import TaskScores, draw_seed_weights, resample
 from hyma.runs import read_run
+from hyma.scoring import headline_first
 from hyma.tasks import image_inputs, score, text_inputs
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -247,13 +248,13 @@ def test_retrieval_leads_and_the_others_stand_beside_it():
             ("b", "retrieval", 0.4),
         )
     ]
-    found = evaluate.headline_first(scores)
+    found = headline_first(scores)
     assert [each.name for each in found] == [
         "the mean of a retrieval and b retrieval", "a retrieval", "b retrieval", "a zeroshot", "b vqa"
     ]  # fmt: skip
     assert found[0].scores["m"].tolist() == [[0.3, 0.3]] and found[0].kind == "retrieval"
-    assert [each.name for each in evaluate.headline_first(scores[:2])] == ["a retrieval", "a zeroshot"]
-    assert evaluate.headline_first(scores[:1]) == scores[:1]
+    assert [each.name for each in headline_first(scores[:2])] == ["a retrieval", "a zeroshot"]
+    assert headline_first(scores[:1]) == scores[:1]
 
 
 def test_training_rows_are_never_scored(run, planted, tmp_path):
