@@ -120,9 +120,13 @@ NO_COST = {"flops": 0, "seconds": 0.0, "rows": 0}  # of a choice by widths alone
 
 def cost_of_runs(runs, data, names, reference):
     """The Cost of a method's runs, one per seed. names: the encoders. reference: the ledger to compare with."""
-    each = [scale_ledger(run.ledger, reference) for run in runs]
-    means = {key: float(np.mean([costs[key] for costs in each])) for key in each[0]}
-    updates = [count for run in runs for count in run.ledger["updates_per_pair"].values()]
+    values = {}  # name of a Cost's number -> that of each run
+    updates = []  # of every pair of every run
+    for run in runs:
+        for key, value in scale_ledger(run.ledger, reference).items():
+            values.setdefault(key, []).append(value)
+        updates += run.ledger["updates_per_pair"].values()
+    means = {key: float(np.mean(of_runs)) for key, of_runs in values.items()}
     cost = Cost(**means, updates_low=min(updates), updates_high=max(updates), batch_size=runs[0].ledger["batch_size"])
     return with_embedding(cost, data, names, runs[0].rows)
 
@@ -183,7 +187,7 @@ def embedding_flops(data, names, rows):
     """Of `rows` rows through every encoder, by the manifest, or None if it lacks an encoder's FLOPs per row."""
     total = 0
     for name in names:
-        record = data.manifest["encoders"][name] if data.manifest else {}
+        record = data.record(name)
         if "flops_per_row" not in record:
             return None
         total += rows * record["flops_per_row"]

@@ -10,9 +10,10 @@ from vlm import BadInput
 def halving_rungs(pair_count, steps):
     """{step: how many pairs are trained from there on}: half of them each time, at 1/2^r, ..., 1/4, 1/2 of the schedule,
     until one is left, so that every rung costs about as much as training one pair for half the schedule."""
-    rungs, doublings = {}, math.ceil(math.log2(pair_count))
+    doublings = math.ceil(math.log2(pair_count))
     if 2**doublings > steps:
         raise BadInput(f"--halving: {steps} steps are too few to halve {pair_count} pairs; give more --epochs")
+    rungs = {}
     for k in range(doublings):
         pair_count = math.ceil(pair_count / 2)
         rungs[steps >> (doublings - k)] = pair_count
@@ -25,7 +26,10 @@ def surviving_pairs(pairs, state, rungs):
     A pair that was dropped has fewer updates than steps have passed. Where a rung ends here, the pairs with the best scores
     so far survive; of equals, the first. rungs: of `halving_rungs`; {}: no pair is ever dropped.
     """
-    trained = [pair for pair in pairs if state["updates"][pair_name(pair)] == state["step"]]
+    trained = []
+    for pair in pairs:
+        if state["updates"][pair_name(pair)] == state["step"]:
+            trained.append(pair)
     if state["step"] not in rungs:
         return trained
 

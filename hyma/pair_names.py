@@ -4,6 +4,7 @@ Names of encoders hold no colon (`vlm.is_encoder_name`), so that a name means on
 """
 
 import fnmatch
+import itertools
 
 from vlm import BadInput
 
@@ -30,7 +31,7 @@ def choose_pairs(data, patterns, flag="--pairs"):
     data: the embedding folder, whose order the pairs have. Raises BadInput for a pattern that no pair's name matches.
     """
     images, texts = data.names("image"), data.names("text")
-    pairs = [(image, text) for image in images for text in texts]
+    pairs = list(itertools.product(images, texts))
     if not pairs:
         raise BadInput(
             f"{data.folder}: holds {len(images)} image and {len(texts)} text encoders; one of each is needed at least"

@@ -1,5 +1,6 @@
 """The pairs of encoders of a run, (image, text): which are trained, scored and exported, and which a step draws."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -71,13 +72,15 @@ def arrange_pairs(flags, data, trained):
     """The Pairs of --pairs, --predict and --add-encoder."""
     if flags.add_encoder:
         return arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
-    predicted = choose_pairs(data, flags.predict, "--predict") if flags.predict else []
-    untrained = [pair for pair in predicted if pair not in trained]
     image_names, text_names = images_of(trained), texts_of(trained)
-    for image, text in untrained:
-        if image not in image_names or text not in text_names:
-            name = text if image in image_names else image
-            raise BadInput(f"--predict {pair_name((image, text))}: {name} must be in a pair that is trained")
+    untrained = []
+    for pair in choose_pairs(data, flags.predict, "--predict") if flags.predict else []:
+        if pair in trained:
+            continue
+        for name in pair:
+            if name not in image_names + text_names:
+                raise BadInput(f"--predict {pair_name(pair)}: {name} must be in a pair that is trained")
+        untrained.append(pair)
     return Pairs(trained, untrained, trained + untrained, image_names, text_names, None)
 
 
@@ -99,9 +102,9 @@ def arrange_added_encoder(name, run, data):
         if digest != trained_on[encoder]:
             raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")
     if data.encoders[name].kind == "image":
-        added = [(name, text) for text in text_names]
+        added = list(itertools.product([name], text_names))
         image_names = [*image_names, name]
     else:
-        added = [(image, name) for image in image_names]
+        added = list(itertools.product(image_names, [name]))
         text_names = [*text_names, name]
     return Pairs(added, base_pairs, added, image_names, text_names, base_state)

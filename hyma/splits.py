@@ -216,7 +216,9 @@ def no_rows_to(kind, data, splits):
     if not any(splits):
         return f"{data.folder}: one picture leaves no {kind} rows to {purpose}; at least two pictures are needed"
     counts = Counter(map(str, splits))
-    parts = [f"{split} {count:,}" for split, count in counts.items()]
+    parts = []
+    for split, count in counts.items():
+        parts.append(f"{split} {count:,}")
     return (
         f"{data.folder}/rows.jsonl: there are no {kind} rows to {purpose} among its splits ({', '.join(parts)} rows); embed more "
         "pictures, or a table with train and val rows, into a new --out"

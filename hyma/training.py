@@ -113,11 +113,12 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     for text in texts_of(pairs):
         features[text] = store.take(text, rows).to(dtype)  # [B, D_t]
     inputs, layers = generator(features, pairs)
-    layers = [cast_layer(layer, dtype) for layer in layers]
-    z, sumsq = connector_mlp(inputs, layers)  # [B, sum D_p] not normalised, [P, B] squared lengths
+    z, sumsq = connector_mlp(inputs, cast_layers(layers, dtype))  # [B, sum D_p] not normalised, [P, B] squared lengths
 
     image_names = images_of(pairs)
-    image_vectors = [store.take(image, rows).to(dtype) for image in image_names]  # each [B, D_i]
+    image_vectors = []  # of each image encoder, [B, D_i]
+    for image in image_names:
+        image_vectors.append(store.take(image, rows).to(dtype))
     image_of_pair = [image_names.index(image) for image, _ in pairs]
     losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)  # [P]
     return losses
@@ -135,11 +136,14 @@ def mean_loss(losses, pairs, step):
     return mean
 
 
-def cast_layer(layer, dtype):
-    """The layer with its weights and biases in this dtype."""
-    weights = [weight.to(dtype) for weight in layer.weights]
-    biases = [bias.to(dtype) for bias in layer.biases]
-    return Layer(weights, biases, layer.wiring)
+def cast_layers(layers, dtype):
+    """The layers with their weights and biases in this dtype."""
+    cast = []
+    for layer in layers:
+        weights = [weight.to(dtype) for weight in layer.weights]
+        biases = [bias.to(dtype) for bias in layer.biases]
+        cast.append(Layer(weights, biases, layer.wiring))
+    return cast
 
 
 def separate_layers(features, pairs, connectors):
@@ -207,8 +211,10 @@ def metrics_line(state, epoch, lr, val_recall10, recalls):
 def print_ranking(ranking, recalls, retrieval):
     """The rows of `rank_pairs` as a table: recalls in per cent, both directions, against chance."""
     chance = " / ".join(f"{100 * value:.1f}" for value in retrieval.chance)
-    wide = max(len(row["image"]) for row in ranking)
-    narrow = max(len(row["text"]) for row in ranking)
+    wide = narrow = 0  # the longest names of image and of text encoders
+    for row in ranking:
+        wide = max(wide, len(row["image"]))
+        narrow = max(narrow, len(row["text"]))
     has_expected = "expected_recall10" in ranking[0]
     print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
     heading = f"{'':{wide + narrow + 8}}text -> image        image -> text        mean"
