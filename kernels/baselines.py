@@ -1,6 +1,7 @@
 """What the bench compares the kernels with: three torch compositions, and published kernels if they are installed.
 
-A connector takes (shape, features, layers) to z, a loss (shape, z, images) to the summed loss of all pairs.
+A connector takes (shape, features, layers) to z, a loss (shape, z, images) to the summed loss of all pairs. shape: a
+`kernels.bench.Shape`.
 
     loop     one pair after the other, cross entropy on float32 logits
     padded   everything padded to the largest width, torch.bmm over all pairs
@@ -27,93 +28,191 @@ def symmetric_cross_entropy(logits):
     return (F.cross_entropy(logits.mT, rows) + F.cross_entropy(logits, rows)) / 2 * len(logits)
 
 
-def loop_loss(shape, z, images):
-    blocks = z.split([shape.images[i] for i in shape.image_of], 1)
-    return sum(symmetric_cross_entropy(SCALE * F.normalize(x, dim=1) @ images[i].T)
-               for x, i in zip(blocks, shape.image_of))  # fmt: skip
+def split_pairs(shape, z):
+    """z [B, sum D] to [B, D] of each pair."""
+    return z.split(shape.widths_out, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
 
 
 def loop_connector(shape, features, layers):
     return kernels.connector_mlp(features, layers, impl="torch")[0]
 
 
+def loop_loss(shape, z, images):
+    total = 0.0
+    for x, i in zip(split_pairs(shape, z), shape.image_of):
+        total = total + symmetric_cross_entropy(SCALE * F.normalize(x, dim=1) @ images[i].T)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------ padded
+
+
 def pad(matrix, rows, columns):
+    """The matrix with zeros below and beside it."""
     return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+
+def stack_padded(matrices, chosen, rows, columns):
+    """[P, rows, columns]: the chosen ones of the matrices, by their indices."""
+    return torch.stack([pad(matrices[k], rows, columns) for k in chosen])
 
 
 def padded_connector(shape, features, layers):
     """z [P, B, widest]."""
     wide_in, wide_out = max(shape.texts), max(shape.images)
-    x = torch.stack([pad(features[t], shape.batch, wide_in) for t in shape.text_of])
     (w1, b1, _), (w2, b2, _) = layers
-    first = range(len(shape.pairs)) if shape.generator == "each" else shape.text_of
-    second = range(len(shape.pairs)) if shape.generator == "each" else shape.image_of
-    w1 = torch.stack([pad(w1[k], HIDDEN, wide_in) for k in first])
-    w2 = torch.stack([pad(w2[k], wide_out, HIDDEN) for k in second])
-    b2 = torch.stack([F.pad(b2[k], (0, wide_out - len(b2[k]))) for k in second])
-    h = F.relu(torch.baddbmm(torch.stack([b1[k] for k in first])[:, None], x, w1.mT))
-    return torch.baddbmm(b2[:, None], h, w2.mT)
+    if shape.generator == "each":
+        first = second = range(len(shape.pairs))
+    else:
+        first, second = shape.text_of, shape.image_of
+    x = stack_padded(features, shape.text_of, shape.batch, wide_in)  # [P, B, wide_in]
+    weight_1 = stack_padded(w1, first, HIDDEN, wide_in)  # [P, HIDDEN, wide_in]
+    weight_2 = stack_padded(w2, second, wide_out, HIDDEN)  # [P, wide_out, HIDDEN]
+    biases_1 = []
+    biases_2 = []
+    for k, m in zip(first, second):
+        biases_1.append(b1[k])
+        biases_2.append(F.pad(b2[m], (0, wide_out - len(b2[m]))))
+    h = F.relu(torch.baddbmm(torch.stack(biases_1)[:, None], x, weight_1.mT))
+    return torch.baddbmm(torch.stack(biases_2)[:, None], h, weight_2.mT)
 
 
 def padded_loss(shape, z, images):
+    widest = max(shape.images)
     if z.dim() == 2:
-        blocks = z.split([shape.images[i] for i in shape.image_of], 1)
-        z = torch.stack([pad(x, shape.batch, max(shape.images)) for x in blocks])
-    y = torch.stack([pad(images[i], shape.batch, max(shape.images)) for i in shape.image_of])
+        blocks = split_pairs(shape, z)
+        z = stack_padded(blocks, range(len(blocks)), shape.batch, widest)
+    y = stack_padded(images, shape.image_of, shape.batch, widest)
     return symmetric_cross_entropy(SCALE * F.normalize(z, dim=2) @ y.mT)
 
 
+# ------------------------------------------------------------------------------------------------------------ strong
+
+
 def strong_connector(shape, features, layers):
-    (w1, b1, wires), (w2, b2, wires2) = layers
-    hidden = [None] * len(wires)
-    for t, x in enumerate(features):  # one product for all first layers of a text encoder
-        users = [o for o, (a, _) in enumerate(wires) if a == t]
-        if users:
-            weight, bias = (torch.cat([own[wires[o][1]] for o in users]) for own in (w1, b1))
-            for o, h in zip(users, F.relu(F.linear(x, weight, bias)).split(HIDDEN, 1)):
-                hidden[o] = h
+    first, second = layers
+    hidden = strong_first_layer(features, first)
     if hasattr(F, "grouped_mm") and shape.device == "cuda" and shape.dtype == torch.bfloat16:
-        widths = torch.tensor([w2[k].shape[0] for _, k in wires2], dtype=torch.int32)
-        ends = widths.cumsum(0, dtype=torch.int32).to(shape.device, non_blocking=True)
-        stacked = torch.stack([hidden[a] for a, _ in wires2])  # [P, B, HIDDEN]
-        weight = torch.cat([w2[k] for _, k in wires2]).T  # [HIDDEN, sum D]
-        return F.grouped_mm(stacked, weight, offs=ends) + torch.cat([b2[k] for _, k in wires2])
-    z = [None] * len(wires2)
+        return grouped_last_layer(shape, hidden, second)
+    return strong_last_layer(shape, hidden, second)
+
+
+def strong_first_layer(features, layer):
+    """[B, HIDDEN] of each output: one product for all outputs of a text encoder."""
+    hidden = [None] * len(layer.wiring)
+    for t, x in enumerate(features):
+        outputs = []
+        weights = []
+        biases = []
+        for o, (a, k) in enumerate(layer.wiring):
+            if a == t:
+                outputs.append(o)
+                weights.append(layer.weights[k])
+                biases.append(layer.biases[k])
+        if outputs:
+            product = F.relu(F.linear(x, torch.cat(weights), torch.cat(biases)))
+            for o, h in zip(outputs, product.split(HIDDEN, 1)):
+                hidden[o] = h
+    return hidden
+
+
+def grouped_last_layer(shape, hidden, layer):
+    """z [B, sum D] by one grouped product."""
+    inputs = []
+    weights = []
+    biases = []
+    for a, k in layer.wiring:
+        inputs.append(hidden[a])
+        weights.append(layer.weights[k])
+        biases.append(layer.biases[k])
+    widths = torch.tensor(shape.widths_out, dtype=torch.int32)
+    ends = widths.cumsum(0, dtype=torch.int32).to(shape.device, non_blocking=True)
+    weight = torch.cat(weights).T  # [HIDDEN, sum D]
+    return F.grouped_mm(torch.stack(inputs), weight, offs=ends) + torch.cat(biases)
+
+
+def strong_last_layer(shape, hidden, layer):
+    """z [B, sum D] by one batched product for all outputs of a width."""
+    z = [None] * len(layer.wiring)
     for width in sorted(set(shape.images)):
-        users = [o for o, (_, k) in enumerate(wires2) if w2[k].shape[0] == width]
-        if users:
-            h, w, b = (torch.stack(s) for s in zip(*((hidden[a], w2[k], b2[k]) for a, k in (wires2[o] for o in users))))
-            for o, y in zip(users, torch.baddbmm(b[:, None], h, w.mT)):
+        outputs = []
+        inputs = []
+        weights = []
+        biases = []
+        for o, (a, k) in enumerate(layer.wiring):
+            if len(layer.biases[k]) == width:
+                outputs.append(o)
+                inputs.append(hidden[a])
+                weights.append(layer.weights[k])
+                biases.append(layer.biases[k])
+        if outputs:
+            products = torch.baddbmm(torch.stack(biases)[:, None], torch.stack(inputs), torch.stack(weights).mT)
+            for o, y in zip(outputs, products):
                 z[o] = y
     return torch.cat(z, 1)
 
 
 def strong_loss(shape, z, images):
-    blocks, total = z.split([shape.images[i] for i in shape.image_of], 1), 0.0
-    for i, y in enumerate(images):  # one logits product for all pairs of an image encoder
-        users = [x for x, own in zip(blocks, shape.image_of) if own == i]
-        if users:
-            logits = SCALE * F.normalize(torch.cat(users), dim=1) @ y.T
-            total = total + symmetric_cross_entropy(logits.view(len(users), shape.batch, shape.batch))
+    """One logits product for all pairs of an image encoder."""
+    blocks = split_pairs(shape, z)
+    total = 0.0
+    for i, y in enumerate(images):
+        of_image = [x for x, own in zip(blocks, shape.image_of) if own == i]
+        if of_image:
+            logits = SCALE * F.normalize(torch.cat(of_image), dim=1) @ y.T
+            total = total + symmetric_cross_entropy(logits.view(len(of_image), shape.batch, shape.batch))
     return total
 
 
+# --------------------------------------------------------------------------------------------------- published kernels
+
+
+def inf_cl(module):
+    def loss(u, y):
+        by_text = module.cal_flash_loss(u, y, scale=SCALE).mean()
+        by_image = module.cal_flash_loss(y, u, scale=SCALE).mean()
+        return (by_text + by_image) / 2
+
+    return loss
+
+
+def memeff(module):
+    return module.MemoryEfficientCLIPLoss(temperature=1 / SCALE)
+
+
+def siglip(module):
+    def loss(u, y):
+        log_scale = torch.tensor(SCALE, device=u.device).log()
+        return module.fused_siglip_loss(u, y, log_scale, torch.tensor(-10.0, device=u.device))
+
+    return loss
+
+
+def liger(module):
+    def loss(u, y):
+        rows = torch.arange(len(u), device=u.device)
+        return module.LigerFusedLinearCrossEntropyLoss()(y * SCALE, u, rows)
+
+    return loss
+
+
+PUBLISHED = {  # name: (module, what makes its loss). The last two compute less than ours.
+    "inf-cl": ("inf_cl", inf_cl),
+    "memeff": ("memeff", memeff),
+    "siglip-kernel (sigmoid)": ("siglip_kernel", siglip),
+    "liger-kernel (one direction)": ("liger_kernel.transformers", liger),
+}
+
+
 def published():
-    """name: loss(u, y) of one normalised pair, for whichever published kernels are installed. Two compute less."""
-
-    def load(module, build):
+    """name: loss(u, y) of one normalised pair, for whichever published kernels are installed."""
+    found = {}
+    for name, (module, make_loss) in PUBLISHED.items():
         try:
-            return build(importlib.import_module(module))
+            found[name] = make_loss(importlib.import_module(module))
         except Exception:  # not installed, or not for this torch: the bench goes on without it
-            return None
-
-    found = {
-        "inf-cl": load("inf_cl", lambda m: lambda u, y: (m.cal_flash_loss(u, y, scale=SCALE).mean()
-                                                        + m.cal_flash_loss(y, u, scale=SCALE).mean()) / 2),
-        "memeff": load("memeff", lambda m: m.MemoryEfficientCLIPLoss(temperature=1 / SCALE)),
-        "siglip-kernel (sigmoid)": load("siglip_kernel", lambda m: lambda u, y: m.fused_siglip_loss(
-            u, y, torch.tensor(SCALE, device=u.device).log(), torch.tensor(-10.0, device=u.device))),
-        "liger-kernel (one side)": load("liger_kernel.transformers", lambda m: lambda u, y, loss=None: (
-            m.LigerFusedLinearCrossEntropyLoss()(y * SCALE, u, torch.arange(len(u), device=u.device)))),
-    }  # fmt: skip
-    return {name: rival for name, rival in found.items() if rival is not None}
+            continue
+    return found

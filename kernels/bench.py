@@ -11,7 +11,9 @@ matrix products and copies reach on this device in this run. On the CPU only the
 """
 
 import argparse
+import functools
 import importlib
+import itertools
 import json
 import subprocess
 import time
@@ -33,59 +35,112 @@ HEAD_OUTPUTS = 2**19  # the published hypernetwork's last layer: 537 M parameter
 LIMIT_SECONDS = 8 * 60  # shapes not begun by then are left out
 
 
+OPERATIONS = ("forward", "backward", "loss", "step")
+
+
 class Shape:
     """P pairs (the widths' pairs repeated or cut), B rows: sets of inputs to rotate through, and the useful work."""
 
     def __init__(self, pairs, batch, widths, dtype, device, generator, sets=3):
-        self.texts, self.images = WIDTHS[widths]
-        every = [(t, i) for i in range(len(self.images)) for t in range(len(self.texts))]
-        spaced = every[:: max(1, len(every) // pairs)]  # fewer pairs than there are: spread over all encoders
-        self.pairs = [spaced[p % len(spaced)] for p in range(pairs)]
+        """pairs: P. batch: B. widths: a key of WIDTHS. generator: "factored", whose pairs share layers, or "each"."""
         self.batch, self.dtype, self.device, self.generator = batch, dtype, device, generator
-        self.text_of, self.image_of = ([pair[side] for pair in self.pairs] for side in (0, 1))
+        self.texts, self.images = WIDTHS[widths]
+        self.pairs = spread_pairs(len(self.texts), len(self.images), pairs)  # [P] (text, image)
+        self.text_of = []  # [P] the text encoder of each pair
+        self.image_of = []
+        self.widths_in = []  # [P] its width
+        self.widths_out = []
+        for t, i in self.pairs:
+            self.text_of.append(t)
+            self.image_of.append(i)
+            self.widths_in.append(self.texts[t])
+            self.widths_out.append(self.images[i])
         self.sets = [self.draw(seed) for seed in range(sets)]
-        d_in, d_out = ([w[k] for k in of] for w, of in ((self.texts, self.text_of), (self.images, self.image_of)))
-        first = sum(self.texts) if generator == "factored" else sum(d_in)
-        connector = 2 * batch * HIDDEN * (first + sum(d_out))
-        loss = 2 * 2 * batch * batch * sum(d_out)
-        size = torch.finfo(dtype).bits // 8
-        weights = sum(w.numel() for layer in self.sets[0][1] for w in layer.weights)
-        hidden = batch * HIDDEN * (len(self.texts) if generator == "factored" else len(self.pairs))
-        z, x, y = batch * sum(d_out), batch * sum(self.texts), batch * sum(self.images)
-        forward_bytes = (weights + x + hidden + z) * size
-        self.flops = {"forward": connector, "backward": 2 * connector - 2 * batch * HIDDEN * first, "loss": loss}
-        self.bytes = {"forward": forward_bytes, "backward": 2 * forward_bytes, "loss": (2 * z + y) * size}
-        for work in (self.flops, self.bytes):
-            work["step"] = sum(work.values())
+        self.flops = self.count_flops()
+        self.bytes = self.count_bytes()
+
+    def count_flops(self):
+        """{operation: FLOPs}, 2 a multiply-add."""
+        of_first = 2 * self.batch * HIDDEN * sum(self.texts if self.generator == "factored" else self.widths_in)
+        of_last = 2 * self.batch * HIDDEN * sum(self.widths_out)
+        flops = {
+            "forward": of_first + of_last,
+            "backward": 2 * (of_first + of_last) - of_first,  # the texts get no gradient
+            "loss": 2 * 2 * self.batch * self.batch * sum(self.widths_out),
+        }
+        return flops | {"step": sum(flops.values())}
+
+    def count_bytes(self):
+        """{operation: bytes that must be read and written}."""
+        size = torch.finfo(self.dtype).bits // 8
+        _, layers, _ = self.sets[0]
+        weights = 0
+        for layer in layers:
+            for weight in layer.weights:
+                weights += weight.numel()
+        hidden = self.batch * HIDDEN * (len(self.texts) if self.generator == "factored" else len(self.pairs))
+        x = self.batch * sum(self.texts)
+        y = self.batch * sum(self.images)
+        z = self.batch * sum(self.widths_out)
+        forward = (weights + x + hidden + z) * size
+        found = {"forward": forward, "backward": 2 * forward, "loss": (2 * z + y) * size}
         # AdamW reads weight, gradient and two moments, and writes all but the gradient
-        self.bytes["step"] += 28 * weights
+        return found | {"step": sum(found.values()) + 28 * weights}
 
     def draw(self, seed):
-        """features, layers, images. Weights of a layer lie end to end, as a generator's output does."""
-        g = torch.Generator(self.device).manual_seed(seed)
-
-        def rand(*shape):
-            return torch.randn(*shape, generator=g, device=self.device, dtype=torch.float32)
-
-        def packed(shapes):
-            flat = torch.cat([rand(n * k) * k**-0.5 for n, k in shapes]).to(self.dtype)
-            views = [v.view(s) for v, s in zip(flat.split([n * k for n, k in shapes]), shapes)]
-            return [v.detach().requires_grad_() for v in views]
-
-        pairs = range(len(self.pairs))
-        if self.generator == "factored":
-            shapes = [(HIDDEN, d) for d in self.texts], [(d, HIDDEN) for d in self.images]
-            wiring = [(t, t) for t in range(len(self.texts))], self.pairs
-        else:
-            shapes = [(HIDDEN, self.texts[t]) for t in self.text_of], [(self.images[i], HIDDEN) for i in self.image_of]
-            wiring = [(self.text_of[p], p) for p in pairs], [(p, p) for p in pairs]
+        """(features, layers, images). Weights of a layer lie end to end, as a generator's output does."""
+        random = torch.Generator(self.device).manual_seed(seed)
         layers = []
-        for shape, wires in zip(shapes, wiring):
-            biases = [torch.zeros(n, device=self.device, dtype=self.dtype, requires_grad=True) for n, _ in shape]
-            layers.append(Layer(packed(shape), biases, wires))
-        features = [F.normalize(rand(self.batch, d), dim=1).to(self.dtype) for d in self.texts]
-        images = [F.normalize(rand(self.batch, d), dim=1).to(self.dtype) for d in self.images]
-        return features, layers, images
+        for shapes, wiring in self.structure():
+            weights = self.draw_weights(random, shapes)
+            biases = []
+            for n, _ in shapes:
+                biases.append(torch.zeros(n, device=self.device, dtype=self.dtype, requires_grad=True))
+            layers.append(Layer(weights, biases, wiring))
+        return self.draw_rows(random, self.texts), layers, self.draw_rows(random, self.images)
+
+    def structure(self):
+        """(shapes of the weights, wiring) of both layers."""
+        if self.generator == "factored":
+            first = [(HIDDEN, dim) for dim in self.texts]
+            last = [(dim, HIDDEN) for dim in self.images]
+            own = range(len(self.texts))
+            return (first, list(zip(own, own))), (last, self.pairs)
+        first = [(HIDDEN, dim) for dim in self.widths_in]
+        last = [(dim, HIDDEN) for dim in self.widths_out]
+        own = range(len(self.pairs))
+        return (first, list(zip(self.text_of, own))), (last, list(zip(own, own)))
+
+    def draw_weights(self, random, shapes):
+        """Leaves of these shapes, which are views of one flat tensor."""
+        parts = []
+        for n, k in shapes:
+            parts.append(self.normal(random, n * k) * k**-0.5)
+        sizes = [n * k for n, k in shapes]
+        weights = []
+        for part, shape in zip(torch.cat(parts).to(self.dtype).split(sizes), shapes):
+            weights.append(part.view(shape).detach().requires_grad_())
+        return weights
+
+    def draw_rows(self, random, widths):
+        """Unit vectors [B, width] of each encoder."""
+        rows = []
+        for width in widths:
+            rows.append(F.normalize(self.normal(random, self.batch, width), dim=1).to(self.dtype))
+        return rows
+
+    def normal(self, random, *shape):
+        return torch.randn(*shape, generator=random, device=self.device, dtype=torch.float32)
+
+
+def spread_pairs(text_count, image_count, pair_count):
+    """[(text, image)]: so many pairs. Fewer than there are are spread over all encoders, more are repeated."""
+    every = []
+    for image in range(image_count):
+        for text in range(text_count):
+            every.append((text, image))
+    spaced = every[:: max(1, len(every) // pair_count)]
+    return [spaced[p % len(spaced)] for p in range(pair_count)]
 
 
 def ours(impl):
@@ -139,27 +194,42 @@ def gradients(*args, **kwargs):
 
 
 def flat(layers):
-    return [t for layer in layers for t in (*layer.weights, *layer.biases)]
+    """Weights, then biases, layer after layer."""
+    tensors = []
+    for layer in layers:
+        tensors += [*layer.weights, *layer.biases]
+    return tensors
 
 
 def rebuilt(layers, tensors):
     """The same layers of other tensors, given in the order of `flat`."""
     rest = iter(tensors)
-    return [Layer([next(rest) for _ in ws], [next(rest) for _ in bs], wiring) for ws, bs, wiring in layers]
+    found = []
+    for layer in layers:
+        weights = list(itertools.islice(rest, len(layer.weights)))
+        biases = list(itertools.islice(rest, len(layer.biases)))
+        found.append(Layer(weights, biases, layer.wiring))
+    return found
+
+
+def leaves_like(tensors, dtype):
+    """Copies of the tensors in this dtype, which ask for a gradient."""
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
 def operations(shape, connector, loss):
     """name: one call for each set of inputs."""
-    calls = {"forward": [], "backward": [], "loss": [], "step": []}
+    calls = {operation: [] for operation in OPERATIONS}
     for features, layers, images in shape.sets:
         leaves = flat(layers)
         z = connector(shape, features, layers)
-        dz, leaf = torch.ones_like(z), z.detach().requires_grad_()
-        masters = [t.detach().float().clone().requires_grad_() for t in leaves]
+        dz = torch.ones_like(z)
+        leaf = z.detach().requires_grad_()
+        masters = [tensor.detach().float().clone().requires_grad_() for tensor in leaves]
         adam = torch.optim.AdamW(masters, fused=True)
 
         def step(f=features, m=layers, y=images, masters=masters, adam=adam):
-            cast = [t.detach().to(shape.dtype).requires_grad_() for t in masters]
+            cast = leaves_like(masters, shape.dtype)
             found = gradients(loss(shape, connector(shape, f, rebuilt(m, cast)), y), cast)
             for master, gradient in zip(masters, found):
                 master.grad = None if gradient is None else gradient.float()
@@ -182,29 +252,40 @@ def passes(shape, impl):
 
     def run(impl, dtype):
         features, layers, images = shape.sets[0]
-        leaves = [t.detach().to(dtype).requires_grad_() for t in flat(layers)]
-        layers = rebuilt(layers, leaves)
-        z, sumsq = kernels.connector_mlp([f.to(dtype) for f in features], layers, impl=impl)
-        loss, _ = kernels.clip_loss(z, [y.to(dtype) for y in images], shape.image_of, SCALE, sumsq=sumsq, impl=impl)
-        return [t.detach().double() for t in (z, loss, *gradients(loss.sum(), leaves)) if t is not None]
+        features = [x.to(dtype) for x in features]
+        images = [y.to(dtype) for y in images]
+        leaves = leaves_like(flat(layers), dtype)
+        z, sumsq = kernels.connector_mlp(features, rebuilt(layers, leaves), impl=impl)
+        loss, _ = kernels.clip_loss(z, images, shape.image_of, SCALE, sumsq=sumsq, impl=impl)
+        found = filter(
+            torch.is_tensor, (z, loss, *gradients(loss.sum(), leaves))
+        )  # None of an encoder that is left out
+        return [tensor.detach().double() for tensor in found]
 
-    return no_worse(*(run(*how) for how in ((impl, shape.dtype), ("torch", shape.dtype), ("torch", torch.float64))))
+    return no_worse(run(impl, shape.dtype), run("torch", shape.dtype), run("torch", torch.float64))
 
 
 def no_worse(ours, plain, truth):
-    return all((a - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm() + 1e-12 for a, p, t in zip(ours, plain, truth))
+    """Whether each of our tensors errs at most twice as much as plain torch's."""
+    return all(map(errs_no_more, ours, plain, truth))
+
+
+def errs_no_more(ours, plain, truth):
+    """The same of one tensor. A NaN errs more."""
+    return (ours - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm() + 1e-12
 
 
 def head_passes(device, impl):
     """adamw_outer over three steps, by the same rule."""
 
     def run(impl, dtype):
-        g = torch.Generator(device).manual_seed(0)
-        states = [torch.zeros(300, 200, dtype=dtype, device=device) for _ in range(3)]
+        random = torch.Generator(device).manual_seed(0)
+        states = torch.zeros(3, 300, 200, dtype=dtype, device=device).unbind(0)  # weight and two moments
         for step in (1, 2, 3):
-            factors = (torch.randn(54, n, generator=g, device=device).to(dtype) for n in (300, 200))
-            kernels.adamw_outer(*states, *factors, step=step, lr=1e-3, impl=impl)
-        return [state.double() for state in states]
+            dy = torch.randn(54, 300, generator=random, device=device).to(dtype)
+            x = torch.randn(54, 200, generator=random, device=device).to(dtype)
+            kernels.adamw_outer(*states, dy, x, step=step, lr=1e-3, impl=impl)
+        return torch.stack(states).double()
 
     return no_worse(run(impl, torch.float32), run("torch", torch.float32), run("torch", torch.float64))
 
@@ -227,8 +308,10 @@ def bench_rank(device, dtype, impl, roof, seconds, quick):
         print("true_rank FAILS its check and is not timed")
         return []
     work = 2 * n * n * width, 2 * n * width * targets.element_size()
-    return [row("true_rank", name, clock(device, [call], seconds), *work, roof, rows=n)
-            for name, call in ((impl, ours), ("whole", whole))]  # fmt: skip
+    rows = []
+    for name, call in ((impl, ours), ("whole", whole)):
+        rows.append(row("true_rank", name, clock(device, [call], seconds), *work, roof, rows=n))
+    return rows
 
 
 def bench_head(device, impl, roof, seconds, quick):
@@ -237,7 +320,7 @@ def bench_head(device, impl, roof, seconds, quick):
         print("adamw_outer FAILS its check and is not timed")
         return []
     out, width, rows = (HEAD_OUTPUTS if device == "cuda" and not quick else min(HEAD_OUTPUTS, 2**13)), 1024, 54
-    states = [torch.zeros(out, width, device=device) for _ in range(3)]
+    states = torch.zeros(3, out, width, device=device).unbind(0)  # weight and two moments
     dy, x = torch.randn(rows, out, device=device), torch.randn(rows, width, device=device)
     parameter = torch.zeros(out, width, device=device, requires_grad=True)
     adam = torch.optim.AdamW([parameter], fused=True)
@@ -249,11 +332,15 @@ def bench_head(device, impl, roof, seconds, quick):
     def outer():
         kernels.adamw_outer(*states, dy, x, step=3, lr=1e-3, impl=impl)
 
-    return [row("adamw_outer", name, clock(device, [call], seconds), 0, 24 * out * width, roof, rows=rows, outputs=out)
-            for name, call in ((impl, outer), ("strong", full))]  # fmt: skip
+    work = 0, 24 * out * width
+    found = []
+    for name, call in ((impl, outer), ("strong", full)):
+        found.append(row("adamw_outer", name, clock(device, [call], seconds), *work, roof, rows=rows, outputs=out))
+    return found
 
 
 def row(operation, name, times, flops, size, roof, **shape):
+    """A row of the results. times: of `clock`. flops, size: the useful work. roof: of `roofline`."""
     floor = max(flops / roof[0], size / roof[1]) * 1e3
     p20, p50, p80, peak = times
     return {"operation": operation, "impl": name, **shape, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
@@ -297,7 +384,9 @@ def main():
     contenders = {impl: ours(impl), "loop": (baselines.loop_connector, baselines.loop_loss),
                   "padded": (baselines.padded_connector, baselines.padded_loss)}  # fmt: skip
     strong = baselines.strong_connector, baselines.strong_loss
-    contenders["strong"] = tuple(torch.compile(f, dynamic=False) for f in strong) if cuda else strong
+    if cuda:
+        strong = tuple(map(functools.partial(torch.compile, dynamic=False), strong))
+    contenders["strong"] = strong
     rows = bench_head(device, impl, roof, seconds, args.quick)
     show(rows)
     show(ranks := bench_rank(device, dtype, impl, roof, seconds, args.quick))
@@ -324,7 +413,7 @@ def main():
 
 def bench_shape(shape, contenders, roof, seconds):
     """Rows of every operation and contender. One that runs out of memory, or does not compile, is named and left out."""
-    found = {"forward": [], "backward": [], "loss": [], "step": []}
+    found = {operation: [] for operation in OPERATIONS}
     where = {"pairs": len(shape.pairs), "batch": shape.batch}
 
     def attempt(name, do):
@@ -350,19 +439,22 @@ def bench_shape(shape, contenders, roof, seconds):
             attempt(name, lambda o=operation, n=name, c=calls: measure(o, n, c[o]))
         del calls
     if shape.device == "cuda":
-        widths, images = [shape.images[i] for i in shape.image_of], shape.sets[0][2]
-        z = torch.randn(shape.batch, sum(widths), device="cuda", dtype=shape.dtype, requires_grad=True)
+        images = shape.sets[0][2]
+        z = torch.randn(shape.batch, sum(shape.widths_out), device="cuda", dtype=shape.dtype, requires_grad=True)
         for name, rival in baselines.published().items():
 
             def call(rival=rival):
-                blocks = zip(z.split(widths, 1), shape.image_of)
-                torch.autograd.grad(sum(rival(F.normalize(x, dim=1), images[i]) for x, i in blocks), z)
+                total = 0.0
+                for x, i in zip(z.split(shape.widths_out, 1), shape.image_of):
+                    total = total + rival(F.normalize(x, dim=1), images[i])
+                torch.autograd.grad(total, z)
 
             attempt(name, lambda n=name, c=call: measure("loss", n, [c]))
+    rows = []
     for results in found.values():
-        if results:
-            show(results)
-    return [r for results in found.values() for r in results]
+        show(results)
+        rows += results
+    return rows
 
 
 if __name__ == "__main__":

@@ -155,27 +155,41 @@ def linear_dw_kernel(
 
 
 class Plan:
-    """Where everything of one layer lies, and the tile tables made of it, which the next step finds ready."""
+    """Where everything of one layer lies, and the tile tables made of it, which the next step finds ready.
+
+    A column is that of the matrix in which all inputs, or all outputs, stand side by side; a start is a place in the
+    flat tensor of all weights, or of all biases.
+    """
 
     def __init__(self, widths_in, shapes, wiring):
+        """widths_in: of each input. shapes: (N, K) of each weight. wiring: (input, weight) of each output."""
         self.widths_in, self.shapes, self.wiring = widths_in, shapes, wiring
-        self.widths_out = tuple(shapes[k][0] for _, k in wiring)
+        self.weight_sizes = [n * k for n, k in shapes]
+        self.bias_sizes = [n for n, _ in shapes]
+        self.widths_out = tuple(self.bias_sizes[k] for _, k in wiring)
         self.x_cols, self.y_cols = launch.starts(widths_in), launch.starts(self.widths_out)
-        self.w_starts = launch.starts([n * k for n, k in shapes])
-        self.bias_starts = launch.starts([n for n, _ in shapes])
+        self.w_starts = launch.starts(self.weight_sizes)
+        self.bias_starts = launch.starts(self.bias_sizes)
         self.aligned = launch.aligned(*widths_in, *self.widths_out)
 
     def users(self, position):
-        """Outputs grouped by input (position 0) or weight (1), and where each group begins and ends."""
-        count = len(self.widths_in) if position == 0 else len(self.shapes)
-        groups = [[o for o, wire in enumerate(self.wiring) if wire[position] == i] for i in range(count)]
-        begin = launch.starts([len(g) for g in groups])
-        return [o for g in groups for o in g], [(b, b + len(g)) for b, g in zip(begin, groups)]
+        """The outputs grouped by input (position 0) or weight (1), [(output, its input, its weight)], and (begin, end) of each
+        group in that list."""
+        groups = [[] for _ in (self.widths_in, self.shapes)[position]]
+        for output, wire in enumerate(self.wiring):
+            groups[wire[position]].append((output, *wire))
+        users = []
+        spans = []
+        for group in groups:
+            spans.append((len(users), len(users) + len(group)))
+            users += group
+        return users, spans
 
     @lru_cache(maxsize=8)  # noqa: B019 - plans live as long as the cache of `plan`
     def fwd_tiles(self, tile, device):
         """The tiles, and the most tiles of one output."""
-        most, tiles = max(triton.cdiv(n, tile.n) for n in self.widths_out), []
+        most = triton.cdiv(max(self.widths_out), tile.n)
+        tiles = []
         for o, (a, k) in enumerate(self.wiring):
             for i, n0 in enumerate(range(0, self.widths_out[o], tile.n)):
                 tiles.append((self.x_cols[a], self.widths_in[a], self.w_starts[k], self.y_cols[o], self.widths_out[o],
@@ -184,20 +198,30 @@ class Plan:
 
     @lru_cache(maxsize=8)  # noqa: B019
     def dx_tiles(self, tile, device):
-        order, spans = self.users(0)
-        users = tuple((self.y_cols[o], self.widths_out[o], self.w_starts[self.wiring[o][1]]) for o in order)
-        tiles = tuple((self.x_cols[a], width, n0, *spans[a])
-                      for a, width in enumerate(self.widths_in) for n0 in range(0, width, tile.n))  # fmt: skip
-        return launch.table(tiles, device), launch.table(users, device)
+        """The tiles of all inputs, and the outputs that read each input."""
+        users, spans = self.users(0)
+        readers = []
+        for o, _, k in users:
+            readers.append((self.y_cols[o], self.widths_out[o], self.w_starts[k]))
+        tiles = []
+        for a, width in enumerate(self.widths_in):
+            for n0 in range(0, width, tile.n):
+                tiles.append((self.x_cols[a], width, n0, *spans[a]))
+        return launch.table(tuple(tiles), device), launch.table(tuple(readers), device)
 
     @lru_cache(maxsize=8)  # noqa: B019
     def dw_tiles(self, tile, device):
-        order, spans = self.users(1)
-        users = tuple((self.x_cols[self.wiring[o][0]], self.y_cols[o]) for o in order)
-        tiles = tuple((self.w_starts[k], self.bias_starts[k], wide, deep, n0, k0, *spans[k])
-                      for k, (wide, deep) in enumerate(self.shapes)
-                      for n0 in range(0, wide, tile.m) for k0 in range(0, deep, tile.n))  # fmt: skip
-        return launch.table(tiles, device), launch.table(users or ((0, 0),), device)
+        """The tiles of all weights, and the outputs that share each weight."""
+        users, spans = self.users(1)
+        sharers = []
+        for o, a, _ in users:
+            sharers.append((self.x_cols[a], self.y_cols[o]))
+        tiles = []
+        for k, (wide, deep) in enumerate(self.shapes):
+            for n0 in range(0, wide, tile.m):
+                for k0 in range(0, deep, tile.n):
+                    tiles.append((self.w_starts[k], self.bias_starts[k], wide, deep, n0, k0, *spans[k]))
+        return launch.table(tuple(tiles), device), launch.table(tuple(sharers) or ((0, 0),), device)
 
 
 plan_of = lru_cache(maxsize=64)(Plan)
@@ -252,11 +276,15 @@ class ConnectorMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, wirings, counts, *tensors):
+        """wirings: of each layer. counts: of the features, then of the weights of each layer."""
         features, rest = tensors[: counts[0]], tensors[counts[0] :]
-        x, widths, ctx.plans, saved = launch.side_by_side(features), tuple(f.shape[1] for f in features), [], []
+        x = launch.side_by_side(features)
+        widths = tuple(feature.shape[1] for feature in features)
+        ctx.plans, saved = [], []
         for depth, (wiring, count) in enumerate(zip(wirings, counts[1:])):
             weights, biases, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
-            plan, last = plan_of(widths, tuple(tuple(w.shape) for w in weights), wiring), depth == len(wirings) - 1
+            shapes = tuple(tuple(weight.shape) for weight in weights)
+            plan, last = plan_of(widths, shapes, wiring), depth == len(wirings) - 1
             packed = launch.end_to_end(weights), launch.end_to_end(biases)
             saved += [x, *packed]
             x, sumsq = linear_fwd(plan, x, *packed, relu=not last, sumsq=last)
@@ -273,20 +301,32 @@ class ConnectorMLP(torch.autograd.Function):
             plan, (x, weights, biases) = ctx.plans[depth], saved[3 * depth : 3 * depth + 3]
             count = 2 * len(plan.shapes)
             own, needs = needs[-count:], needs[:-count]
-            if any(own):
-                dw, dbias = linear_dw(plan, dy, x, weights, biases)
-                dw = [d.view(s) for d, s in zip(dw.split([n * k for n, k in plan.shapes]), plan.shapes)]
-                both = [*dw, *dbias.split([n for n, _ in plan.shapes])]
-                grads = [g if need else None for g, need in zip(both, own)] + grads
-            else:
-                grads = [None] * count + grads
+            grads = layer_gradients(plan, dy, x, weights, biases, own) + grads
             if not any(needs):  # nothing below asks for a gradient
                 return None, None, *[None] * len(needs), *grads
             dy = linear_dx(plan, dy, weights, x, relu=depth > 0)
         return None, None, *dy.split(ctx.plans[0].widths_in, dim=1), *grads
 
 
+def layer_gradients(plan, dy, x, weights, biases, needs):
+    """The gradients of a layer's weights, then of its biases; None where needs, a bool of each, asks for none."""
+    if not any(needs):
+        return [None] * len(needs)
+    dw, dbias = linear_dw(plan, dy, x, weights, biases)
+    grads = []
+    for part, shape in zip(dw.split(plan.weight_sizes), plan.shapes):
+        grads.append(part.view(shape))
+    grads += dbias.split(plan.bias_sizes)
+    return [grad if need else None for grad, need in zip(grads, needs)]
+
+
 def connector_mlp(features, layers):
-    wirings = [tuple((int(a), int(k)) for a, k in layer.wiring) for layer in layers]
-    counts = [len(features), *(len(layer.weights) for layer in layers)]
-    return ConnectorMLP.apply(wirings, counts, *features, *(t for lay in layers for t in (*lay.weights, *lay.biases)))
+    """The Triton path of `kernels.connector_mlp`."""
+    wirings = []
+    counts = [len(features)]
+    tensors = list(features)
+    for layer in layers:
+        wirings.append(tuple((int(a), int(k)) for a, k in layer.wiring))
+        counts.append(len(layer.weights))
+        tensors += [*layer.weights, *layer.biases]
+    return ConnectorMLP.apply(wirings, counts, *tensors)
