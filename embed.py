@@ -1,4 +1,4 @@
-"""Embeds captioned images once per frozen encoder: images + captions -> embeddings/<dataset>/.
+"""Embeds captioned pictures once per frozen encoder: pictures + captions -> embeddings/<dataset>/.
 
     python embed.py --encoder vit_l16 minilm mpnet                    # the sample's pictures, registered encoders
     python embed.py --encoder all --data my/captions.csv              # your pictures, the paper's nine and three
@@ -179,7 +179,7 @@ class FixedRows(NamedTuple):
     out: Path  # the embedding folder
     root: Path  # the folder that image paths start from
     rows: list[dict]  # as in rows.jsonl
-    keys_sha256: str
+    keys_sha256: str  # of `hash_keys`: what the rows are recognised by
     quarantined: int  # rows that cannot be used
 
 
@@ -209,15 +209,16 @@ def open_folder(flags):
 def fix_rows(corpus, out, flags):
     """The rows that an earlier run has fixed, or those that a scan of every picture finds usable.
 
-    As long as no encoder is finished, the pictures that were refused are scanned again: they may have been repaired.
+    Until the folder is sealed, the pictures that were refused are scanned again: they may have been repaired.
     """
-    listing = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
-    journal = out / ".scan.jsonl"
-    fixed = read_fixed_rows(corpus, out, listing, flags.data)
-    if fixed and not (fixed.quarantined and journal.is_file()):
+    source_sha256 = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
+    journal = out / ".scan.jsonl"  # of the scan; deleted when the folder is sealed
+    fixed = read_fixed_rows(corpus, out, source_sha256, flags.data)
+    scans_again = fixed and fixed.quarantined and journal.is_file()
+    if fixed and not scans_again:
         return fixed
 
-    pictures = scan_corpus(corpus, listing, journal, flags.workers)
+    pictures = scan_corpus(corpus, source_sha256, journal, flags.workers)
     rows, quarantine, lines = sort_rows(corpus, pictures)
     if fixed and rows == fixed.rows:
         return fixed
@@ -235,19 +236,22 @@ def fix_rows(corpus, out, flags):
     for line in lines:
         print(printable(f"{corpus.source}: {line}"))
     write_jsonl(out / "rows.jsonl", rows)
-    manifest = new_manifest(corpus, out, rows, len(quarantine), listing)
+    manifest = new_manifest(corpus, out, rows, len(quarantine), source_sha256)
     write_manifest(out, manifest)
     return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], len(quarantine))
 
 
-def read_fixed_rows(corpus, out, listing, data):
-    """The rows that an earlier run has fixed, or None. Raises BadInput if they are not those of the data source now."""
+def read_fixed_rows(corpus, out, source_sha256, data):
+    """The FixedRows of an earlier run, or None. Raises BadInput if the data source holds other rows now.
+
+    source_sha256: of all rows of the source, the unusable ones too.
+    """
     manifest = read_manifest(out)
     if not manifest:
         if any(out.glob("*.pt")):
             raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
         return None
-    if manifest.get("source_sha256") != listing:
+    if manifest.get("source_sha256") != source_sha256:
         raise BadInput(f"{out}: holds embeddings of other rows than {data} has now; choose another --out")
     rows = read_jsonl(out / "rows.jsonl")
     if hash_keys(rows) != manifest["keys_sha256"]:
@@ -255,7 +259,7 @@ def read_fixed_rows(corpus, out, listing, data):
     return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
 
 
-def new_manifest(corpus, out, rows, quarantined, listing):
+def new_manifest(corpus, out, rows, quarantined, source_sha256):
     """The manifest of a folder whose rows are fixed and which holds no embeddings yet."""
     manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
     if corpus.protocol:
@@ -265,7 +269,7 @@ def new_manifest(corpus, out, rows, quarantined, listing):
         manifest["test_set_aside"] = True
     return manifest | {
         "root": os.path.relpath(corpus.root, out),
-        "source_sha256": listing,
+        "source_sha256": source_sha256,
         "rows": len(rows),
         "keys_sha256": hash_keys(rows),
         "quarantined": quarantined,

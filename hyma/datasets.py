@@ -1,4 +1,4 @@
-"""Your own captioned images as rows: tables and folders. The standard sets are in `hyma/standard_sets.py`.
+"""Your own captioned pictures as rows: tables and folders. The standard sets are in `hyma/standard_sets.py`.
 
 A row is a dict with these keys; the first two are always there:
 

@@ -1,7 +1,7 @@
 """Pictures on disk: the file that a path means, what format it has, whether it can be decoded, the digest of its bytes.
 
-A picture is what a file shows. `image` is its path, as rows and tables name it, and the
-kind of an encoder.
+A picture is what a file shows. `image` is its path, as rows and tables name it, the kind of its encoder, and, of tensors,
+what that encoder makes of it (`images`, [n, D_i]).
 """
 
 import errno

@@ -20,15 +20,15 @@ SCANNED_AT_ONCE = 256  # pictures between two writes of the scan's journal
 LEFT_OUT = (TEXT_ONLY, IN_TWO_SPLITS)  # reasons that are no faults
 
 
-def scan_corpus(corpus, listing, journal, workers):
+def scan_corpus(corpus, source_sha256, journal, workers):
     """Decodes every picture once: {image as the rows name it: Picture}.
 
-    The journal holds the hash of the rows, then a picture a line, so that an interrupted scan can be resumed. Pictures
-    that were refused are scanned again.
+    The journal holds source_sha256, of all rows of the corpus, then a picture a line, so that an interrupted scan can be
+    resumed. Pictures that were refused are scanned again.
     """
-    pictures = read_journal(journal, listing)
+    pictures = read_journal(journal, source_sha256)
     lines = [[image, *picture] for image, picture in pictures.items()]
-    write_jsonl(journal, [listing, *lines])
+    write_jsonl(journal, [source_sha256, *lines])
     images = unique(row["image"] for row in corpus.rows if not row_fault(row))
     missing = []
     for image in images:
@@ -50,13 +50,13 @@ def scan_corpus(corpus, listing, journal, workers):
     return pictures
 
 
-def read_journal(journal, listing):
+def read_journal(journal, source_sha256):
     """The pictures that an earlier scan of the same rows has found so far: none if its journal is damaged."""
     if not journal.is_file():
         return {}
     try:
         first, *lines = journal.read_text(errors="replace").split("\n")[:-1]  # a line without its end was cut off
-        if json.loads(first) != listing:
+        if json.loads(first) != source_sha256:
             return {}
         pictures = {}
         for line in lines:
