@@ -31,9 +31,10 @@ from hyma.fitted_connectors import fit_connectors
 from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
-from hyma.metrics import Retrieval, rank_pairs
+from hyma.metrics import Retrieval
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
+from hyma.ranking import rank_pairs
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
 from hyma.splits import split_rows

@@ -30,8 +30,10 @@ from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
 from hyma.files import Signals, peak_bytes, run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
-from hyma.metrics import Retrieval, expected_recall10, pair_name, rank_pairs
+from hyma.metrics import Retrieval
+from hyma.pair_names import name_of_row, pair_name, pair_of_name
 from hyma.pairs import arrange_pairs, draw_pairs, images_of
+from hyma.ranking import expected_recall10, rank_pairs
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.training import (
     draw_rows,
@@ -370,17 +372,17 @@ def export(flags, data, generator, state, retrieval):
     ranking = rank_pairs(best["recalls"], before=expected)
     if expected:
         for row in ranking:
-            row["expected_recall10"] = expected[f"{row['image']}:{row['text']}"]
+            row["expected_recall10"] = expected[name_of_row(row)]
 
-    def connector_of(pair):
+    def connector_of(name):
         card_info = {
             "generator": flags.generator,
             "logit_scale": flags.logit_scale,
             "seed": flags.seed,
             "epoch": best["epoch"],
-            "updates": state["updates"][pair],
+            "updates": state["updates"][name],
         }
-        return generator.predict(*pair.split(":")), card_info
+        return generator.predict(*pair_of_name(name)), card_info
 
     paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)
     description = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hyma.embeddings import seeded_generator
-from hyma.metrics import Retrieval, mean_recalls, number_names, pair_name
+from hyma.metrics import Retrieval, mean_recalls, number_names
+from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
+from hyma.seeds import seeded_generator
 from vlm import BadInput
 
 # Regularisation is in mean eigenvalues of the Gram matrix that it is added to.
@@ -292,7 +293,7 @@ def cross_validate(space, folds, data, pairs):
             candidates = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
             for text in texts:
                 six = retrievals[k].recalls(mapped[text][k] @ root, candidates)
-                recall10[f"{image}:{text}"].append(mean_recalls(six)[2])
+                recall10[pair_name((image, text))].append(mean_recalls(six)[2])
     return recall10
 
 

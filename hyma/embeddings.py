@@ -239,9 +239,3 @@ def hash_keys(rows) -> str:
 def unique(names):
     """The different names, in the order in which they first occur."""
     return list(dict.fromkeys(names))
-
-
-def seeded_generator(*parts):
-    """A generator for just these parts. torch seeds its CPU generator with 32 bits, so they are hashed, not packed."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))

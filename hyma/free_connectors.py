@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from hyma.costs import connector_flops, connector_shapes
-from hyma.embeddings import seeded_generator
+from hyma.seeds import seeded_generator
 from hyma.starting_run import read_starting_connector
 from hyma.training import separate_layers
 

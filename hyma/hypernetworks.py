@@ -2,7 +2,7 @@
 
 `FactoredHyperNetwork` builds a pair's connector from parts that all pairs of an encoder share; `HyperNetwork` is the
 paper's. `Hypernetwork` is the protocol that both follow: everything that train_hyma.py uses of them. To add one, write
-its class and a line in `build_hypernetwork`, the one place that knows them by the name of their flag.
+its class and a line in `build_hypernetwork`; the defaults of its flags are in train_hyma.py, `DEFAULTS`.
 """
 
 from typing import Protocol

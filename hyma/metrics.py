@@ -1,4 +1,4 @@
-"""How good connectors and choices are: retrieval ranks, ranking fidelity, bootstrap intervals, shrinkage."""
+"""How good connectors and choices are: retrieval ranks, bootstrap intervals, ranking fidelity."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 
-from hyma.pair_names import name_of_row, pair_name, pair_of_name  # noqa: F401  figures import pair_name from here
+from hyma.pair_names import pair_name  # noqa: F401  figures import it from here
 from kernels import true_rank
 
 INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
@@ -103,60 +103,6 @@ def number_names(names):
 def mean_recalls(six):
     """Six recalls, R@1, 5, 10 of text to image and of image to text, to the means of both directions (R@1, R@5, R@10)."""
     return tuple((six[k] + six[k + 3]) / 2 for k in range(3))
-
-
-def rank_pairs(recalls, before=None):
-    """{"image:text": six recalls} to the rows of ranking.csv, best first by R@10, R@5, R@1; equals share a rank.
-
-    before: {"image:text": number}, what comes before the recalls: the more the better.
-    """
-    before = before or {}
-    table, values = [], {}
-    for name, six in recalls.items():
-        image, text = pair_of_name(name)
-        recall1, recall5, recall10 = [round(mean, 6) for mean in mean_recalls(six)]
-        values[name] = (before.get(name, 0), recall10, recall5, recall1)
-        row = {"image": image, "text": text, "val_recall1": recall1, "val_recall5": recall5, "val_recall10": recall10}
-        table.append(row)
-    table.sort(key=lambda row: values[name_of_row(row)], reverse=True)
-    for row in table:
-        own = values[name_of_row(row)]
-        row["rank"] = 1 + sum(other > own for other in values.values())
-    return table
-
-
-def expected_recall10(recalls, cv_recall10, rows_ratio):
-    """{"image:text": R@10} that ranks the pairs: validation, drawn towards what a closed form scores on training rows that
-    it has not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and Lohr, Biometrika
-    2008).
-
-    A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
-    adds. With v_p a pair's validation R@10, x_p its mean over the K folds minus the mean of all pairs, and
-    fit_p = mean(v) + x_p <x, v> / <x, x>, the regression of v on x over the P pairs:
-
-        expected_p = fit_p + kept * (v_p - fit_p)
-        kept       = 1 - rho s^2 / max(t^2, s^2 (rho + 1 / K))
-        s^2        the variance of one fold, from how much the folds disagree on a pair
-        t^2        the variance of the residuals v - fit
-        rho        rows of a fold per validation row: s^2 rho is the variance of a validation score
-
-    recalls: {"image:text": six}. cv_recall10: {"image:text": R@10 of each fold}. rows_ratio: rho. Empty with fewer than four
-    pairs, or if the folds lack one.
-    """
-    if len(recalls) < 4 or not recalls.keys() <= cv_recall10.keys():
-        return {}
-    validation = torch.tensor([mean_recalls(six)[2] for six in recalls.values()], dtype=torch.float64)  # [P]
-    folds = torch.tensor([cv_recall10[name] for name in recalls], dtype=torch.float64)  # [P, K]
-    pair_count, fold_count = folds.shape
-    score = folds.mean(1) - folds.mean()  # [P]
-    disagreement = folds - folds.mean(0) - score[:, None]  # [P, K]
-    noise = disagreement.square().sum() / ((pair_count - 1) * (fold_count - 1))
-    fit = validation.mean() + score * (score @ validation) / score.square().sum().clamp(min=1e-12)  # [P]
-    spread = (validation - fit).square().sum() / (pair_count - 2)
-    least_spread = noise * (rows_ratio + 1 / fold_count)
-    kept = 1 - noise * rows_ratio / torch.maximum(spread, least_spread).clamp(min=1e-12)
-    expected = (fit + kept * (validation - fit)).tolist()
-    return {name: round(value, 6) for name, value in zip(recalls, expected)}  # so that rounding errors rank no pair
 
 
 # --------------------------------------------------------------------------------------- true scores and their bootstrap

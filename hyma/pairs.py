@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from hyma.embeddings import seeded_generator, unique
+from hyma.embeddings import unique
 from hyma.pair_names import choose_pairs, pair_name, pair_of_name
 from hyma.runs import Checkpoints
+from hyma.seeds import seeded_generator
 from vlm import BadInput, read_json
 
 

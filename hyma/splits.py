@@ -10,7 +10,8 @@ from collections import Counter, defaultdict
 
 import torch
 
-from hyma.embeddings import Embeddings, seeded_generator, unique
+from hyma.embeddings import Embeddings, unique
+from hyma.seeds import seeded_generator
 from vlm import BadInput
 
 SPELLINGS = {

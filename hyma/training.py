@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hyma.embeddings import SAMPLE, Embeddings, seeded_generator
+from hyma.embeddings import SAMPLE, Embeddings
 from hyma.metrics import mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import create_run, reopen_run, run_of_same_command
+from hyma.seeds import seeded_generator
 from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
 from kernels import Layer, clip_loss, connector_mlp

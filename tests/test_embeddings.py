@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from helpers import Rows, make_embedding_folder
 
 import vlm
-from hyma.embeddings import Embeddings, seeded_generator
+from hyma.embeddings import Embeddings
 from hyma.files import write_json
 from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
+from hyma.seeds import seeded_generator
 from hyma.splits import split_rows
 from vlm import BadInput
 

@@ -33,6 +33,7 @@ HYMA = [
     "starting_run",
     "pairs",
     "runs",
+    "ranking",
     "metrics",
     "standard_sets",
     "scan",
@@ -44,6 +45,7 @@ HYMA = [
     "sealing",
     "embeddings",
     "pair_names",
+    "seeds",
     "costs",
     "files",
 ]

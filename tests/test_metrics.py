@@ -11,7 +11,8 @@ from helpers import CPU, Rows
 from sklearn.metrics import ndcg_score
 
 from hyma.embeddings import Embeddings
-from hyma.metrics import Retrieval, expected_recall10, fidelity, rank_pairs, resample
+from hyma.metrics import Retrieval, fidelity, resample
+from hyma.ranking import expected_recall10, rank_pairs
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
