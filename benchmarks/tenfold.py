@@ -366,8 +366,10 @@ def measure_unseen_pairs(benchmark, seed, pairs, held_out, truth):
 
 def measure_added_encoder(benchmark, seed, pairs, encoder, truth):
     """{what: mean gap to grid search} of an image encoder's pairs, when it is added to a run of all others."""
-    of_encoder = [pair for pair in pairs if encoder in pair_of_name(pair)]
-    of_others = [pair for pair in pairs if encoder not in pair_of_name(pair)]
+    of_encoder = []
+    of_others = []
+    for pair in pairs:
+        (of_encoder if encoder in pair_of_name(pair) else of_others).append(pair)
     without = f"without-s{seed}"
     added = f"added-s{seed}"
     train(benchmark, "train_hyma.py", without, "--seed", seed, "--pairs", *of_others, timed=False)
