@@ -35,7 +35,7 @@ import vlm
 from hyma.costs import flop_counter
 from hyma.datasets import read_corpus
 from hyma.embeddings import FORMAT_VERSION, has_unit_rows, hash_keys
-from hyma.files import Signals, lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
 from hyma.sealing import (
     PartialShard,
@@ -48,6 +48,7 @@ from hyma.sealing import (
     sound_record,
     write_manifest,
 )
+from hyma.signals import Signals
 from hyma.splits import known_split
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
 from hyma.tables import unpack_pictures

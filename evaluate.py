@@ -29,8 +29,9 @@ from hyma.answer import answer, print_table
 from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, trained_by_batches
 from hyma.embeddings import Embeddings, unique
 from hyma.evaluation import EvaluationResult, evaluate_methods
-from hyma.files import provenance, run_script
+from hyma.files import run_script
 from hyma.gallery import make_gallery
+from hyma.machine import provenance
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name

@@ -26,17 +26,19 @@ from tqdm import tqdm
 
 from hyma.costs import step_flops
 from hyma.embeddings import RowStore
-from hyma.files import Signals, peak_bytes, run_script, write_jsonl
+from hyma.files import run_script, write_jsonl
 from hyma.fitted_connectors import fit_connectors
 from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
+from hyma.machine import peak_bytes
 from hyma.metrics import Retrieval
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.ranking import rank_pairs
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
+from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (

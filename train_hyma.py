@@ -28,13 +28,15 @@ from tqdm import tqdm
 from hyma import closed_form
 from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
-from hyma.files import Signals, peak_bytes, run_script, write_jsonl
+from hyma.files import run_script, write_jsonl
 from hyma.hypernetworks import build_hypernetwork
+from hyma.machine import peak_bytes
 from hyma.metrics import Retrieval
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
 from hyma.pairs import arrange_pairs, draw_pairs, images_of
 from hyma.ranking import expected_recall10, rank_pairs
 from hyma.runs import Checkpoints, find_run, write_results
+from hyma.signals import Signals
 from hyma.training import (
     draw_rows,
     learning_rate,

@@ -38,7 +38,8 @@ from fault_injection.known_faults import FAULTS, known_faults
 from fault_injection.signals import signals
 from fault_injection.stages import open_bench
 
-from hyma.files import provenance, write_json
+from hyma.files import write_json
+from hyma.machine import provenance
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Files that survive a kill and a full disk: atomic writes, locks, signals, provenance, and errors of one line."""
+"""Files that survive a kill and a full disk: atomic writes, locks, and what a script prints when one cannot be written."""
 
 import contextlib
 import csv
@@ -10,12 +10,9 @@ import json
 import os
 import platform
 import re
-import resource
 import signal
 import stat
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -143,92 +140,7 @@ def lock_folder(folder, wait=False):
 
 CHECKPOINT_SECONDS = 60  # between two saves of long work, at most, unless one step of it takes longer
 
-
-class Signals:
-    """Signals of schedulers and of Ctrl-C, noticed between two steps of work so that everything can be saved first.
-
-    SIGTERM, SIGINT and SIGXCPU (a batch system's limit of CPU time): save and leave, with exit status 128 + the signal's
-    number (143, 130, 152). SIGUSR1: save and continue. A second signal to leave is obeyed at once.
-
-        with Signals() as signals:
-            for step in ...:
-                ...
-                if signals.arrived():
-                    save()
-                    signals.leave_if_asked()
-    """
-
-    LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGXCPU)
-
-    def __enter__(self):
-        self.save = False
-        self.leave = None
-        self.earlier = {number: signal.signal(number, self.handle) for number in (*self.LEAVE, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, _):
-        if number in self.LEAVE and self.leave is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.save = True
-        if number in self.LEAVE:
-            self.leave = number
-
-    def arrived(self):
-        """Whether a signal requests a save. Reading this resets it, unless the signal requests to leave."""
-        arrived, self.save = self.save, self.leave is not None
-        return arrived
-
-    def leave_if_asked(self):
-        """Ends the process, its work being saved, if a signal requested that."""
-        if self.leave is not None:
-            name = signal.Signals(self.leave).name
-            print(f"\n{Path(sys.argv[0]).name}: {name}: saved; run the same command again to resume", file=sys.stderr)
-            sys.exit(128 + self.leave)
-
-
-def provenance(device) -> dict:
-    """What a result depends on besides its flags: versions, device, commit."""
-    import importlib.metadata as metadata
-
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "timm", "sentence-transformers", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    name = (
-        torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu ({os.cpu_count()} cores)"
-    )
-    return {
-        "versions": versions,
-        "device": name,
-        "commit": commit,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def peak_bytes(device) -> int:
-    """The most memory this process has held: on the GPU, or, on a CPU, resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        # Not getrusage, whose maximum a process inherits from the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except (OSError, ValueError, IndexError):  # not on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-
+# ------------------------------------------------------------------------------------------- errors of one line
 
 OUT_OF_MEMORY = (
     "out of memory; lower --batch-size, --pairs-per-step or --pairs-per-pass, as far as the script has them; "
@@ -239,7 +151,9 @@ OUT_OF_MEMORY = (
 def run_script(main):
     """Runs a script's main. What the user can fix ends as one line on stderr and exit status 1."""
     script = Path(sys.argv[0]).name
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `Signals` there is nothing to save
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # asks to save: outside of `hyma.signals.Signals` there is nothing to save
     try:
         main()
     except BadInput as error:

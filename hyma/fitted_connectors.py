@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from hyma import closed_form
 from hyma.costs import flop_counter
-from hyma.files import peak_bytes
 from hyma.grid_state import keep_best, new_state
+from hyma.machine import peak_bytes
 from hyma.pair_names import pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.training import mean_recall10

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import vlm
-from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, provenance, save_tensors, write_csv, write_json
+from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, save_tensors, write_csv, write_json
+from hyma.machine import provenance
 from hyma.pair_names import name_of_row, pair_name
 from vlm import BadInput, load_tensors, read_json
 

@@ -12,11 +12,9 @@ from helpers import ROOT
 
 import vlm
 from hyma.files import (
-    Signals,
     atomic_file,
     lock_folder,
     make_folder,
-    provenance,
     read_jsonl,
     run_script,
     save_tensors,
@@ -25,6 +23,8 @@ from hyma.files import (
     write_jsonl,
     write_text,
 )
+from hyma.machine import provenance
+from hyma.signals import Signals
 from vlm import BadInput
 
 
@@ -175,7 +175,7 @@ def test_signals_are_noticed_between_steps(capsys):
 
 
 def test_a_second_signal_is_obeyed_at_once():
-    script = "import os, signal; from hyma.files import Signals\nwith Signals():\n"
+    script = "import os, signal; from hyma.signals import Signals\nwith Signals():\n"
     script += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM and not done.stdout

@@ -47,6 +47,8 @@ HYMA = [
     "pair_names",
     "seeds",
     "costs",
+    "machine",
+    "signals",
     "files",
 ]
 PACKAGES = ("hyma", "kernels", "benchmarks", "sample")  # the folders that hold our modules

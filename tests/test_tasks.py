@@ -202,7 +202,7 @@ def test_memory_is_bounded(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from hyma.files import peak_bytes
+from hyma.machine import peak_bytes
 from hyma.metrics import Retrieval
 from hyma.tasks import Task, score
 peak = lambda: peak_bytes(torch.device("cpu"))

@@ -1,0 +1,49 @@
+"""What is recorded of the machine that a result was made on: versions, device, commit, the most memory held."""
+
+import importlib.metadata as metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def provenance(device) -> dict:
+    """What a result depends on besides its flags: versions, device, commit."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "timm", "sentence-transformers", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    name = (
+        torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu ({os.cpu_count()} cores)"
+    )
+    return {
+        "versions": versions,
+        "device": name,
+        "commit": commit,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def peak_bytes(device) -> int:
+    """The most memory this process has held: on the GPU, or, on a CPU, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Not getrusage, whose maximum a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, ValueError, IndexError):  # not on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
