@@ -1,11 +1,13 @@
 """The quick part of benchmarks/faults.py: some kills and signals of each stage, a damaged run, some fuzzed inputs."""
 
+import itertools
 import os
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 
 import pytest
 from helpers import ROOT
@@ -85,19 +87,23 @@ def test_the_harness_notices_a_bit_that_differs(bench, tmp_path):
 
 
 def test_threads_that_share_a_runner_read_every_exit_status(bench, monkeypatch):
-    """multiprocessing can read a status once: of two threads that read at the same time, one would get 255."""
+    """A status can be read once, and starting a process looks at all others: one of two readers would get 255."""
     read_signed = forkserver.read_signed
+    process = bench.runner.fork(os._exit, (7,))
+    wait([process.sentinel])
+    readers = itertools.count()
 
-    def read_slowly(pipe):
-        time.sleep(0.02)
+    def read_slowly_at_first(pipe):
+        if next(readers) == 0:
+            time.sleep(0.5)
         return read_signed(pipe)
 
-    def fork_and_wait(status):
-        return bench.runner.exit_status(bench.runner.fork(os._exit, (status,)), seconds=None)
-
-    monkeypatch.setattr(forkserver, "read_signed", read_slowly)
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(fork_and_wait, range(12))) == list(range(12))
+    monkeypatch.setattr(forkserver, "read_signed", read_slowly_at_first)
+    with ThreadPoolExecutor() as pool:
+        status = pool.submit(bench.runner.exit_status, process)
+        time.sleep(0.1)
+        bench.runner.fork(os._exit, (0,))
+        assert status.result() == 7
 
 
 def test_the_harness_notices_tracebacks_and_hangs():
