@@ -32,7 +32,6 @@ from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.machine import peak_bytes
-from hyma.metrics import Retrieval
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.ranking import rank_pairs
@@ -55,6 +54,7 @@ from hyma.training import (
     split_for_training,
     training_dtype,
     validate,
+    validation_retrieval,
 )
 from hyma.training_flags import (
     add_training_flags,
@@ -283,7 +283,7 @@ def main():
         encoders = f"{len(image_names)} image and {len(text_names)} text encoders"
         print(f"run: {flags.out}, seed {seed}, {len(pairs)} pairs of {encoders}")
         train_rows, val_rows = split_for_training(data, seed, flags.rows)
-        retrieval = Retrieval(data, val_rows, device)
+        retrieval = validation_retrieval(data, train_rows, val_rows, device)
         state = run_groups(flags, seed, steps, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
         if flags.shard:

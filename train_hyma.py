@@ -12,6 +12,7 @@ connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, se
 (default) predicts a pair's weights from parts shared by all pairs of its text encoder and of its image encoder; `mlp`
 is the paper's, an MLP from a pair code and a layer code to that layer's weights. `factored` starts from a closed form,
 which is also cross-validated on training rows; the ranking combines these scores with those of the validation rows.
+The pair that ranks first is handed over, so its connector is then trained further by itself.
 Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
@@ -29,12 +30,14 @@ from hyma import closed_form
 from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
 from hyma.files import run_script, write_jsonl
+from hyma.grid_state import COSTS
 from hyma.hypernetworks import build_hypernetwork
 from hyma.machine import peak_bytes
-from hyma.metrics import Retrieval
+from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
 from hyma.pairs import arrange_pairs, draw_pairs, images_of
 from hyma.ranking import expected_recall10, rank_pairs
+from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.signals import Signals
 from hyma.training import (
@@ -51,6 +54,7 @@ from hyma.training import (
     split_for_training,
     training_dtype,
     validate,
+    validation_retrieval,
 )
 from hyma.training_flags import (
     add_training_flags,
@@ -65,10 +69,21 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-# Defaults that differ between the two hypernetworks; None: the flag belongs to the other. factored starts from a closed
-# form and only refines it, so its rate is low, and a third of the image encoders per step is enough.
+
+def rate_of(row_count):
+    """The peak learning rate of factored: 1e-3 from 16,384 training rows on, below that in proportion to their square root."""
+    return 1e-3 * min(1, math.sqrt(row_count / 16384))
+
+
+def rank_of(row_count):
+    """How many axes of an image encoder's space factored has: an eighth of the training rows, from 256 to 512."""
+    return min(512, max(256, row_count // 8))
+
+
+# Defaults that differ between the two hypernetworks, some of them functions of the training rows; None: the flag belongs to
+# the other. factored starts from a closed form, so a third of the image encoders per step is enough.
 DEFAULTS = {
-    "factored": {"lr": 1e-4, "rank": 256, "width": None, "share_of_images": Fraction(1, 3)},
+    "factored": {"lr": rate_of, "rank": rank_of, "width": None, "share_of_images": Fraction(1, 3)},
     "mlp": {"lr": 1e-3, "rank": None, "width": 128, "share_of_images": 1},
 }
 VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as several steps
@@ -83,13 +98,19 @@ def parse_flags():
     about = "how weights are predicted (default: %(default)s)"
     add("--generator", choices=list(DEFAULTS), default="factored", help=about)
     add("--width", type=int, help="hidden width of the mlp generator; the paper's is 512 (default: 128)")
-    add("--rank", type=int, help="axes of each image encoder's space that factored works in (default: 256)")
+    add(
+        "--rank",
+        type=int,
+        help="axes of each image encoder's space that factored works in (default: 256; from 4,096 rows, 512)",
+    )
     add(
         "--pairs-per-step",
         type=int,
         help="pairs per step, of one text encoder (default: a third of its pairs; mlp: all)",
     )
-    add("--lr", type=float, help="peak learning rate (default: factored 1e-4, mlp 1e-3)")
+    add("--lr", type=float, help="peak learning rate (default: factored 1e-3, less below 16,384 rows; mlp 1e-3)")
+    about = "steps that the pair ranked first is trained further by itself, 0 for none (default: half the schedule, or fewer)"
+    add("--refine-steps", type=int, metavar="N", help=about)
     add("--add-encoder", metavar="NAME", help="train only this encoder's part and add it to the finished run in --from")
     add("--from", dest="from_run", metavar="RUN", help="the run that --add-encoder adds to; its flags are used")
     add(
@@ -107,6 +128,8 @@ def parse_flags():
         flags = parse_with_defaults(parser, flags_to_keep(flags.from_run))
     check_training_flags(flags, "width", "rank", "pairs_per_step")
     check_seeds("--seed", [flags.seed])
+    if flags.refine_steps is not None and flags.refine_steps < 0:
+        raise BadInput(f"--refine-steps {flags.refine_steps}: must not be negative")
     for name in ("width", "rank"):
         value = getattr(flags, name)
         if value is not None and DEFAULTS[flags.generator][name] is None:
@@ -134,10 +157,15 @@ def resolve_flags(flags, device, row_count, pairs):
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
         default_pairs_per_step = max(1, math.floor(default_pairs_per_step * share_of_pairs))
     flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(default_pairs_per_step), len(pairs.trained))
-    flags.width = flags.width or defaults["width"]
-    if defaults["rank"]:
-        flags.rank = min(flags.rank or defaults["rank"], row_count)
-    flags.lr = flags.lr or defaults["lr"]
+    for name in ("width", "rank", "lr"):
+        default = defaults[name]
+        value = getattr(flags, name) or (default(row_count) if callable(default) else default)
+        setattr(flags, name, value)
+    if flags.rank:
+        flags.rank = min(flags.rank, row_count)
+    if flags.refine_steps is None:
+        steps = flags.epochs * (row_count // flags.batch_size)
+        flags.refine_steps = refinement_steps(steps, len(pairs.trained + pairs.untrained))
     return flags
 
 
@@ -191,7 +219,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
     state = new_state(pairs)
     with flop_counter() as counter:
         if generator.starts_from_closed_form:
-            folds = closed_form.fold_rows(data, train_rows, val_rows, flags.seed)
+            folds = closed_form.fold_rows(data, train_rows, flags.seed)
             state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
         store = project_store(generator, store, pairs, train_rows, val_rows)
@@ -249,8 +277,8 @@ def main():
     encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
     per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
     print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
-    store = RowStore(data, pairs.image_names + pairs.text_names, device)
-    retrieval = Retrieval(data, val_rows, device)
+    vectors = RowStore(data, pairs.image_names + pairs.text_names, device)
+    retrieval = validation_retrieval(data, train_rows, val_rows, device)
     must_match = {
         "pairs": [pair_name(pair) for pair in pairs.trained],
         "embeddings": data.fingerprint(pairs.image_names + pairs.text_names),
@@ -260,8 +288,8 @@ def main():
 
     # The hypernetwork and its optimiser.
     torch.manual_seed(flags.seed)
-    image_dims = {name: store.dims[name] for name in pairs.image_names}
-    text_dims = {name: store.dims[name] for name in pairs.text_names}
+    image_dims = {name: vectors.dims[name] for name in pairs.image_names}
+    text_dims = {name: vectors.dims[name] for name in pairs.text_names}
     generator = build_hypernetwork(flags, image_dims, text_dims).to(device)
     if pairs.base_state:
         load_base_parts(generator, pairs.base_state)
@@ -278,11 +306,14 @@ def main():
     checkpoints = Checkpoints(flags.out)
     started = time.perf_counter()
     saved = checkpoints.load("generator", "optimizer", "moments", "state")
+    refinement = None
     if saved:
-        state, store = resume_training(saved, generator, optimizer, moments, store, pairs, train_rows, val_rows)
-        print(resumed_line(flags.out, state["step"], steps))
+        state, store = resume_training(saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
+        refinement = saved.get("refinement")
+        done = state["step"] + (refinement["state"]["step"] if refinement else 0)
+        print(resumed_line(flags.out, done, steps + flags.refine_steps))
     else:
-        state, store = start_training(flags, generator, store, data, pairs, train_rows, val_rows)
+        state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
     started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
     dtype = training_dtype(flags.precision)
     # Not before: the closed form needs float32.
@@ -336,8 +367,25 @@ def main():
             write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
             signals.leave_if_asked()
 
+    # The pair that ranks first, trained further by itself. Its cost is part of the run's.
+    generator.load_state_dict(state["best"]["weights"])
+    ranking = rank_best(state, retrieval)
+    refined = None
+    if flags.refine_steps:
+        chosen = pair_of_name(name_of_row(ranking[0]))
+        layers, recalls = generator.predict(*chosen), state["best"]["recalls"][pair_name(chosen)]
+
+        def save_checkpoint(refinement, force):
+            if force or checkpoints.due():
+                checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | {"refinement": refinement})
+
+        refined = refine(flags, chosen, layers, recalls, vectors, retrieval, train_rows, refinement, save_checkpoint)
+        for key in COSTS:
+            state[key] += refined[key]
+        state["step"] += refined["step"]
+        state["updates"][pair_name(chosen)] += refined["step"]
     state["peak_bytes"] = peak_bytes(device)
-    export(flags, data, generator, state, retrieval)
+    export(flags, data, generator, state, retrieval, ranking, refined)
 
 
 def checkpoint_of(generator, optimizer, moments, state):
@@ -362,19 +410,26 @@ def keep_best(state, generator, score, epoch, recalls, chance):
     return None
 
 
-def export(flags, data, generator, state, retrieval):
-    """Writes the best state's connectors, ranking.csv and ledger.json, and prints the ranking."""
-    best = state["best"]
-    write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
-    generator.load_state_dict(best["weights"])
-    state["trainable_parameters"] = count_trainable(generator)
-
-    rows_ratio = state["fold_rows"] / len(retrieval.rows)
-    expected = expected_recall10(best["recalls"], state["fold_recall10"], rows_ratio)
-    ranking = rank_pairs(best["recalls"], before=expected)
+def rank_best(state, retrieval):
+    """The rows of ranking.csv for the best state, best pair first, with the score that is expected of each pair if there is
+    one (`expected_recall10`)."""
+    recalls = state["best"]["recalls"]
+    rows_ratio = state["fold_rows"] / retrieval.query_rows
+    expected = expected_recall10(recalls, state["fold_recall10"], rows_ratio)
+    ranking = rank_pairs(recalls, before=expected)
     if expected:
         for row in ranking:
             row["expected_recall10"] = expected[name_of_row(row)]
+    return ranking
+
+
+def export(flags, data, generator, state, retrieval, ranking, refined):
+    """Writes the connectors of the generator, which has the best weights by now, and in place of the chosen pair's the
+    refined one; ranking.csv and ledger.json. Prints the ranking. refined: the state of `refine`, or None."""
+    best = state["best"]
+    write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+    state["trainable_parameters"] = count_trainable(generator)
+    refined_pairs = refined["best"] if refined else {}
 
     def connector_of(name):
         card_info = {
@@ -384,11 +439,17 @@ def export(flags, data, generator, state, retrieval):
             "epoch": best["epoch"],
             "updates": state["updates"][name],
         }
+        if name in refined_pairs:
+            return refined_pairs[name]["layers"], card_info | refined_pairs[name]["about"]
         return generator.predict(*pair_of_name(name)), card_info
 
     paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)
     description = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
     print_results(ranking, best["recalls"], retrieval, description, state, paths[0])
+    for name, pair_best in refined_pairs.items():
+        before, after = mean_recalls(best["recalls"][name])[2], mean_recalls(pair_best["recalls"])[2]
+        steps = pair_best["about"]["refinement_steps"]
+        print(f"refined: {name}, {steps} steps by itself: R@10 {100 * before:.1f} -> {100 * after:.1f}")
 
 
 def count_trainable(generator):

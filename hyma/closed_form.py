@@ -5,25 +5,26 @@ generator, which training then starts from (`FactoredHyperNetwork.initialise_fro
 y image vectors, s coordinates of the space that all texts share, each centred; C_yx = sum of y x^T over the rows [D_i, D_t].
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hyma.metrics import Retrieval, mean_recalls, number_names
+from hyma.metrics import Retrieval, number_names
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.seeds import seeded_generator
 from vlm import BadInput
 
-# Regularisation is in mean eigenvalues of the Gram matrix that it is added to.
-TEXT_RIDGE = SHARED_RIDGE = 0.3  # of texts and of the shared space, where a hypernetwork starts
-PICTURE_RIDGE = 3.0  # of pictures in a whitened map
-RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of texts, where validation chooses for each pair
+# A Gram matrix is regularised as if so many rows of isotropic noise stood among its rows, each as long as those are on
+# average: what the fewer rows need, the more can do without. Chosen on 1,800 to 17,000 icons, shown on clip art (NOTES.md).
+TEXT_NOISE_ROWS = 1000  # beside texts, and beside the shared space's coordinates
+IMAGE_NOISE_ROWS = 4000  # beside images, in a whitened map
+RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths for texts, where validation chooses for each pair
 FOLDS = 3  # that cross-validation leaves out, one at a time
-MOST_FOLD_ROWS = 16384  # of the training rows, which bounds the memory of the start
+HELD_OUT_ROWS = 2048  # of these folds together
+MOST_START_ROWS = 32768  # of the training rows, which bounds the memory of the start
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
 
 
@@ -45,15 +46,15 @@ def without_mean_direction(weight, mean):
 class CentredRows:
     """Rows [n, D] minus their mean, and their Gram matrix [D, D], the unnormalised covariance.
 
-    strength: of the Gram matrix's regularisation, in mean eigenvalues.
+    noise_rows: how many rows of isotropic noise the Gram matrix is regularised by.
     """
 
-    def __init__(self, rows, strength):
+    def __init__(self, rows, noise_rows):
         self.mean = rows.mean(0)  # [D]
-        self.strength = strength
+        self.strength = noise_rows / len(rows)
         self.rows = rows - self.mean  # [n, D]
         self.gram = self.rows.T @ self.rows  # [D, D]
-        self.factor = torch.linalg.cholesky(regularised(self.gram, strength))  # [D, D], lower
+        self.factor = torch.linalg.cholesky(regularised(self.gram, self.strength))  # [D, D], lower
 
     def solve(self, cross):
         """The regularised inverse of the Gram matrix times `cross` [D, m]. With cross = rows.T @ outputs this is ridge
@@ -88,6 +89,7 @@ class Covariances:
     def __init__(self, store, rows, names, block=8192):
         """names: the encoders. block: rows taken at a time, which bounds the memory."""
         self.store = store
+        self.row_count = len(rows)
         self.blocks = rows.split(block)
         self.means = {}  # encoder -> [D]
         for name in names:
@@ -116,7 +118,7 @@ def maps_of_pair(kind, covariances, image, text, text_gram, factors):
         return ridge_maps(cross, factors)
     image_gram = covariances.between(image, image)  # C_yy [D_i, D_i]
     if kind == "whitened":
-        return whitened_maps(cross, factors, image_gram)
+        return whitened_maps(cross, factors, image_gram, covariances.row_count)
     return {None: procrustes_map(cross, image_gram, text_gram)}
 
 
@@ -136,9 +138,10 @@ def ridge_maps(cross, factors):
     return maps
 
 
-def whitened_maps(cross, factors, image_gram):
+def whitened_maps(cross, factors, image_gram, row_count):
     """The same with the pictures whitened too, {strength: C_yy^-1 C_yx C_xx^-1 [D_i, D_t]}; see `whitened_map`."""
-    image_factor = torch.linalg.cholesky(regularised(image_gram, PICTURE_RIDGE))  # [D_i, D_i]
+    strength = IMAGE_NOISE_ROWS / row_count
+    image_factor = torch.linalg.cholesky(regularised(image_gram, strength))  # [D_i, D_i]
     maps = ridge_maps(cross, factors)
     for strength, weight in maps.items():
         maps[strength] = torch.cholesky_solve(weight, image_factor)
@@ -191,10 +194,10 @@ def make_shared_space(store, folds, image_names, text_names, width, spanned_by):
     sizes = [len(fold) for fold in folds]
     encoders = {}
     for name in tqdm(image_names + text_names, desc="start", unit="encoder"):
-        strength = PICTURE_RIDGE if name in image_names else TEXT_RIDGE
-        encoders[name] = CentredRows(store.take(name, rows), strength)
+        noise_rows = IMAGE_NOISE_ROWS if name in image_names else TEXT_NOISE_ROWS
+        encoders[name] = CentredRows(store.take(name, rows), noise_rows)
     coordinates = leading_coordinates([encoders[name].rows for name in spanned_by], width)  # [n, width]
-    shared = CentredRows(coordinates, SHARED_RIDGE)
+    shared = CentredRows(coordinates, TEXT_NOISE_ROWS)
     cross_of_folds = {}
     for name, centred in encoders.items():
         of_folds = []
@@ -252,49 +255,77 @@ def image_map(cross, shared, pictures, rank):
 # ----------------------------------------------------------------------------------------------------- cross-validation
 
 
-def fold_rows(data, rows, val_rows, seed):
-    """[rows of each of FOLDS folds, rows of none of them]: at most MOST_FOLD_ROWS of the training rows. A fold is about as
-    large as the validation rows, and all captions of a picture are in one."""
-    rows = rows[:: math.ceil(len(rows) / MOST_FOLD_ROWS)]
-    pictures = rows.tolist()  # what tells pictures apart: where the folder has no rows.jsonl, each row has its own
+def fold_rows(data, rows, seed):
+    """[rows of each of FOLDS folds, rows of none of them]: at most MOST_START_ROWS of the training rows, evenly spaced. The
+    folds have HELD_OUT_ROWS together, or all there are, and all captions of a picture are in one."""
+    if len(rows) > MOST_START_ROWS:
+        rows = rows[torch.arange(MOST_START_ROWS) * len(rows) // MOST_START_ROWS]
+    images = rows.tolist()  # what tells images apart: where the folder has no rows.jsonl, each row has its own
     if data.rows:
-        pictures = [data.rows[i]["image"] for i in pictures]
-    place, first = number_names(pictures)  # [n], [pictures]
-    picture_count = len(first)
-    if picture_count < 2:
+        images = [data.rows[i]["image"] for i in images]
+    place, first = number_names(images)  # [n], [images]
+    image_count = len(first)
+    if image_count < 2:
         raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
-    fold_count = min(picture_count, max(FOLDS, round(len(rows) / len(val_rows))))
-    order = torch.randperm(picture_count, generator=seeded_generator("folds", seed))
-    fold_of_picture = order * fold_count // picture_count  # [pictures]
-    fold_of_row = fold_of_picture[place]  # [n]
+    fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / HELD_OUT_ROWS)))
+    order = torch.randperm(image_count, generator=seeded_generator("folds", seed))
+    fold_of_image = order * fold_count // image_count  # [images]
+    fold_of_row = fold_of_image[place]  # [n]
     folds = [rows[fold_of_row == k] for k in range(min(FOLDS, fold_count))]
     return [*folds, rows[fold_of_row >= FOLDS]]
 
 
 def cross_validate(space, folds, data, pairs):
     """R@10 of the closed form on rows it has not seen, mean of both directions: {"image:text": a value for each of the
-    folds but the last, by the maps of all other rows}.
+    folds but the last, by the maps of all other rows}. Candidates are the rows of all these folds, each text mapped without
+    its own fold: nothing here may be chosen with all rows, as the axes of `image_map` are.
 
-    space: the SharedSpace of the folds. Only the pictures' Gram matrix keeps the fold: it knows of no text, and its strong
-    regularisation leaves a fold little weight.
+    space: the SharedSpace of the folds.
     """
-    retrievals = [Retrieval(data, fold, space.shared.mean.device) for fold in folds[:-1]]
+    retrieval = Retrieval(data, torch.cat(folds[:-1]), space.shared.mean.device)
+    fold_of_row = torch.repeat_interleave(torch.arange(len(folds) - 1), torch.tensor(space.sizes[:-1]))  # [h]
     mapped = {}
     for text in texts_of(pairs):
-        mapped[text] = map_held_out_texts(space, text)  # [h, m] for each fold
-    recall10 = {pair_name(pair): [] for pair in pairs}
+        mapped[text] = map_held_out_texts(space, text)  # [h, m] of each fold
+    recall10 = {}
     for image in tqdm(images_of(pairs), desc="cross-validate", unit="encoder"):
-        pictures = space.encoders[image]
+        centred = space.encoders[image]
+        vectors = centred.rows[: len(fold_of_row)]  # [all h, D]
         texts = [text for other, text in pairs if other == image]
+        cosines = {text: [] for text in texts}  # of all images with each fold's texts, [all h, h]
         for k, (y, _, cross) in enumerate(held_out(space, image)):
-            weight = without_mean_direction(pictures.solve(cross), pictures.mean)  # [D, m]
-            # Along the columns of `root` outputs have the lengths and products that they have in the pictures' space.
+            weight = without_mean_direction(centred.solve_without(y, cross), centred.mean)  # [D, m]
+            # Along the columns of `root` outputs have the lengths and products that they have in the images' space.
             root = torch.linalg.cholesky(regularised(weight.T @ weight, 1e-4))  # [m, m]
-            candidates = torch.linalg.solve_triangular(root, (y @ weight).T, upper=False).T  # [h, m]
+            candidates = torch.linalg.solve_triangular(root, (vectors @ weight).T, upper=False)  # [m, all h]
             for text in texts:
-                six = retrievals[k].recalls(mapped[text][k] @ root, candidates)
-                recall10[pair_name((image, text))].append(mean_recalls(six)[2])
-    return recall10
+                outputs = F.normalize(mapped[text][k] @ root, dim=1)  # [h, m]
+                cosines[text].append((outputs @ candidates).T)
+        for text in texts:
+            scores = torch.cat(cosines[text], dim=1)  # [all h, all h]
+            recall10[pair_name((image, text))] = recall10_of_folds(retrieval, scores, fold_of_row.to(scores.device))
+    return {pair_name(pair): recall10[pair_name(pair)] for pair in pairs}
+
+
+def recall10_of_folds(retrieval, scores, fold_of_row):
+    """[R@10 of the queries of each fold, the mean of both directions]. scores [n, n]: of the image of a row (first index) with
+    the text of another, n the rows of `retrieval`. fold_of_row [n]. A query is of the fold of its first row."""
+    first, place = retrieval.first, retrieval.place
+    scores = scores[first["image"]][:, first["caption"]]  # [images, captions]
+    right = torch.zeros_like(scores, dtype=torch.bool)
+    right[place["image"], place["caption"]] = True
+    fold_count = int(fold_of_row.max()) + 1
+    total = 0
+    for query, similarity, is_right in (
+        ("caption", scores, right),
+        ("image", scores.T, right.T),
+    ):  # [candidates, queries]
+        own = similarity.masked_fill(~is_right, -torch.inf).amax(0)  # [queries]
+        ranks = ((similarity >= own) & ~is_right).sum(0)
+        fold = fold_of_row[first[query]]
+        hits = torch.bincount(fold, (ranks < 10).double(), minlength=fold_count)
+        total = total + hits / torch.bincount(fold, minlength=fold_count).clamp(min=1)
+    return (total / 2).tolist()
 
 
 def held_out(space, name):

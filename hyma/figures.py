@@ -17,7 +17,8 @@ from scipy.stats import rankdata
 
 from hyma.embeddings import unique
 from hyma.files import read_jsonl
-from hyma.metrics import best_pairs, fidelity, mean_recalls, pair_name
+from hyma.metrics import best_pairs, fidelity, mean_recalls
+from hyma.pair_names import pair_name
 from hyma.plotting import COLOURS, draw_lines, label_epochs, legend_below, method_style, pair_styles, panels, shorten
 from vlm import BadInput
 

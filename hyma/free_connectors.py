@@ -29,6 +29,13 @@ class FreeConnectors(nn.Module):
                     parameter.data.copy_(tensor)
             self.layers.append(connector)
 
+    @torch.no_grad()
+    def load(self, pair, layers):
+        """Sets a pair's layers: (weight [out, in], bias [out]) of each."""
+        for linear, (weight, bias) in zip(self.layers[self.pairs.index(pair)], layers):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+
     def predict(self, image, text):
         """The pair's own layers: (weight [out, in], bias [out]) of each."""
         layers = []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import vlm
 from hyma.embeddings import unique
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 from hyma.tasks import image_inputs, text_inputs
 
 QUERIES = 6  # captions

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyma.closed_form import SHARED_RIDGE, CentredRows, SharedSpace, image_map
+from hyma.closed_form import TEXT_NOISE_ROWS, CentredRows, SharedSpace, image_map
 from hyma.costs import connector_flops, connector_shapes, linear_flops
 from hyma.pairs import images_of, texts_of
 from hyma.training import Generator, separate_layers
@@ -86,7 +86,7 @@ class FactoredHyperNetwork(nn.Module):
             self.scale, wide = TEXT_SCALE, HIDDEN_DIM
             self.shared_width = wide // 2  # m: a ReLU takes two units to pass a number
         else:
-            self.scale, wide = 1.0, HIDDEN_DIM // 4  # a linear map needs no more shared coordinates than its rank
+            self.scale, wide = 1.0, HIDDEN_DIM // 2
             self.shared_width = wide
         self.text_parts = nn.ModuleList()  # of each text encoder, its layers
         self.means = nn.ParameterList()  # of its texts, [D_t]
@@ -154,7 +154,7 @@ class FactoredHyperNetwork(nn.Module):
         else:
             for text in trained:
                 total = total + self.hidden(self.scale * space.encoders[text].rows, text)
-            shared = CentredRows(total / len(trained), SHARED_RIDGE)  # of s [n, m]
+            shared = CentredRows(total / len(trained), TEXT_NOISE_ROWS)  # of s [n, m]
             self.load_image_map(name, added, shared, added.rows.T @ shared.rows)
 
     def load_text_map(self, text, rows, cross, bias=0.0):

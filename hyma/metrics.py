@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 
-from hyma.pair_names import pair_name  # noqa: F401  figures import it from here
 from kernels import true_rank
 
 INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
@@ -20,6 +19,8 @@ INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
 class Retrieval:
     """Recall@k of caption to picture and picture to caption, on fixed rows.
 
+    Other rows may join as distractors: candidates, but no queries. Which of two connectors recalls more depends on how many
+    candidates there are, so a few validation rows alone say little about a search among thousands (NOTES.md).
     A picture with several captions is once among the pictures, a caption of several pictures once among the
     captions; any of its own counts as found. A tie counts against the match, so that constant vectors score zero.
     `chance`: what a random order scores, for k = 1, 5, 10, the mean of both directions.
@@ -27,9 +28,12 @@ class Retrieval:
 
     ks = (1, 5, 10)
 
-    def __init__(self, data, rows, device):
-        """data: the embedding folder. rows [n]: indices of its rows. device: of the embeddings to score."""
-        self.rows = rows
+    def __init__(self, data, rows, device, distractors=()):
+        """data: the embedding folder. rows, distractors: indices of its rows, `self.rows` [n] in this order. device: of the
+        embeddings to score."""
+        self.query_rows = len(rows)
+        rows = self.rows = torch.cat([rows, torch.as_tensor(distractors, dtype=rows.dtype)])
+        self.queries = {}  # {"image", "caption"}: how many of the candidates, the first ones, are queries
         self.place = {}  # {"image", "caption"}: [n], which picture (caption) of the candidates a row has
         self.first = {}  # {"image", "caption"}: [candidates], the first row that has it
         for part in ("image", "caption"):
@@ -37,6 +41,7 @@ class Retrieval:
             if data.rows:
                 names = [data.rows[i][part] for i in names]
             place, first = number_names(names)
+            self.queries[part] = int(place[: self.query_rows].max()) + 1
             self.place[part], self.first[part] = place.to(device), first.to(device)
         to_text = self.random_recalls("image", "caption")
         to_image = self.random_recalls("caption", "image")
@@ -48,7 +53,7 @@ class Retrieval:
         A query with m right candidates of c misses them all in the first k with the chance of drawing k of the others,
         prod_{j < k} (c - m - j) / (c - j).
         """
-        right = self.place[query].cpu().bincount().double()  # [queries]
+        right = self.place[query].cpu().bincount()[: self.queries[query]].double()  # [queries]
         count = len(self.first[target])
         missed = [torch.ones_like(right)]
         for j in range(max(self.ks)):
@@ -74,10 +79,11 @@ class Retrieval:
     def nearest_right_rows(self, own, query):
         """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest."""
         place, count = self.place[query], len(own)
-        queries = self.first[query].shape
-        best = own.new_full(queries, -torch.inf).scatter_reduce(0, place, own, "amax")  # [queries]
+        candidates = self.first[query].shape
+        best = own.new_full(candidates, -torch.inf).scatter_reduce(0, place, own, "amax")  # [candidates]
         rows = torch.arange(count, device=own.device).where(own == best[place], count)  # [n]
-        return torch.full_like(self.first[query], count).scatter_reduce(0, place, rows, "amin")
+        nearest = torch.full_like(self.first[query], count).scatter_reduce(0, place, rows, "amin")
+        return nearest[: self.queries[query]]
 
     def recalls(self, text, image):
         """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""

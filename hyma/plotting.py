@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hyma.embeddings import unique
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, with markers that survive a grey print.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

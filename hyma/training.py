@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyma.embeddings import SAMPLE, Embeddings
-from hyma.metrics import mean_recalls
+from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import create_run, reopen_run, run_of_same_command
@@ -21,6 +21,8 @@ from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
 from kernels import Layer, clip_loss, connector_mlp
 from vlm import BadInput
+
+LEAST_CANDIDATES = 2000  # of a validation
 
 
 class Generator(Protocol):
@@ -55,6 +57,14 @@ def split_for_training(data, seed, count):
         f"data: {os.path.relpath(data.folder)}{sample}: {len(train_rows)} training and {len(val_rows)} validation rows"
     )
     return train_rows, val_rows
+
+
+def validation_retrieval(data, train_rows, val_rows, device):
+    """The Retrieval that chooses: its queries are the validation rows; training rows, evenly spaced, are distractors beside
+    them if the validation rows are fewer than LEAST_CANDIDATES."""
+    count = min(len(train_rows), max(0, LEAST_CANDIDATES - len(val_rows)))
+    distractors = train_rows[torch.arange(count) * len(train_rows) // max(1, count)]
+    return Retrieval(data, val_rows, device, distractors)
 
 
 def open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=False):
@@ -217,7 +227,8 @@ def print_ranking(ranking, recalls, retrieval):
         wide = max(wide, len(row["image"]))
         narrow = max(narrow, len(row["text"]))
     has_expected = "expected_recall10" in ranking[0]
-    print(f"\nranking on {len(retrieval.rows)} validation rows, recall in % (chance at 1 / 5 / 10: {chance})")
+    rows = f"{retrieval.query_rows} validation rows among {len(retrieval.rows)} rows"
+    print(f"\nranking on {rows}, recall in % (chance at 1 / 5 / 10: {chance})")
     heading = f"{'':{wide + narrow + 8}}text -> image        image -> text        mean"
     columns = f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10"
     print(heading + "  expected" * has_expected)

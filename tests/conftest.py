@@ -256,7 +256,7 @@ def initialise(planted):
         image_dims = {name: store.dims[name] for name in images}
         text_dims = {name: store.dims[name] for name in texts}
         generator = FactoredHyperNetwork(image_dims, text_dims, hidden_layers, 64)
-        folds = fold_rows(data, rows, val_rows, 0)
+        folds = fold_rows(data, rows, 0)
         all_pairs = [(image, text) for image in images for text in texts]
         pairs = Pairs(all_pairs, [], all_pairs, images, texts, None)
         cv_recall10 = start_from_closed_form(generator, store, folds, data, pairs, None)

@@ -7,10 +7,9 @@ from helpers import CPU, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
 from hyma.closed_form import (
-    PICTURE_RIDGE,
+    IMAGE_NOISE_ROWS,
     RIDGE_CHOICES,
-    SHARED_RIDGE,
-    TEXT_RIDGE,
+    TEXT_NOISE_ROWS,
     CentredRows,
     fold_rows,
     image_map,
@@ -54,10 +53,10 @@ def correlated_rows():
 def test_the_whitened_map_against_float64():
     """C_yy^-1 C_yx C_xx^-1."""
     x, y = correlated_rows()
-    texts, pictures = CentredRows(x + 3, SHARED_RIDGE), CentredRows(y, PICTURE_RIDGE)
+    texts, pictures = CentredRows(x + 3, TEXT_NOISE_ROWS), CentredRows(y, IMAGE_NOISE_ROWS)
     torch.testing.assert_close(texts.mean, x.mean(0) + 3)
     a, b = x.double(), y.double()
-    expected = inverse(b, PICTURE_RIDGE) @ b.T @ a @ inverse(a, SHARED_RIDGE)
+    expected = inverse(b, IMAGE_NOISE_ROWS / 500) @ b.T @ a @ inverse(a, TEXT_NOISE_ROWS / 500)
     expected = without_direction(expected, pictures.mean)
     found = whitened_map(pictures.rows.T @ texts.rows, texts, pictures)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
@@ -65,17 +64,17 @@ def test_the_whitened_map_against_float64():
 
 def test_a_covariance_without_some_rows_against_float64():
     x, _ = correlated_rows()
-    texts = CentredRows(x + 3, SHARED_RIDGE)
+    texts = CentredRows(x + 3, TEXT_NOISE_ROWS)
     found = texts.solve_without(texts.rows[:99], torch.eye(24)).double()
-    torch.testing.assert_close(found, inverse(x[99:].double(), SHARED_RIDGE), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found, inverse(x[99:].double(), TEXT_NOISE_ROWS / 500), rtol=1e-4, atol=1e-9)
 
 
 def test_a_loud_direction_that_no_text_predicts_does_not_lead_the_whitened_map():
     """Ridge regression follows the directions in which pictures differ most, whatever the texts say."""
     x, y = correlated_rows()
-    texts = CentredRows(x + 3, SHARED_RIDGE)
+    texts = CentredRows(x + 3, TEXT_NOISE_ROWS)
     y[:, 39] = 30 * torch.randn(500) + x[:, 0]
-    pictures = CentredRows(y, PICTURE_RIDGE)
+    pictures = CentredRows(y, IMAGE_NOISE_ROWS)
     products = pictures.rows.T @ texts.rows
     ridge = texts.solve(products.T).T
     whitened = whitened_map(products, texts, pictures)
@@ -87,19 +86,19 @@ def test_ridge_and_whitened_maps_for_every_strength():
     x, y = (rows.double() for rows in correlated_rows())
     cross = y.T @ x
     factors = ridge_factors(x.T @ x)
-    ridge, whitened = ridge_maps(cross, factors), whitened_maps(cross, factors, y.T @ y)
+    ridge, whitened = ridge_maps(cross, factors), whitened_maps(cross, factors, y.T @ y, 500)
     assert tuple(ridge) == tuple(whitened) == RIDGE_CHOICES
     for strength in RIDGE_CHOICES:
         expected = cross @ inverse(x, strength)
         torch.testing.assert_close(ridge[strength], expected)
-        torch.testing.assert_close(whitened[strength], inverse(y, PICTURE_RIDGE) @ expected)
+        torch.testing.assert_close(whitened[strength], inverse(y, IMAGE_NOISE_ROWS / 500) @ expected)
 
 
 @pytest.mark.parametrize("rank", [8, 24, 30])
 def test_a_map_along_axes_is_the_whitened_map_cut_to_its_leading_directions(rank):
     """With as many axes as the map has directions, or more, nothing is lost."""
     x, y = correlated_rows()
-    texts, pictures = CentredRows(x + 3, SHARED_RIDGE), CentredRows(y, PICTURE_RIDGE)
+    texts, pictures = CentredRows(x + 3, TEXT_NOISE_ROWS), CentredRows(y, IMAGE_NOISE_ROWS)
     product = pictures.rows.T @ texts.rows
     found = image_map(product, texts, pictures, rank)
     assert found.axes.shape == (40, rank) and found.weight.shape == (rank, 24)
@@ -139,10 +138,10 @@ def test_flops_of_procrustes_by_hand():
 
 
 def test_cross_validation_never_sees_the_fold_that_it_scores(initialise):
-    """Against inverses in float64."""
+    """Against inverses in float64: each fold by the map of all other rows, among the rows of all folds."""
     found = initialise(0)
     data, folds, generator = found.data, found.folds, found.generator
-    first = len(folds[0])
+    sizes = [len(fold) for fold in folds]
     means, centred = {}, {}
     for name in found.store.dims:
         rows = found.store.take(name, torch.cat(folds))
@@ -150,18 +149,28 @@ def test_cross_validation_never_sees_the_fold_that_it_scores(initialise):
         centred[name] = rows - means[name]
     s = leading_coordinates([centred[text] for text in generator.text_names], generator.shared_width)
     x, s, y = (rows.double() for rows in (centred["mpnet"], s - s.mean(0), centred["efflite1"]))
+    of_texts, of_images = TEXT_NOISE_ROWS / len(x), IMAGE_NOISE_ROWS / len(x)
 
-    to_s = inverse(x, TEXT_RIDGE, without=x[:first]) @ x[first:].T @ s[first:]
-    weight = inverse(y, PICTURE_RIDGE) @ y[first:].T @ s[first:]
-    weight = without_direction(weight, means["efflite1"]) @ inverse(s, SHARED_RIDGE, without=s[:first])
-    six = Retrieval(data, folds[0], CPU).recalls(x[:first] @ to_s @ weight.T, y[:first])
-    assert found.cv_recall10["efflite1:mpnet"][0] == pytest.approx(recall10(six), abs=0.015)
+    outputs = []
+    places = torch.arange(len(x)).split(sizes)
+    for place in places[:-1]:
+        others = torch.cat([other for other in places if other is not place])
+        to_s = inverse(x, of_texts, without=x[place]) @ x[others].T @ s[others]
+        weight = inverse(y, of_images, without=y[place]) @ y[others].T @ s[others]
+        weight = without_direction(weight, means["efflite1"]) @ inverse(s, of_texts, without=s[place])
+        outputs.append(x[place] @ to_s @ weight.T)
+    held_out = torch.cat(folds[:-1])
+    ranks = Retrieval(data, held_out, CPU).ranks(torch.cat(outputs), y[: len(held_out)])
+    for k in range(3):
+        of_fold = slice(sum(sizes[:k]), sum(sizes[: k + 1]))  # each row has a picture and a caption of its own
+        expected = sum((r[of_fold] < 10).double().mean().item() for r in ranks) / 2
+        assert found.cv_recall10["efflite1:mpnet"][k] == pytest.approx(expected, abs=0.015)
 
 
 def test_cross_validation_of_shuffled_pictures_is_at_chance(initialise):
     """Though the closed form itself fits its own rows far above chance."""
     found = initialise(0, shuffled=True)
-    retrieval = Retrieval(found.data, found.folds[0], CPU)
+    retrieval = Retrieval(found.data, torch.cat(found.folds[:-1]), CPU)
     values = [value for folds in found.cv_recall10.values() for value in folds]
     assert sum(values) / len(values) < 1.5 * retrieval.chance[2]
     targets = found.generator.project_images(found.store, ["efflite1"], found.rows)
@@ -171,16 +180,16 @@ def test_cross_validation_of_shuffled_pictures_is_at_chance(initialise):
 
 def test_folds_keep_a_pictures_captions_together(planted):
     data = Embeddings(planted)
-    rows, val_rows = split_rows(data)
+    rows, _ = split_rows(data)
     data.rows = [{"image": f"picture {k // 3}"} for k in range(data.row_count)]
-    folds = fold_rows(data, rows, val_rows, seed=0)
-    assert [len(fold) for fold in folds] == pytest.approx([90, 90, 90, 540], abs=5)
+    folds = fold_rows(data, rows, seed=0)
+    assert [len(fold) for fold in folds] == pytest.approx([270, 270, 270, 0], abs=5)
     assert torch.equal(torch.cat(folds).sort().values, rows)
     pictures = [{data.rows[i]["image"] for i in fold.tolist()} for fold in folds]
     assert sum(map(len, pictures)) == len(set().union(*pictures))
-    again, other = (fold_rows(data, rows, val_rows, seed=seed) for seed in (0, 1))
+    again, other = (fold_rows(data, rows, seed=seed) for seed in (0, 1))
     assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
-    assert [len(fold) for fold in fold_rows(data, rows[:4], val_rows, seed=0)] == [3, 1, 0]
+    assert [len(fold) for fold in fold_rows(data, rows[:4], seed=0)] == [3, 1, 0]
 
 
 def test_rows_that_are_all_the_same_have_maps_without_nan():

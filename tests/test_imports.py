@@ -22,6 +22,7 @@ HYMA = [
     "tasks",
     "prompts",
     "hypernetworks",
+    "refinement",
     "fitted_connectors",
     "free_connectors",
     "training",

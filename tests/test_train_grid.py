@@ -10,15 +10,15 @@ from helpers import CPU, QUICK, count_lines, kill_when, read_connectors, read_le
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
-from hyma.closed_form import PICTURE_RIDGE
+from hyma.closed_form import IMAGE_NOISE_ROWS
 from hyma.costs import logit_flops
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import read_jsonl, write_json, write_jsonl
 from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
-from hyma.metrics import Retrieval
 from hyma.splits import split_rows
+from hyma.training import validation_retrieval
 from kernels import clip_loss, connector_mlp
 from train_grid import plan_steps
 
@@ -70,13 +70,13 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     metrics = read_jsonl(out / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [1, 2] and metrics[1]["loss"] < metrics[0]["loss"]
     data = Embeddings(planted)
-    _, validation = split_rows(data)
+    retrieval = validation_retrieval(data, *split_rows(data), CPU)
     for row in rows:  # the exported files alone give the scores of the ranking: each pair's own best
         image, _, text, state = vlm.read_connector(out / "connectors" / f"{row['image']}_mlp1_{row['text']}.pt")
         store = RowStore(data, [image, text], CPU)
-        hidden = F.relu(F.linear(store.take(text, validation), state["0.weight"], state["0.bias"]))
+        hidden = F.relu(F.linear(store.take(text, retrieval.rows), state["0.weight"], state["0.bias"]))
         mapped = F.linear(hidden, state["2.weight"], state["2.bias"])
-        six = Retrieval(data, validation, CPU).recalls(mapped, store.take(image, validation))
+        six = retrieval.recalls(mapped, store.take(image, retrieval.rows))
         assert recall10(six) == pytest.approx(float(row["val_recall10"]), abs=0.01)
         best = max(sum(line["recalls"][f"{image}:{text}"][2::3]) / 2 for line in metrics)
         assert best == pytest.approx(float(row["val_recall10"]), abs=1e-5)
@@ -300,7 +300,7 @@ def test_whitened_maps_against_their_formula(run, planted, tmp_path):
     path = tmp_path / "x" / "connectors" / f"{rows[0]['image']}_mlp0_{rows[0]['text']}.pt"
     image, _, text, state = vlm.read_connector(path)
     x, y, mean, direction = centred(planted, image, text)
-    strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], PICTURE_RIDGE
+    strengths = vlm.read_json(path.with_suffix(".json"))["regularisation"], IMAGE_NOISE_ROWS / len(x)
     inverses = [
         (a.T @ a + s * a.square().mean() * len(a) * torch.eye(a.shape[1])).inverse() for a, s in zip((x, y), strengths)
     ]

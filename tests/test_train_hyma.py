@@ -24,9 +24,10 @@ import vlm
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import read_jsonl
 from hyma.hypernetworks import HyperNetwork
-from hyma.metrics import Retrieval
+from hyma.pair_names import name_of_row
 from hyma.pairs import draw_pairs
 from hyma.splits import split_rows
+from hyma.training import validation_retrieval
 from kernels import connector_mlp
 from train_hyma import update
 
@@ -64,11 +65,16 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     assert config["rows"] == {"train": 810, "val": 90} and config["starts_from"] is None and not config["full_grid"]
     assert config["recipe"]["generator"] == "factored" and "seed" not in config["recipe"]
     steps = 6 * (810 // 128)
-    assert ledger["pairs"] == 6 and ledger["steps"] == steps and ledger["batch_size"] == 128
-    assert ledger["updates_per_pair"] == {pair: steps // 6 for pair in config["pairs"]}
-    assert ledger["pair_samples"] == 128 * steps
+    refinement = config["flags"]["refine_steps"]
+    assert refinement == steps * 6 // 50  # of six pairs, a fiftieth of what all take
+    assert ledger["pairs"] == 6 and ledger["steps"] == steps + refinement and ledger["batch_size"] == 128
+    chosen = name_of_row(rows[0])
+    assert ledger["updates_per_pair"] == {
+        pair: steps // 6 + (refinement if pair == chosen else 0) for pair in config["pairs"]
+    }
+    assert ledger["pair_samples"] == 128 * (steps + refinement)
     assert ledger["seconds"] > 0 and ledger["peak_bytes"] > 1e6 and ledger["flops"] > 1e9
-    assert ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 256
+    assert ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 512
     assert 0 < ledger["start_flops"] < ledger["flops"] and ledger["step_flops"] == 0 < ledger["logit_flops"]
     metrics = read_jsonl(out / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [2, 4, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
@@ -76,16 +82,16 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     best = out / "connectors" / f"{rows[0]['image']}_mlp1_{rows[0]['text']}.pt"
     assert f"best connector: runs/x/connectors/{best.name}" in result.out
     assert "get_vlm_from_checkpoint('runs/x/connectors/" in result.out
-    assert "chance at 1 / 5 / 10: 1.1 / 5.6 / 11.1" in result.out
+    assert "90 validation rows among 900 rows" in result.out and "chance at 1 / 5 / 10: 0.1 / 0.6 / 1.1" in result.out
     data = Embeddings(planted)
-    _, validation = split_rows(data)
-    for row in rows:  # the exported files alone give the scores of the ranking
+    retrieval = validation_retrieval(data, *split_rows(data), CPU)
+    for row in rows[1:]:  # the exported files alone give the scores of the ranking; the first is refined since
         image, text = row["image"], row["text"]
         path = out / "connectors" / f"{image}_mlp1_{text}.pt"
         connector = vlm.load_connector(path, data.encoders[image].dim, data.encoders[text].dim)
         store = RowStore(data, [image, text], CPU)
-        mapped = vlm.map_text(connector, store.take(text, validation))
-        six = Retrieval(data, validation, CPU).recalls(mapped, store.take(image, validation))
+        mapped = vlm.map_text(connector, store.take(text, retrieval.rows))
+        six = retrieval.recalls(mapped, store.take(image, retrieval.rows))
         assert recall10(six) == pytest.approx(float(row["val_recall10"]), abs=0.01)
         card = vlm.read_json(path.with_suffix(".json"))
         assert card["image_encoder"] == vlm.ENCODERS[image].spec and card["val_recall10"] == float(row["val_recall10"])
@@ -221,7 +227,7 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     assert run("train_hyma.py", "--data", planted, *QUICK, "--seed", "1", "--out", "all").code == 0
     cost, whole = (read_ledger(tmp_path / out) for out in ("y", "all"))
     assert cost["pairs"] == 2 and cost["flops"] < 0.65 * whole["flops"]  # 0.42 of the pictures' widths, all texts' sums
-    assert cost["trainable_parameters"] == (1024 + 1) * 256
+    assert cost["trainable_parameters"] == (1024 + 1) * 512
     config = vlm.read_json(tmp_path / "y" / "config.json")
     assert config["flags"]["seed"] == 1 and config["flags"]["batch_size"] == 128
     assert config["pairs"] == ["efflite1:minilm_l6", "efflite1:mpnet"]

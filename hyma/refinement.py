@@ -1,0 +1,80 @@
+"""The connector that is handed over, trained further by itself.
+
+A search trains all pairs as far as it takes to rank them; only the pair that it chooses has to be trained to the end. That
+pair's predicted connector becomes one that shares no weights, and has a schedule of its own.
+"""
+
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from hyma.costs import step_flops
+from hyma.free_connectors import FreeConnectors
+from hyma.grid_state import keep_best, new_state
+from hyma.pair_names import pair_name
+from hyma.signals import Signals
+from hyma.training import draw_rows, learning_rate, mean_loss, pair_losses, training_dtype, validate
+
+VALIDATIONS = 4  # of the pair, at equal distances
+MOST_SHARE = 1 / 50  # of the updates that training every pair over the whole schedule takes
+
+
+def refinement_steps(steps, pair_count):
+    """Half of a schedule of `steps`, or fewer where the pairs are so few that this is much of what a grid search costs."""
+    return min(steps // 2, int(MOST_SHARE * steps * pair_count))
+
+
+def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, save_checkpoint):
+    """Trains the pair's connector for flags.refine_steps. Returns a state (`hyma.grid_state`), whose `best` has the layers
+    that score best on the validation rows, the predicted ones among them.
+
+    layers: the predicted connector, (weight [out, in], bias [out]) of each layer. recalls: its six recalls. store: its
+    image vectors have the width that the last layer ends in. saved: what save_checkpoint was last given by an interrupted
+    run, else None. save_checkpoint(refinement, force): saves it now, or only if it is time to.
+    """
+    pairs, name = [pair], pair_name(pair)
+    connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
+    optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
+    if saved:
+        connectors.load_state_dict(saved["connectors"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    else:
+        connectors.load(pair, layers)
+        state = new_state(pairs)
+        keep_best(state, name, recalls, layers, {"refinement_steps": 0})
+    dtype = training_dtype(flags.precision)
+    steps = flags.refine_steps
+    warmup_steps = min(flags.warmup_steps, steps // 4)
+    validation_period = math.ceil(steps / VALIDATIONS)
+    started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
+
+    progress = tqdm(total=steps, initial=state["step"], desc=f"refine {name}", unit="step")
+    with progress, Signals() as signals:
+        for step in range(state["step"], steps):
+            rows = draw_rows(step, f"{flags.seed}, refinement", train_rows, flags.batch_size)  # [B]
+            losses = pair_losses(connectors, store, rows, pairs, dtype, flags.logit_scale)  # [1]
+            mean_loss(losses, pairs, step)
+            optimizer.zero_grad(set_to_none=True)
+            losses.sum().backward()
+            connectors.clip_each(pairs, flags.clip_norm)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, flags.lr, warmup_steps)
+            optimizer.step()
+
+            for key, flops in step_flops(connectors, flags.batch_size, pairs, store.dims).items():
+                state[key] += flops
+            state["updates"][name] += 1
+            state["step"] = step + 1
+            progress.update()
+
+            is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
+            if is_validation:
+                six = validate(connectors, store, retrieval, pairs)[name]
+                keep_best(state, name, six, connectors.predict(*pair), {"refinement_steps": step + 1})
+            state["seconds"] = time.perf_counter() - started
+            refinement = {"state": state, "connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(refinement, force=is_validation or signals.arrived())
+            signals.leave_if_asked()
+    return state

@@ -1,0 +1,94 @@
+"""The connector that is handed over, trained further by itself: its steps, its best state, its cost, its resume."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking
+
+import vlm
+from hyma.pair_names import name_of_row
+from hyma.refinement import refine, refinement_steps
+from hyma.training import validate, validation_retrieval
+
+PAIR = ("efflite1", "mpnet")
+
+
+def test_only_the_chosen_pair_is_refined_and_its_cost_is_in_the_ledger(run, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--lr", "1e-3", "--logit-scale", "5")
+    assert run("train_hyma.py", *flags, "--refine-steps", "0", "--out", "plain").code == 0
+    result = run("train_hyma.py", *flags, "--refine-steps", "12", "--out", "refined")
+    assert result.code == 0 and "refined: " in result.out, result.err
+    plain, refined = read_connectors(tmp_path / "plain"), read_connectors(tmp_path / "refined")
+    chosen = read_ranking(tmp_path / "refined")[0]
+    assert chosen == read_ranking(tmp_path / "plain")[0]
+    file = vlm.connector_name(chosen["image"], 0, chosen["text"])
+    card = vlm.read_json((tmp_path / "refined" / "connectors" / file).with_suffix(".json"))
+    for name in plain:
+        same = all(map(torch.equal, plain[name].values(), refined[name].values()))
+        assert same == (name != file or card["refinement_steps"] == 0)
+
+    before, after = read_ledger(tmp_path / "plain"), read_ledger(tmp_path / "refined")
+    name = name_of_row(chosen)
+    assert after["updates_per_pair"][name] == before["updates_per_pair"][name] + 12 == card["updates"]
+    assert after["steps"] == before["steps"] + 12 and after["flops"] > before["flops"]
+    assert after["logit_flops"] > before["logit_flops"] and after["start_flops"] == before["start_flops"]
+
+
+def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(initialise):
+    found = initialise(1)
+    flags = SimpleNamespace(
+        seed=0, batch_size=128, refine_steps=12, warmup_steps=2, lr=1e-3, weight_decay=0.01, clip_norm=1.0,
+        logit_scale=20.0, precision="fp32",
+    )  # fmt: skip
+    retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
+    layers = found.generator.predict(*PAIR)
+    recalls = [0.0] * 6  # any state is better
+    saved = []
+
+    def keep(refinement, force):
+        saved.append(torch.load(to_file(refinement), weights_only=True))
+
+    def run(earlier):
+        return refine(flags, PAIR, layers, recalls, found.store, retrieval, found.rows, earlier, keep)
+
+    whole = run(None)
+    best = whole["best"]["efflite1:mpnet"]
+    assert whole["step"] == 12 and whole["updates"] == {"efflite1:mpnet": 12} and best["about"]["refinement_steps"] > 0
+    again = run(saved[4])
+    assert again["updates"] == whole["updates"] and again["flops"] == whole["flops"]
+    for ours, theirs in zip(best["layers"], again["best"]["efflite1:mpnet"]["layers"]):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+    recalls = [1.0] * 6  # nothing is better than the predicted connector
+    kept = run(None)["best"]["efflite1:mpnet"]
+    assert kept["about"]["refinement_steps"] == 0 and torch.equal(kept["layers"][0][0], layers[0][0])
+
+
+def to_file(value):
+    """A saved value, to be read back as a checkpoint is."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize("pairs, expected", [(27, 50), (300, 50), (8, 16), (1, 2)])
+def test_few_pairs_are_refined_for_fewer_steps(pairs, expected):
+    """A grid of 8 pairs trains for 800 steps in all, of which 16 are a fiftieth."""
+    assert refinement_steps(100, pairs) == expected
+
+
+def test_the_validation_gallery_is_filled_with_training_rows(initialise):
+    """The queries stay the validation rows; more candidates make a recall smaller, never larger."""
+    found = initialise(1)
+    alone = validation_retrieval(found.data, found.rows[:0], found.val_rows, CPU)
+    filled = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
+    assert len(alone.rows) == 90 and len(filled.rows) == 900 and filled.query_rows == 90
+    assert filled.chance[2] == pytest.approx(10 / 900)
+    store = found.generator.project_images(found.store, [PAIR[0]], filled.rows)
+    few = validate(found.generator, store, alone, [PAIR])["efflite1:mpnet"]
+    many = validate(found.generator, store, filled, [PAIR])["efflite1:mpnet"]
+    assert all(b <= a for a, b in zip(few, many)) and many[2] > 0
