@@ -76,8 +76,8 @@ def rate_of(row_count):
 
 
 def rank_of(row_count):
-    """How many axes of an image encoder's space factored has: an eighth of the training rows, from 256 to 512."""
-    return min(512, max(256, row_count // 8))
+    """How many axes of an image encoder's space factored has: an eighth of the training rows, from 256 to 384."""
+    return min(384, max(256, row_count // 8))
 
 
 # Defaults that differ between the two hypernetworks, some of them functions of the training rows; None: the flag belongs to
@@ -101,7 +101,7 @@ def parse_flags():
     add(
         "--rank",
         type=int,
-        help="axes of each image encoder's space that factored works in (default: 256; from 4,096 rows, 512)",
+        help="axes of each image encoder's space that factored works in (default: 256; from 3,072 rows, 384)",
     )
     add(
         "--pairs-per-step",
