@@ -42,6 +42,7 @@ from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (
     draw_rows,
+    leading_pair,
     learning_rate,
     mean_loss,
     mean_recall10,
@@ -235,7 +236,10 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             state["metrics"].append(line)
             state["losses"] = []
             progress.set_postfix(
-                loss=f"{line['loss']:.3f}", val_R10=f"{line['val_recall10']:.1%}", pairs=len(surviving)
+                best=leading_pair(recalls),
+                loss=f"{line['loss']:.3f}",
+                val_R10=f"{line['val_recall10']:.1%}",
+                pairs=len(surviving),
             )
             save_checkpoint()
             signals.leave_if_asked()

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hyma.brackets import brackets
 from hyma.embeddings import SAMPLE, Embeddings
 from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
@@ -206,6 +207,13 @@ def mean_recall10(recalls):
     return total / len(recalls)
 
 
+def leading_pair(recalls):
+    """The pair of the best mean R@10, with that score, for a progress bar. recalls: of `validate`."""
+    scores = {pair: mean_recalls(six)[2] for pair, six in recalls.items()}
+    best = max(scores, key=scores.get)
+    return f"{best} {scores[best]:.1%}"
+
+
 def metrics_line(state, epoch, lr, val_recall10, recalls):
     """A line of metrics.jsonl, of the state at a validation: its loss is the mean over the steps since the one before."""
     return {
@@ -220,27 +228,48 @@ def metrics_line(state, epoch, lr, val_recall10, recalls):
 
 
 def print_ranking(ranking, recalls, retrieval):
-    """The rows of `rank_pairs` as a table: recalls in per cent, both directions, against chance."""
+    """The rows of `rank_pairs` as a table: the score that ranks, then recalls in per cent, both directions.
+
+    A bracket holds the first pair and those whose difference from it can be chance.
+    """
+    score = "expected_recall10" if "expected_recall10" in ranking[0] else "val_recall10"
+    words = "expected" if score == "expected_recall10" else "mean"
     chance = " / ".join(f"{100 * value:.1f}" for value in retrieval.chance)
-    wide = narrow = 0  # the longest names of image and of text encoders
-    for row in ranking:
-        wide = max(wide, len(row["image"]))
-        narrow = max(narrow, len(row["text"]))
-    has_expected = "expected_recall10" in ranking[0]
+    wide = max(5, *(len(row["image"]) for row in ranking))
+    narrow = max(len(row["text"]) for row in ranking)
     rows = f"{retrieval.query_rows} validation rows among {len(retrieval.rows)} rows"
     print(f"\nranking on {rows}, recall in % (chance at 1 / 5 / 10: {chance})")
-    heading = f"{'':{wide + narrow + 8}}text -> image        image -> text        mean"
-    columns = f"rank  {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2 + "   R@10"
-    print(heading + "  expected" * has_expected)
-    print(columns + "      R@10" * has_expected)
-    for row in ranking:
-        line = f"{row['rank']:4}  {row['image']:{wide}}  {row['text']:{narrow}}"
+    print(f"  {'':6}{words:>8}{'':{wide + narrow + 13}}text -> image        image -> text       mean")
+    columns = f"  rank      R@10  ±     {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2
+    print(f"{columns}   R@10")
+
+    queries = min(retrieval.queries.values())
+    first = ranking[0]
+    alike = [can_be_chance(first, row, score, queries) for row in ranking]
+    for mark, row in zip(brackets(alike), ranking):
+        half = 100 * half_interval(row[score], queries)
+        line = f"{mark} {row['rank']:4}  {100 * row[score]:8.1f}  ±{half:4.1f}  {row['image']:{wide}}  {row['text']:{narrow}}"
         for value in recalls[name_of_row(row)]:
             line += f"{100 * value:6.1f}"
-        line += f"{100 * row['val_recall10']:7.1f}"
-        if has_expected:
-            line += f"{100 * row['expected_recall10']:10.1f}"
-        print(line)
+        print(f"{line}{100 * row['val_recall10']:7.1f}")
+    if sum(alike) > 1:
+        print(f"The {sum(alike)} pairs in the bracket cannot be told apart on {queries} validation pictures.")
+
+
+def half_interval(recall, queries):
+    """Half of the 95 % interval of a recall of that many queries, 0 to 1.
+
+    That of both directions' mean is at most so wide, and `expected` has no more noise than validation.
+    """
+    recall = min(1, max(0, recall))
+    return 1.96 * math.sqrt(recall * (1 - recall) / queries)
+
+
+def can_be_chance(first, row, score, queries):
+    """Whether the difference of two rows' scores is within its 95 % interval, as if they had different pictures: the same
+    pictures make it narrower, so that pairs outside are apart indeed."""
+    widths = half_interval(first[score], queries), half_interval(row[score], queries)
+    return first[score] - row[score] <= math.hypot(*widths)
 
 
 def print_results(ranking, recalls, retrieval, description, state, best):

@@ -50,6 +50,7 @@ HYMA = [
     "costs",
     "machine",
     "signals",
+    "brackets",
     "files",
 ]
 PACKAGES = ("hyma", "kernels", "benchmarks", "sample")  # the folders that hold our modules

@@ -13,10 +13,12 @@ from hyma.metrics import Retrieval
 from hyma.splits import split_rows
 from hyma.training import (
     draw_rows,
+    leading_pair,
     learning_rate,
     mean_loss,
     mean_recall10,
     pair_losses,
+    print_ranking,
     separate_layers,
     training_dtype,
     validate,
@@ -161,3 +163,29 @@ def test_validation_is_the_recall_of_each_pairs_connector(small):
         six = retrieval.recalls(mapped.detach(), store.take(image, retrieval.rows))
         assert recalls[f"{image}:{text}"] == pytest.approx(six, abs=0.012)  # one row of ninety
     assert mean_recall10({"a:t": [0, 0, 0.2, 0, 0, 0.4], "b:t": [0, 0, 0.5, 0, 0, 0.7]}) == pytest.approx(0.45)
+
+
+# ------------------------------------------------------------------------------------------------------ what is printed
+
+
+@pytest.mark.parametrize("score", ["val_recall10", "expected_recall10"])
+def test_the_ranking_leads_with_the_score_that_ranks_and_brackets_what_chance_can_explain(planted, capfd, score):
+    """900 pictures: points of 2.2 and 7.8 below the first."""
+    retrieval = Retrieval(Embeddings(planted), torch.arange(900), CPU)
+    ranking, recalls = [], {}
+    for rank, (image, recall) in enumerate((("first", 0.5), ("second", 0.478), ("third", 0.422)), 1):
+        row = {"image": image, "text": "t", "rank": rank, "val_recall10": recall}
+        ranking.append(row | {score: recall})
+        recalls[f"{image}:t"] = [0.1, 0.2, recall] * 2
+    print_ranking(ranking, recalls, retrieval)
+    out = capfd.readouterr().out
+    lines = [line for line in out.splitlines() if " t " in line]
+    assert [line[0] for line in lines] == ["┌", "└", " "]
+    assert [line[1:].split()[:2] for line in lines] == [["1", "50.0"], ["2", "47.8"], ["3", "42.2"]]
+    assert "± 3.3" in lines[0] and ("expected" in out) == (score == "expected_recall10")
+    assert "The 2 pairs in the bracket cannot be told apart on 900 validation pictures." in out
+
+
+def test_the_leading_pair_is_the_best_of_both_directions():
+    assert leading_pair({"a:t": [0, 0, 0.5, 0, 0, 0.1], "b:t": [0, 0, 0.3, 0, 0, 0.4]}) == "b:t 35.0%"
+    assert leading_pair({"a:t": [0.0] * 6}) == "a:t 0.0%"
