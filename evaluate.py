@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import vlm
-from hyma.answer import answer, print_table
+from hyma.answer import answer, print_tables
 from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, trained_by_batches
 from hyma.embeddings import Embeddings, unique
 from hyma.evaluation import EvaluationResult, evaluate_methods
@@ -355,9 +355,10 @@ def main():
     # Records, and the report that is drawn from them.
     gallery = make_gallery(result, tasks, flags.pictures)
     warnings += gallery.warnings
-    sentence = answer(result)
+    sentences = answer(result)
     results = {
-        "answer": sentence,
+        "answer": " ".join(sentences),
+        "sentences": sentences,
         "warnings": warnings,
         "oracle": oracle.name,
         "results": records,
@@ -366,12 +367,12 @@ def main():
     }
     save_report(flags.out, result, gallery, results)
 
-    print_table(result)
+    print_tables(result)
     for line in warnings:
         print(f"warning: {line}")
     if gallery.note:
         print(gallery.note)
-    print(f"\n{sentence}")
+    print(f"\n{' '.join(sentences)}")
     print(f"connector: {primary.runs[0].connector(*pairs[result.chosen])}\nreport: {flags.out / 'report.html'}")
 
 

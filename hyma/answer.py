@@ -1,33 +1,54 @@
-"""The answer in words: the sentence and the table that evaluate.py prints, and numbers as page and table show them."""
+"""The answer in words: the sentences and tables that evaluate.py prints, and numbers as page and tables show them."""
 
-import numpy as np
-
+from hyma.brackets import brackets
 from hyma.costs import cost_ratio
-from hyma.evaluation import best_first
-from hyma.metrics import INTERVAL, best_pairs
+from hyma.evaluation import ALIKE, BETTER, CHOSEN, is_no_better_than_random, ranking_rows
+from hyma.metrics import best_pairs
 from hyma.tasks import KINDS
 
-# ----------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+PAIRS_SHOWN = 20  # of a long ranking; ranking.csv has the rest
 
 
-def print_table(result):
-    """One line per method, as the trainers print their rankings."""
+def print_tables(result):
+    """The pairs by their true scores, and the ways of choosing by their regret, as the trainers print their rankings."""
+    print_pairs(result)
+    print_methods(result)
+
+
+def print_pairs(result):
+    """One line per pair, truly best first, its score first. The chosen pair and those like it have a bracket."""
     task, oracle = result.headline, result.oracle
-    base = result.costs[oracle.name]
-    wide = max(len(method.name) for method in result.methods)
-    heads = "regret, points (95 %)  top-1  recall@3  NDCG@3  Spearman  tau-b    TFLOP        s  x oracle  chosen"
+    rows = rows_of_headline(result)
+    shown = rows[:PAIRS_SHOWN]
+    wide = max(len(row["image"]) for row in rows)
     print(f"\n{task.name}, {task.counted}; truth: {oracle.name}, seeds: {len(oracle.runs)}")
-    print(f"{'':{wide}}  {heads}")
-    for each in result.method_results[0]:
+    print(f"  {'score, % (95 %)':20}  {'minus chosen (95 %)':22}  pair")
+    marks = brackets([row["verdict"] in (CHOSEN, ALIKE) for row in shown])
+    for mark, row in zip(marks, shown):
+        score = f"{row['true_score']:5.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        behind = f"{row['minus_chosen']:+5.1f} ({row['minus_chosen_low']:+.1f} to {row['minus_chosen_high']:+.1f})"
+        if row["verdict"] == CHOSEN:
+            behind = "chosen"
+        print(f"{mark} {score:20}  {behind:22}  {row['image']:{wide}}  {row['text']}")
+    if len(rows) > len(shown):
+        print(f"  and {len(rows) - len(shown)} pairs more, in ranking.csv")
+
+
+def print_methods(result):
+    """One line per method, the least regret first."""
+    base = result.costs[result.oracle.name]
+    wide = max(len(method.name) for method in result.methods)
+    print(f"\n  {'regret, points (95 %)':21}  Spearman    TFLOP        s  x oracle  {'chosen by':{wide}}  pair")
+    for each in sorted(result.method_results[0], key=lambda each: each.fidelity["regret"].value):
         cost, regret = result.costs[each.method], each.fidelity["regret"]
-        interval = f"{regret.value:6.2f} ({regret.low:.2f} to {regret.high:.2f})"
-        metrics = ""
-        for metric, width in (("top1", 7), ("recall3", 10), ("ndcg3", 8), ("spearman", 10), ("tau", 7)):
-            metrics += f"{each.fidelity[metric].value:{width}.2f}"
+        interval = f"{regret.value:5.2f} ({regret.low:.2f} to {regret.high:.2f})"
         ratio = format_number(cost_ratio(cost, base, "flops_equal_batch"), 3)
         spent = f"{teraflop(cost.flops):>9}{format_number(cost.seconds, 1):>9}{ratio:>10}"
         choice = describe_choice(list(map(result.pair_name, each.chosen)), each.seeds)
-        print(f"{each.method:{wide}}  {interval:21}{metrics}{spent}  {choice}")
+        spearman = each.fidelity["spearman"].value
+        print(f"  {interval:21}  {spearman:8.2f}{spent}  {each.method:{wide}}  {choice}")
 
 
 def format_number(value, digits=2):
@@ -53,68 +74,127 @@ def describe_choice(chosen, seeds):
     return f"{chosen[0]} or {chosen[1]}, by seed" if len(chosen) == 2 else f"{len(chosen)} pairs, by seed"
 
 
-# -------------------------------------------------------------------------------------------------------- the sentence
+# ------------------------------------------------------------------------------------------------------- the sentences
 
 
 def answer(result):
-    """One sentence: the pair to stitch, how certain that is, what the search cost."""
-    clauses = [describe_pair(result), describe_certainty(result), *describe_others(result)]
+    """[sentences]: the pair to stitch, how it compares with the others, its regret, bad news, its score, the cost."""
+    sentences = [describe_choice_of_pair(result), describe_comparison(rows_of_headline(result), result.headline.counted)]
+    sentences.append(describe_regret(result))
+    sentences += describe_failures(result)
+    sentences.append(describe_score(result))
     if result.primary.trained:
-        clauses.append(describe_cost(result))
-    return "; ".join(clauses) + "."
+        sentences.append(describe_cost(result))
+    return sentences
 
 
-def describe_pair(result):
-    """The pair, which method chose it, and what its connector scores."""
-    task, primary = result.headline, result.primary
+def rows_of_headline(result):
+    """The rows of ranking.csv on the first task."""
+    return [row for row in ranking_rows(result) if row["task"] == result.headline.name]
+
+
+def describe_choice_of_pair(result):
+    """The pair, and which method chose it."""
+    primary = result.primary
     image, text = result.pairs[result.chosen]
     pair = f"Stitch {image} with {text} (mlp{primary.runs[0].hidden_layers})"
-    own = task.scores[primary.name][0, result.chosen]
-    scores = f"its connector scores {100 * own:.1f} % on {task.name} ({KINDS[task.kind].headline})"
     if not primary.trained:
-        return f"{pair}, the best of {primary.name}: {scores}"
+        return f"{pair}, the best of {primary.name}."
     ties = len(best_pairs(primary.preferences.mean(0))) - 1
     tied = f" (tied with {ties} more)" if ties else ""
-    return f"{pair}, the choice of {primary.name}{tied}: {scores}"
+    return f"{pair}, the choice of {primary.name}{tied}."
 
 
-def describe_certainty(result):
-    """In how many resamples the pair is truly the best, and how far behind the best it is otherwise."""
-    task, oracle, chosen = result.headline, result.oracle, result.chosen
-    truth = result.true_scores(task)  # [P]
-    resampled = result.bootstrap_scores(task)  # [R, P]
-    is_best = resampled == resampled.max(1, keepdims=True)
-    percent = 100 * (is_best[:, chosen] / is_best.sum(1)).mean()  # pairs that tie share a resample
+def describe_comparison(rows, counted):
+    """Which pairs are better than the chosen one, and which cannot be told apart from it.
+
+    rows: of ranking.csv on a task, whose verdicts the page's table shows too. counted: how many pictures or questions.
+    """
+    of_verdict = {CHOSEN: [], BETTER: [], ALIKE: []}
+    for row in rows:
+        if row["verdict"] in of_verdict:
+            of_verdict[row["verdict"]].append((row["image"], row["text"]))
+    (chosen,) = of_verdict[CHOSEN]
+    better, alike = of_verdict[BETTER], of_verdict[ALIKE]
+    own = " with ".join(chosen)
+    if better:
+        verb = "is" if len(better) == 1 else "are"
+        sentence = f"{name_pairs(better, len(rows))} {verb} better on {counted} than {own}, which was chosen"
+        if alike:
+            sentence += f"; {name_pairs(alike, len(rows))} cannot be told apart from it"
+        return f"{sentence}."
+    if alike:
+        group = sorted([chosen, *alike])
+        one_text = len({text for _, text in group}) == 1
+        short = chosen[0] if one_text else own
+        return f"{name_pairs(group, len(rows))} cannot be told apart on {counted}; {short} was chosen."
+    if len(rows) == 1:
+        return f"{own} is the only pair."
+    return f"{own} is better than every other pair on {counted}, and was chosen."
+
+
+def name_pairs(pairs, count):
+    """Pairs as "a, b and c with d"; so many that nobody reads them all as "12 of the 27 pairs". count: of all pairs."""
+    images_of_text = {}
+    for image, text in sorted(pairs):
+        images_of_text.setdefault(text, []).append(image)
+    texts_of_images = {}
+    for text, images in images_of_text.items():
+        texts_of_images.setdefault(tuple(images), []).append(text)
+    names = sum(len(images) + len(texts) for images, texts in texts_of_images.items())
+    if len(texts_of_images) > 2 or names > 12:
+        return f"{len(pairs)} of the {count} pairs"
+    return ", and ".join(
+        f"{enumerate_names(images)} with {enumerate_names(texts, 'or')}" for images, texts in texts_of_images.items()
+    )
+
+
+def enumerate_names(names, joined_by="and"):
+    """Names as "a", "a and b", or "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} {joined_by} {last}" if others else last
+
+
+def describe_regret(result):
+    """How far behind the truly best pair the choice is, as the tables have it, and what a random choice loses."""
+    oracle = result.oracle
     by = "its own connectors"
     if oracle is not result.primary:
         seeds = f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
         by = f"the connectors of {oracle.name}{seeds}"
-    clause = f"by {by}, the pair is the best of {len(truth)} in {percent:.0f} % of resamples of {task.counted}"
-    best = int(truth.argmax())
-    if truth[chosen] == truth[best]:
-        return clause
-    return f"{clause}, {100 * (truth[best] - truth[chosen]):.1f} points below {result.pair_name(best)}"
+    regret = regret_of_primary(result, 0)
+    return f"By {by}, its regret is {describe_interval(regret)}; that of a random choice is {regret.random:.2f}."
 
 
-def describe_others(result):
-    """The pairs that are clearly better, and those that noise does not separate from the chosen one: one clause each."""
-    chosen = result.chosen
-    resampled = result.bootstrap_scores(result.headline)  # [R, P]
-    low, high = np.percentile(resampled - resampled[:, [chosen]], INTERVAL, axis=0)  # [P] the others minus the chosen
-    better, alike = [], []
-    for k in best_first(result.true_scores(result.headline)):
-        if k == chosen:
-            continue
-        if low[k] > 0:
-            better.append(result.pair_name(k))
-        elif high[k] >= 0:
-            alike.append(result.pair_name(k))
-    clauses = []
-    for words, pairs in (("clearly better", better), ("within noise", alike)):
-        more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-        if pairs:
-            clauses.append(f"{words}: {', '.join(pairs[:3])}{more}")
-    return clauses
+def describe_interval(regret):
+    return f"{regret.value:.2f} points (95 %: {regret.low:.2f} to {regret.high:.2f})"
+
+
+def regret_of_primary(result, place):
+    """The Estimate of the regret of the method that made the choice, on the task in that place."""
+    for each in result.method_results[place]:
+        if each.method == result.primary.name:
+            return each.fidelity["regret"]
+
+
+def describe_failures(result):
+    """A sentence for each task on which the choice is no better than a random one."""
+    sentences = []
+    for place, task in enumerate(result.tasks):
+        regret = regret_of_primary(result, place)
+        if result.primary is not result.oracle and is_no_better_than_random(regret):
+            sentences.append(
+                f"On {task.name} the choice is no better than a random one: its regret is {describe_interval(regret)}, that "
+                f"of a random choice {regret.random:.2f}."
+            )
+    return sentences
+
+
+def describe_score(result):
+    """What the chosen pair's own connector scores."""
+    task = result.headline
+    own = task.scores[result.primary.name][0, result.chosen]
+    return f"Its connector scores {100 * own:.1f} % on {task.name} ({KINDS[task.kind].headline})."
 
 
 def describe_cost(result):
@@ -122,7 +202,7 @@ def describe_cost(result):
     primary, oracle = result.primary, result.oracle
     cost = result.costs[primary.name]
     ratio = cost_ratio(cost, result.costs[oracle.name], "flops_equal_batch")
-    clause = f"{teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
+    sentence = f"The search cost {teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
     if not ratio or oracle is primary:
-        return clause
-    return f"{clause}, {ratio:.2g}x of {oracle.name} at equal batch size"
+        return f"{sentence}."
+    return f"{sentence}, {ratio:.2g} times the FLOPs of {oracle.name} at equal batch size."

@@ -44,6 +44,18 @@ class MethodResult(NamedTuple):
     own: OwnConnectors
 
 
+class Comparison(NamedTuple):
+    """The true score of a pair minus that of the chosen one, in points, and what follows from its interval."""
+
+    difference: float
+    low: float  # 95 % bootstrap interval, over rows and seeds
+    high: float
+    verdict: str  # of VERDICTS
+
+
+CHOSEN, BETTER, ALIKE, WORSE = VERDICTS = "chosen", "better", "cannot be told apart", "worse"
+
+
 class EvaluationResult(NamedTuple):
     """All that a report is made from."""
 
@@ -136,6 +148,33 @@ def compare_connectors(scores, preferences, truth):
     return OwnConnectors(100 * of_choice.mean(), (100 * gap).mean(), (100 * gap)[best_third].mean())
 
 
+def compare_pairs(result, task):
+    """[P] a Comparison of every pair with the chosen one. Both have the same resampled pictures and seeds, so that what
+    makes all pairs' scores higher or lower at once does not count as noise."""
+    truth = 100 * result.true_scores(task)  # [P]
+    resampled = 100 * result.bootstrap_scores(task)  # [R, P]
+    chosen = result.chosen
+    differences = truth - truth[chosen]  # [P]
+    low, high = np.percentile(resampled - resampled[:, [chosen]], INTERVAL, axis=0)  # [P]
+    comparisons = []
+    for k, difference in enumerate(differences):
+        if k == chosen:
+            verdict = CHOSEN
+        elif low[k] > 0:
+            verdict = BETTER
+        elif high[k] < 0:
+            verdict = WORSE
+        else:
+            verdict = ALIKE
+        comparisons.append(Comparison(difference, low[k], high[k], verdict))
+    return comparisons
+
+
+def is_no_better_than_random(regret):
+    """Whether the interval of a method's regret, an Estimate, reaches the regret of a random choice."""
+    return bool(regret.high >= regret.random)
+
+
 def best_first(truth):
     """The indices of the pairs, truly best first. truth: [P]."""
     return np.argsort(-truth, kind="stable").tolist()
@@ -145,8 +184,8 @@ def best_first(truth):
 
 
 def ranking_rows(result):
-    """ranking.csv: a row for each task and pair, truly best first: true score in points, its interval, every method's rank, and
-    the score of every run's own connector."""
+    """ranking.csv: a row for each task and pair, truly best first: true score in points, its interval, every method's rank,
+    the score of every run's own connector, and the Comparison with the chosen pair."""
     ranks = {}
     for method in result.methods:
         ranks[f"rank by {method.name}"] = rankdata(-method.preferences.mean(0))
@@ -157,11 +196,17 @@ def ranking_rows(result):
         columns = {"true_rank": rankdata(-truth), "true_score": truth, "low": low, "high": high} | ranks
         for name, scores in task.scores.items():
             columns[f"score of {name}"] = 100 * scores.mean(0)  # [P]
+        comparisons = compare_pairs(result, task)
         for k in best_first(truth):
             image, text = result.pairs[k]
             row = {"task": task.name, "image": image, "text": text}
             for name, values in columns.items():
                 row[name] = round(values[k], 3)
+            each = comparisons[k]
+            row["minus_chosen"] = round(each.difference, 3)
+            row["minus_chosen_low"] = round(each.low, 3)
+            row["minus_chosen_high"] = round(each.high, 3)
+            row["verdict"] = each.verdict
             rows.append(row)
     return rows
 

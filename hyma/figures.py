@@ -10,18 +10,34 @@ import textwrap
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from scipy.stats import rankdata
 
 from hyma.embeddings import unique
+from hyma.evaluation import ALIKE, CHOSEN, compare_pairs
 from hyma.files import read_jsonl
 from hyma.metrics import best_pairs, fidelity, mean_recalls
+from hyma.plotting import (
+    COLOURS,
+    GREY,
+    INK,
+    draw_lines,
+    label_epochs,
+    legend_below,
+    method_style,
+    pair_styles,
+    panels,
+    shorten,
+    show_on_pointer,
+)
 from hyma.pair_names import pair_name
-from hyma.plotting import COLOURS, draw_lines, label_epochs, legend_below, method_style, pair_styles, panels, shorten
 from vlm import BadInput
 
+FIRST_SCREEN = "first screen"  # the section of a figure that stands beside the answer
 FIGURES = {}  # kind -> its class
 
 
@@ -110,30 +126,35 @@ class CostAgainstRegret:
 
     @staticmethod
     def draw(records, facts):
+        """A line for each method, so that no two markers overlap, whatever the methods have in common."""
         numbers = ("regret", "regret_low", "regret_high", "regret_random", "flops", "flops_with_embedding")
         rows = records.read_table(f"{facts['name']}.csv", ("method", "kind"), numbers)
-        panel_values = {"search alone": column(rows, "flops") / 1e12}  # TFLOP
+        rows.sort(key=lambda row: -row["regret"])  # the least regret is drawn last, at the top
+        spent_of_panel = {"search alone": column(rows, "flops") / 1e12}  # TFLOP
         with_embedding = column(rows, "flops_with_embedding") / 1e12
         if not np.isnan(with_embedding).any():
-            panel_values["with embedding"] = with_embedding
-        figure, axes = panels(len(panel_values), 2, 3.4 + 2.6 / len(panel_values), 4.2, sharey=True)
-        for axis, (title, spent) in zip(axes, panel_values.items()):
-            least, most = spent[spent > 0].min(), spent.max()
-            for row, own in zip(rows, spent):
-                draw_regret(axis, row, own, least, method_style(records, row["method"]))
-            axis.axhline(rows[0]["regret_random"], color="grey", lw=1, ls=":", label="a random order")
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1,) if most > 30 * least else (1, 2, 5)))
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_xlabel(f"TFLOP, {title}")
-        axes[0].set_ylabel("regret, points")
-        axes[0].set_ylim(bottom=-0.04 * axes[0].get_ylim()[1])
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+            spent_of_panel["with embedding"] = with_embedding
+        names = [shorten(row["method"], 34) for row in rows]
+        figure = Figure(figsize=(4.6 + 2.1 * len(spent_of_panel), 0.9 + 0.27 * len(rows)), layout="constrained")
+        shares = [1.5] + [1] * len(spent_of_panel)
+        regrets, *costs = figure.subplots(1, len(shares), sharey=True, width_ratios=shares)
+
+        for place, row in enumerate(rows):
+            draw_regret(regrets, place, row, method_style(records, row["method"]))
+        regrets.axvline(rows[0]["regret_random"], color=GREY, lw=1, ls=":")
+        regrets.set_xlim(left=min(0, *column(rows, "regret_low")) - 0.02 * regrets.get_xlim()[1])
+        regrets.set_xlabel("regret, points (dotted: a random order)", fontsize=8)
+        regrets.set_yticks(range(len(rows)), names, fontsize=8)
+        for axis, (title, spent) in zip(costs, spent_of_panel.items()):
+            draw_costs(axis, rows, spent, [method_style(records, row["method"]) for row in rows])
+            axis.set_xlabel(f"TFLOP, {title}", fontsize=8)
+        for axis in (regrets, *costs):
+            axis.tick_params(labelsize=8, left=False)
+            axis.grid(axis="y", alpha=0.25)
+            axis.spines[["top", "right", "left"]].set_visible(False)
         caption = (
-            f"{facts['task']}: the regret of each method against its cost (log axis; down and left is better). "
-            "Bars: 95 % bootstrap interval. Filled: runs; open: selectors, which train nothing."
+            f"{facts['task']}: the regret of each method with its 95 % bootstrap interval, and its cost (log axes; "
+            "0: no FLOPs). Filled: runs; open: selectors, which train nothing."
         )
         return figure, caption
 
@@ -143,16 +164,34 @@ def column(rows, name):
     return np.array([row[name] for row in rows], dtype=float)
 
 
-def draw_regret(axis, row, spent, least, style):
-    """One method's marker and interval; one that costs nothing is left of the least cost. spent, least: TFLOP."""
-    below = max(0, row["regret"] - row["regret_low"])
-    above = max(0, row["regret_high"] - row["regret"])
-    style |= {"ls": "none", "ms": 8, "elinewidth": 1}
-    if row["kind"] == "selector":
-        style["mfc"] = "white"
-    if not spent:
-        style["label"] += " (no FLOPs)"
-    axis.errorbar(spent or least / 4, row["regret"], [[below], [above]], capsize=2, **style)
+def draw_regret(axis, place, row, style):
+    """One method's marker and interval, on the line of that place."""
+    axis.plot([row["regret_low"], row["regret_high"]], [place, place], color=style["color"], lw=1.6)
+    marker = axis.plot(row["regret"], place, **marker_style(row, style))[0]
+    interval = f"{row['regret_low']:.2f} to {row['regret_high']:.2f}"
+    show_on_pointer(marker, f"{row['method']}: regret {row['regret']:.2f} points ({interval})")
+
+
+def draw_costs(axis, rows, spent, styles):
+    """The marker of each method at what it spent, on a log axis; a 0 at its left end for one that spent nothing."""
+    for place, (row, own, style) in enumerate(zip(rows, spent, styles)):
+        if own > 0:
+            marker = axis.plot(own, place, **marker_style(row, style))[0]
+            show_on_pointer(marker, f"{row['method']}: {own:.3g} TFLOP")
+        else:
+            axis.annotate("0", (0.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    least, most = spent[spent > 0].min(), spent.max()
+    axis.set_xscale("log")
+    axis.set_xlim(least / 3, most * 2)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if most > 30 * least else (1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def marker_style(row, style):
+    """A method's marker alone, open for a selector."""
+    style = {key: style[key] for key in ("color", "marker")} | {"ls": "none", "ms": 7}
+    return style | ({"mfc": "none"} if row["kind"] == "selector" else {})
 
 
 @register
@@ -179,24 +218,36 @@ class Ranks:
 
     @staticmethod
     def draw(records, facts):
-        rows = records.read_table(f"{facts['name']}.csv", ("method",), ("true_rank", "rank"))
+        rows = records.read_table(f"{facts['name']}.csv", ("method", "image", "text"), ("true_rank", "rank"))
         methods = unique(row["method"] for row in rows)
         figure, axes = panels(len(methods), 4, 2.2, 2.35, sharex=True, sharey=True)
         for axis, method in zip(axes, methods):
             own = [row for row in rows if row["method"] == method]
-            truth, ranks = column(own, "true_rank"), column(own, "rank")
-            best = ranks == ranks.min()
-            axis.plot([1, len(ranks)], [1, len(ranks)], color="grey", lw=0.8, ls=":")
-            axis.scatter(truth[~best], ranks[~best], s=22, color=COLOURS[0], alpha=0.7, linewidths=0)
-            axis.scatter(truth[best], ranks[best], s=46, color=COLOURS[1], marker="D")
+            axis.plot([1, len(own)], [1, len(own)], color="grey", lw=0.8, ls=":")
+            draw_ranks(axis, own)
             axis.set_title(textwrap.fill(method, 26), fontsize=8)
         figure.supxlabel("true rank (1: the best)", fontsize=9)
         figure.supylabel("rank given", fontsize=9)
         caption = (
             f"{facts['task']}: the true rank of every pair and the rank that each method gives it; ties have their average "
-            "rank. Diamond: the pair that the method chose."
+            "rank. Diamond: the pair that the method chose. A number: so many pairs have the same two ranks."
         )
         return figure, caption
+
+
+def draw_ranks(axis, rows):
+    """A marker for each pair; pairs of the same two ranks share one, with their number in it."""
+    pairs_at_place = {}
+    for row in rows:
+        pairs_at_place.setdefault((row["true_rank"], row["rank"]), []).append(f"{row['image']}:{row['text']}")
+    first = min(row["rank"] for row in rows)
+    for (truth, rank), pairs in pairs_at_place.items():
+        style = {"marker": "D", "color": COLOURS[1]} if rank == first else {"marker": "o", "color": COLOURS[0]}
+        size = 5.5 if len(pairs) == 1 else 10
+        marker = axis.plot(truth, rank, ls="none", ms=size, mew=0, **style)[0]
+        show_on_pointer(marker, f"{', '.join(pairs)}: true rank {truth:g}, given {rank:g}")
+        if len(pairs) > 1:
+            axis.text(truth, rank, len(pairs), color="white", fontsize=7, ha="center", va="center_baseline")
 
 
 @register
@@ -243,32 +294,21 @@ class Heatmap:
             for row in rows:
                 grids[key][images.index(row["image"]), texts.index(row["text"])] = row[key]
 
-        longest_down = max(map(len, map(shorten, images)))
-        longest_across = max(map(len, map(shorten, texts)))
-        upright = longest_across > 9
-        wide = 0.075 * longest_down + 3 * (0.7 * max(3, len(texts)) + 0.2)
-        tall = 0.75 + 0.36 * len(images) + (0.075 * longest_across if upright else 0.2)
-        figure = Figure(figsize=(wide, tall), layout="constrained")
-
+        figure = Figure(figsize=heatmap_size(images, texts, 3), layout="constrained")
         scores = np.stack([grids["oracle"], grids["run"]])
         most = max(1e-9, np.nanmax(np.abs(grids["difference"])))
-        of_scores = {"cmap": "cividis", "vmin": np.nanmin(scores), "vmax": np.nanmax(scores)}
-        of_difference = {"cmap": "PuOr", "vmin": -most, "vmax": most}
+        of_scores = "cividis", Normalize(np.nanmin(scores), np.nanmax(scores))
+        of_difference = "PuOr", Normalize(-most, most)
         shown = (
             (f"oracle: {oracle}", "oracle", facts["best"], of_scores, "{:.1f}"),
             (method, "run", facts["chosen"], of_scores, "{:.1f}"),
             ("difference", "difference", [], of_difference, "{:+.1f}"),
         )
         for axis, (title, key, boxed, colours, form) in zip(figure.subplots(1, 3, sharey=True), shown):
-            cells = axis.imshow(grids[key], aspect="auto", **colours)
-            write_cells(axis, grids[key], cells, form)
+            draw_cells(axis, grids[key], images, texts, colours, form, title)
             for image, text in boxed:
-                corner = texts.index(text) - 0.47, images.index(image) - 0.47
-                axis.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor=COLOURS[1], lw=2.5))
+                draw_box(axis, images.index(image), texts.index(text))
             axis.set_title(textwrap.fill(title, 9 * max(3, len(texts))), fontsize=9)
-            axis.set_xticks(range(len(texts)), list(map(shorten, texts)), rotation=90 if upright else 0, fontsize=8)
-            axis.set_yticks(range(len(images)), list(map(shorten, images)), fontsize=8)
-            axis.tick_params(length=0)
         caption = (
             f"{facts['task']}, score in % of every pair: {oracle} (the oracle), {method}, and the difference in points. "
             "Boxed: the oracle's best pair, and the pair that the run chose."
@@ -281,18 +321,90 @@ def pairs_at(result, places):
     return [list(result.pairs[k]) for k in places]
 
 
-def write_cells(axis, grid, cells, form):
-    """The number in each cell, black on light colours and white on dark ones."""
+def heatmap_size(images, texts, across):
+    """The size in inches of a figure with so many heatmaps side by side."""
+    longest_down = max(map(len, map(shorten, images)))
+    longest_across = max(map(len, map(shorten, texts)))
+    wide = 0.075 * longest_down + across * (0.7 * max(3, len(texts)) + 0.2)
+    tall = 0.75 + 0.36 * len(images) + (0.075 * longest_across if longest_across > 9 else 0.2)
+    return wide, tall
+
+
+def draw_cells(axis, grid, images, texts, colours, form, title):
+    """A heatmap: images down, texts across, each cell with its number, black on light colours and white on dark ones.
+
+    grid: [images, texts], NaN where a pair is missing. colours: (name of a colour map, Normalize). form: of the numbers.
+    title: what the numbers are, for the pointer.
+    """
+    name, normalise = colours
     for (i, j), value in np.ndenumerate(grid):
         if np.isnan(value):
             continue
-        brightness = np.dot(cells.cmap(cells.norm(value))[:3], (0.3, 0.59, 0.11))
-        text = form.format(round(value, 1) + 0.0)  # + 0.0: no minus before a zero
-        colour = "black" if brightness > 0.5 else "white"
-        axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+        colour = colormaps[name](normalise(value))
+        number = form.format(round(value, 1) + 0.0)  # + 0.0: no minus before a zero
+        cell = axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, lw=0))
+        ink = INK if np.dot(colour[:3], (0.3, 0.59, 0.11)) > 0.5 else "white"
+        label = axis.text(j, i, number, ha="center", va="center", color=ink, fontsize=8)
+        for artist in (cell, label):
+            show_on_pointer(artist, f"{images[i]}:{texts[j]}, {title}: {number}")
+    axis.set_xlim(-0.5, len(texts) - 0.5)
+    axis.set_ylim(len(images) - 0.5, -0.5)
+    upright = max(map(len, map(shorten, texts))) > 9
+    axis.set_xticks(range(len(texts)), list(map(shorten, texts)), rotation=90 if upright else 0, fontsize=8)
+    axis.set_yticks(range(len(images)), list(map(shorten, images)), fontsize=8)
+    axis.tick_params(length=0)
+
+
+def draw_box(axis, i, j, **style):
+    """A box around the cell of row i and column j."""
+    style = {"edgecolor": COLOURS[1], "lw": 2.5} | style
+    axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, fill=False, **style))
 
 
 # ----------------------------------------------------------------------------------------------- once for the report
+
+
+@register
+class TrueScores:
+    """The first screen's heatmap: the true score of every pair on the first task, the choice boxed."""
+
+    kind = "true-scores"
+    section = FIRST_SCREEN
+
+    @staticmethod
+    def save(result):
+        """A row per pair, in the order of the report's pairs."""
+        truth = (100 * result.true_scores(result.headline)).round(3).tolist()  # [P]
+        rows = []
+        for (image, text), score, each in zip(result.pairs, truth, compare_pairs(result, result.headline)):
+            rows.append({"image": image, "text": text, "true_score": score, "verdict": each.verdict})
+        return FigureData("true-scores", rows)
+
+    @staticmethod
+    def draw(records, facts):
+        rows = records.read_table(f"{facts['name']}.csv", ("image", "text", "verdict"), ("true_score",))
+        images = unique(row["image"] for row in rows)
+        texts = unique(row["text"] for row in rows)
+        grid = np.full((len(images), len(texts)), np.nan)
+        for row in rows:
+            grid[images.index(row["image"]), texts.index(row["text"])] = row["true_score"]
+        figure = Figure(figsize=heatmap_size(images, texts, 1), layout="constrained")
+        axis = figure.subplots()
+        colours = "cividis", Normalize(np.nanmin(grid), np.nanmax(grid))
+        draw_cells(axis, grid, images, texts, colours, "{:.1f}", "true score in %")
+        for row in rows:
+            place = images.index(row["image"]), texts.index(row["text"])
+            if row["verdict"] == CHOSEN:
+                draw_box(axis, *place, lw=3.5)
+            elif row["verdict"] == ALIKE:
+                draw_box(axis, *place, lw=1.3, ls=(0, (3, 2)))
+        task = records.page["tasks"][0]
+        caption = (
+            f"True score of every pair on {task['name']}, in %. Boxed: the choice. Dashed: cannot be told apart from it on "
+            f"{task['counted']}."
+        )
+        return figure, caption
+
 
 
 @register

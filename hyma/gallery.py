@@ -1,4 +1,4 @@
-"""The report's gallery: captions drawn at random, and the pictures that the best and the worst pair retrieve for them.
+"""The report's gallery: captions drawn at random, whether the chosen pair finds their pictures, and what it retrieves.
 
 Its rows and small copies of its pictures are saved with the report (`make_gallery`), and the page's table is made from
 these alone (`gallery_table`). A picture is read only if it lies in the folder that the embedding folder's manifest names,
@@ -19,8 +19,9 @@ from hyma.embeddings import unique
 from hyma.pair_names import pair_name
 from hyma.tasks import image_inputs, text_inputs
 
-QUERIES = 6  # captions
-NEAREST = 5  # pictures for each
+FOUND, MISSED = "found", "missed"
+QUERIES = 3  # captions of each
+NEAREST = 5  # pictures for each, among which its own is found or missed
 PIXELS = 112  # longer edge of a thumbnail
 
 
@@ -47,8 +48,10 @@ def make_gallery(result, tasks, pictures=None) -> Gallery:
     first_row = {}  # picture -> place in rows of the first that has it
     for place, row in enumerate(rows):
         first_row.setdefault(row["image"], place)
-    queries = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:QUERIES].tolist()
     roles = gallery_roles(result)
+    ranks = {pair: caption_ranks(task, run, pair) for pair in roles}  # each [rows]
+    of_chosen = ranks[result.pairs[result.chosen]]
+    queries = draw_queries(rows, of_chosen)
     retrieved = {}  # pair -> [queries, nearest] indices of pictures
     for pair in roles:
         retrieved[pair] = nearest_pictures(task, run, pair, list(first_row.values()), queries)
@@ -59,16 +62,19 @@ def make_gallery(result, tasks, pictures=None) -> Gallery:
         caption = rows[place]["caption"]
         right = {row["image"] for row in rows if row["caption"] == caption}
         for pair in roles:
+            columns = {"caption": caption, "own": rows[place]["image"], "pair": pair_name(pair)}
+            columns["rank"] = 1 + ranks[pair][place]
             for nth, k in enumerate(retrieved[pair][query], 1):
-                row = {"caption": caption, "pair": pair_name(pair), "place": nth}
-                table.append(row | {"picture": names[k], "right": names[k] in right})
+                table.append(columns | {"place": nth, "picture": names[k], "right": names[k] in right})
 
-    shown = unique(row["picture"] for row in table)
+    shown = unique([row["picture"] for row in table] + [row["own"] for row in table])
     root = task.data.folder / task.data.manifest.get("root", ".")
     files, thumbnails, outside = make_thumbnails(shown, root, Path(pictures or root))
     facts = {
         "task": task.name,
         "pictures": len(first_row),
+        "found": round(found_share(rows, of_chosen), 6),
+        "nearest": NEAREST,
         "run": str(run.folder),
         "pairs": [{"pair": pair_name(pair), "role": role} for pair, role in roles.items()],
         "thumbnails": files,
@@ -102,6 +108,41 @@ def gallery_roles(result):
     roles = {result.pairs[result.chosen]: "the pair to stitch"}
     roles.setdefault(result.pairs[worst], "the worst")
     return roles
+
+
+@torch.no_grad()
+def caption_ranks(task, run, pair):
+    """[rows] how many pictures a run's connector puts before the first right one, of the caption of each row."""
+    image, text = pair
+    vectors = F.normalize(image_inputs(task, image).float(), dim=1)  # [rows, D_i]
+    captions = F.normalize(text_inputs(task, text).float(), dim=1)  # [rows, D_t]
+    mapped = vlm.map_text(vlm.load_connector(run.connector(image, text)), captions)  # [rows, D_i]
+    caption_of_row = task.retrieval.place["caption"]
+    device = caption_of_row.device
+    of_captions, _ = task.retrieval.ranks(mapped.to(device), vectors.to(device))  # [different captions]
+    return of_captions[caption_of_row].tolist()
+
+
+def draw_queries(rows, ranks):
+    """Places of captions in the rows, drawn at random: first some whose picture is found, then some whose is missed.
+
+    A caption that several rows have is drawn once. Where one kind has too few, the other has more.
+    """
+    found, missed, drawn = [], [], set()
+    for place in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist():
+        caption = rows[place]["caption"]
+        if caption not in drawn:
+            drawn.add(caption)
+            (found if ranks[place] < NEAREST else missed).append(place)
+    more_found = max(0, QUERIES - len(missed))
+    more_missed = max(0, QUERIES - len(found))
+    return found[: QUERIES + more_found] + missed[: QUERIES + more_missed]
+
+
+def found_share(rows, ranks):
+    """The share of the different captions whose picture is among the nearest."""
+    rank_of_caption = {row["caption"]: rank for row, rank in zip(rows, ranks)}
+    return sum(rank < NEAREST for rank in rank_of_caption.values()) / len(rank_of_caption)
 
 
 @torch.no_grad()
@@ -183,23 +224,39 @@ class Tile(NamedTuple):
     right: bool  # whether the caption is its own
 
 
-def gallery_table(records):
-    """The page's table: [(caption, [the Tiles of each pair])]; None of a report without a gallery."""
+class Retrieved(NamedTuple):
+    """What a pair retrieves for a caption."""
+
+    tiles: list  # of Tile, nearest first
+    rank: int  # the place of the caption's own picture, from 1
+
+
+class Query(NamedTuple):
+    """A caption on the page."""
+
+    caption: str
+    own: Tile  # a picture of it
+    outcome: str  # FOUND or MISSED, by the chosen pair
+    of_pairs: list  # of Retrieved
+
+
+def gallery_queries(records):
+    """The page's [Query]; None of a report without a gallery."""
     facts = records.page["gallery"]
     if facts is None:
         return None
     jpegs = {}
     for picture, file in facts["thumbnails"].items():
         jpegs[picture] = base64.b64encode(records.read(file)).decode()
-    tiles = {}  # (query, pair) -> [Tile]
-    captions = []
-    first_pair = facts["pairs"][0]["pair"]
-    for row in records.read_table("gallery.csv", ("caption", "pair", "picture", "right"), ("place",)):
-        if row["place"] == 1 and row["pair"] == first_pair:  # a new caption, which may have the text of one before
-            captions.append(row["caption"])
+    queries = []
+    texts = ("caption", "own", "pair", "picture", "right")
+    for row in records.read_table("gallery.csv", texts, ("place", "rank")):
+        if row["place"] == 1 and row["pair"] == facts["pairs"][0]["pair"]:  # a new caption
+            own = Tile(row["own"], jpegs.get(row["own"]), True)
+            outcome = FOUND if row["rank"] <= facts["nearest"] else MISSED
+            queries.append(Query(row["caption"], own, outcome, []))
+        if row["place"] == 1:
+            queries[-1].of_pairs.append(Retrieved([], int(row["rank"])))
         tile = Tile(row["picture"], jpegs.get(row["picture"]), row["right"] == "True")
-        tiles.setdefault((len(captions), row["pair"]), []).append(tile)
-    lines = []
-    for query, caption in enumerate(captions, start=1):
-        lines.append((caption, [tiles[query, each["pair"]] for each in facts["pairs"]]))
-    return lines
+        queries[-1].of_pairs[-1].tiles.append(tile)
+    return queries

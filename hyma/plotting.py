@@ -1,7 +1,10 @@
-"""What the figures of a report share: colours, panels, legends, lines."""
+"""What the figures of a report share: colours, panels, legends, lines, what the pointer shows, the two files of each."""
 
+import io
 import math
+import re
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -9,9 +12,25 @@ from hyma.embeddings import unique
 from hyma.pair_names import pair_name
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, with markers that survive a grey print.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p"]
-GREY = "#c4c4c4"
+DASHES = ["-", "--", ":", "-."]
+GREY = "#b8b8b8"
+INK = "#1b1b1b"  # on light cells, whatever the page's own colours
+
+# A method has the colour of the words that its name begins with, in every report. Methods with the same words differ in
+# marker and dash; what has no words here, the selectors that train nothing, shares one colour.
+METHOD_COLOURS = {
+    "hyma factored": "#0072B2",
+    "hyma mlp": "#56B4E9",
+    "grid mlp": "#D55E00",
+    "halving mlp": "#009E73",
+    "ridge mlp": "#CC79A7",
+    "whitened mlp": "#9467BD",
+    "procrustes mlp": "#E69F00",
+    "connectors in": "#A6761D",
+}
+SELECTOR_COLOUR = "#7A8793"
 
 
 def panels(count, across, wide, tall, **shared):
@@ -30,9 +49,9 @@ def panels(count, across, wide, tall, **shared):
     return figure, axes[:count]
 
 
-def shorten(name):
-    """A name that fits into a figure; its CSV has the whole."""
-    return name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
+def shorten(name, most=22):
+    """A name that fits into a figure, of so many letters; its CSV has the whole."""
+    return name if len(name) <= most else f"{name[: most - 10]}…{name[-9:]}"
 
 
 def legend_below(figure, axis, backwards=True):
@@ -61,13 +80,27 @@ def draw_lines(axis, rows, x, y, series, styles):
                 across.append(row[x])
                 up.append(row[y])
         axis.plot(across, up, **style)
+        if across:
+            # A wide line that cannot be seen, which the pointer finds more easily.
+            (wide,) = axis.plot(across, up, color=style["color"], lw=9, alpha=0)
+            show_on_pointer(wide, f"{name}: {y} {up[0]:.4g} to {up[-1]:.4g}, {x} {across[0]:g} to {across[-1]:g}")
 
 
 def method_style(records, method):
-    """How a method's line is drawn, the same in every figure."""
-    k = records.methods.index(method)
-    colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
-    return {"color": colour, "marker": marker, "ms": 3, "lw": 1.3, "label": method}
+    """How a method's line is drawn, the same in every figure; its colour is the same in every report."""
+    family = method_family(method)
+    nth = [name for name in records.methods if method_family(name) == family].index(method)
+    colour = METHOD_COLOURS.get(family, SELECTOR_COLOUR)
+    marker, dash = MARKERS[nth % len(MARKERS)], DASHES[nth % len(DASHES)]
+    return {"color": colour, "marker": marker, "ls": dash, "ms": 3, "lw": 1.3, "label": method}
+
+
+def method_family(method):
+    """The key of METHOD_COLOURS that a method's name begins with, None of a selector."""
+    for family in METHOD_COLOURS:
+        if method.startswith(family):
+            return family
+    return None
 
 
 def pair_styles(records):
@@ -82,3 +115,34 @@ def pair_styles(records):
         label = ":".join(map(shorten, pair))
         styles[pair_name(pair)] = {"color": COLOURS[marked.index(pair)], "lw": 2, "label": label}
     return styles
+
+
+# ---------------------------------------------------------------------------------------------------- the two files
+
+
+def show_on_pointer(artist, text):
+    """On the page, this text appears where the pointer is on the artist."""
+    artist.set_gid(f"tip {text}")
+
+
+def to_png(figure):
+    """The figure as a file: bytes that are the same each time."""
+    png = io.BytesIO()
+    figure.savefig(png, dpi=160, metadata={"Software": None})
+    return png.getvalue()
+
+
+def to_svg(figure):
+    """The figure as a part of the page: text in the page's colour, nothing behind it, and texts for the pointer."""
+    svg = io.StringIO()
+    # Text stays text; a fixed salt makes the names of clipping paths, and so the bytes, the same each time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hyma"}):
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = svg.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    # Matplotlib escapes what stands in an attribute, so a name cannot bring markup of its own.
+    drawing = re.sub(r'<g id="tip ([^"]*)">', r'<g class="tip"><title>\1</title>', drawing)
+    drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)
+    drawing = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', drawing)
+    return drawing.replace("#000000", "currentColor")

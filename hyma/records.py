@@ -23,6 +23,7 @@ from hyma.files import atomic_file, make_folder, remove_leftovers, write_csv, wr
 from vlm import BadInput, check_regular, read_json
 
 RESULTS = "results.json"
+FOLDERS = ("thumbnails", "clip_benchmark")
 
 
 def save_records(folder, tables, thumbnails, images, results):
@@ -31,24 +32,36 @@ def save_records(folder, tables, thumbnails, images, results):
     tables: {file name: rows}. thumbnails: {file name: bytes}. images: names of the figures that will be drawn. results: what
     results.json holds besides the list of files and their checksums.
     """
-    files = ["report.html", RESULTS, *images, *tables, *thumbnails]
+    scores = benchmark_files(results["results"])
+    files = ["report.html", RESULTS, *images, *tables, *thumbnails, *scores]
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     delete_stale(folder, files)
     for name, rows in tables.items():
         write_csv(folder / name, rows)
-    if thumbnails:
-        make_folder(folder / "thumbnails")
+    for name in (*thumbnails, *scores):
+        make_folder((folder / name).parent)
     for name, jpeg in thumbnails.items():
         with atomic_file(folder / name) as file:
             file.write(jpeg)
+    for name, record in scores.items():
+        write_json(folder / name, record)
 
     checksums = {}
-    for name in (*tables, *thumbnails):
+    for name in (*tables, *thumbnails, *scores):
         checksums[name] = sha256((folder / name).read_bytes())
     results = {"files": files} | results | {"checksums": checksums}
     results["checksums"][RESULTS] = checksum_of_results(results)
     write_json(folder / RESULTS, results)
+
+
+def benchmark_files(records):
+    """{file name: record} of the connectors' scores: CLIP_benchmark's `build` makes a row of a CSV of each."""
+    files = {}
+    for number, record in enumerate(records):
+        model = re.sub(r"[^\w.-]", "_", record["model"])
+        files[f"clip_benchmark/{number:04}_{model}_{record['task']}.json"] = record
+    return files
 
 
 def delete_stale(folder, files):
@@ -60,14 +73,15 @@ def delete_stale(folder, files):
     for name in earlier if isinstance(earlier, list) else []:
         if name not in files and can_be_record(name):
             (folder / name).unlink(missing_ok=True)
-    thumbnails = folder / "thumbnails"
-    if thumbnails.is_dir() and not any(thumbnails.iterdir()):
-        thumbnails.rmdir()
+    for name in FOLDERS:
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
 
 
 def can_be_record(name):
     """Whether a report gives a file such a name: a results.json cannot make us read, write or delete anything else."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-]+\.(png|csv)|thumbnails/\d+\.jpg", name) is not None
+    names = r"[\w-]+\.(png|csv)|thumbnails/\d+\.jpg|clip_benchmark/\d+_[\w.-]+\.json"
+    return isinstance(name, str) and re.fullmatch(names, name) is not None
 
 
 def checksum_of_results(results):
@@ -90,7 +104,7 @@ class Records:
         if not path.is_file():
             raise BadInput(f"{folder}: holds no report (no {RESULTS}); make one with evaluate.py")
         self.results = read_json(path)
-        if not isinstance(self.results.get("checksums"), dict):
+        if not isinstance(self.results.get("checksums"), dict) or "sentences" not in self.results:
             raise BadInput(f"{path}: is damaged, or of an earlier version of this program; run evaluate.py again")
         self.checksums = self.results["checksums"]
         self.check(RESULTS, checksum_of_results(self.results))

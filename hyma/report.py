@@ -2,23 +2,26 @@
 
     python -m hyma.report report/          # draws the figures and report.html of a folder again
 
-The page is the template `report.html` beside this file. Figures are in `hyma/figures.py`, each once.
+The page is the template `report.html` beside this file, with its style and its few lines of script. Figures are in
+`hyma/figures.py`, each once.
 """
 
 import argparse
 import base64
-import io
+import hashlib
 from pathlib import Path
 
 import jinja2
+import markupsafe
 
 from hyma.answer import describe_choice, format_number, teraflop
 from hyma.costs import cost_ratio
-from hyma.evaluation import method_rows, ranking_rows
-from hyma.figures import draw_figure, save_figures
+from hyma.evaluation import is_no_better_than_random, method_rows, ranking_rows
+from hyma.figures import FIRST_SCREEN, draw_figure, save_figures
 from hyma.files import atomic_file, run_script, write_text
-from hyma.gallery import gallery_table
+from hyma.gallery import gallery_queries
 from hyma.metrics import METRICS
+from hyma.plotting import to_png, to_svg
 from hyma.records import Records, save_records
 from hyma.tasks import KINDS
 
@@ -49,7 +52,8 @@ def page_facts(result, figures, gallery):
             "flops_with_embedding": cost_ratio(cost, base, "flops_with_embedding"),
         }
     tasks = []
-    for task in result.tasks:
+    for place, task in enumerate(result.tasks):
+        (primary,) = [each for each in result.method_results[place] if each.method == result.primary.name]
         facts = {
             "name": task.name,
             "kind": task.kind,
@@ -57,11 +61,13 @@ def page_facts(result, figures, gallery):
             "counted": task.counted,
             "protocol": task.protocol,
             "chance": task.chance,
+            "no_better_than_random": is_no_better_than_random(primary.fidelity["regret"]),
         }
         tasks.append(facts)
     chosen = result.pairs[result.chosen]
     return {
         "chosen": list(chosen),
+        "primary": result.primary.name,
         "connector": str(result.primary.runs[0].connector(*chosen)),
         "oracle_seeds": len(result.oracle.runs),
         "resamples": result.resamples,
@@ -79,12 +85,10 @@ def draw_report(folder):
     figures = []
     for facts in records.page["figures"]:
         drawing, caption, section = draw_figure(records, facts)
-        png = io.BytesIO()
-        drawing.savefig(png, dpi=160, metadata={"Software": None})
         with atomic_file(records.path(f"{facts['name']}.png")) as file:
-            file.write(png.getvalue())
+            file.write(to_png(drawing))
         shown = {
-            "png": base64.b64encode(png.getvalue()).decode(),
+            "svg": markupsafe.Markup(to_svg(drawing)),
             "caption": caption,
             "width": int(drawing.get_figwidth() * 96),  # CSS pixels
             "section": section,
@@ -94,7 +98,7 @@ def draw_report(folder):
 
 
 def render_page(records, figures):
-    """The page's HTML. figures: what results.json says of each, and its "png", "caption", "width" and "section"."""
+    """The page's HTML. figures: what results.json says of each, and its "svg", "caption", "width" and "section"."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -103,8 +107,8 @@ def render_page(records, figures):
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"format_number": format_number, "teraflop": teraflop}
-    environment.globals["describe_choice"] = describe_choice
+    environment.filters |= {"format_number": format_number, "teraflop": teraflop, "script_source": script_source}
+    environment.globals |= {"describe_choice": describe_choice, "FIRST_SCREEN": FIRST_SCREEN}
     rows_of_task = {}
     for row in records.method_rows:
         rows_of_task.setdefault(row["task"], []).append(row)
@@ -114,8 +118,14 @@ def render_page(records, figures):
         rows_of_task=rows_of_task,
         ranking=records.ranking(),
         figures=figures,
-        gallery=gallery_table(records),
+        queries=gallery_queries(records),
     )
+
+
+def script_source(script):
+    """How the page's policy names the only script that may run in it: nothing that a caption or a name holds ever can."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return markupsafe.Markup(f"'sha256-{base64.b64encode(digest).decode()}'")
 
 
 def main():

@@ -341,8 +341,8 @@ def masked(text):
     text = re.sub(r"(?:\.\./?)+REPOSITORY", "REPOSITORY", text)  # from a folder that lies elsewhere
     text = re.sub(r"\bin [\d,.]+ s\b", "in SECONDS s", text)
     text = re.sub(r"\|[^|]*\| (\d+/\d+) \[[^,\]]*, *[^,\]]*", r"|BAR| \1 [TIME", text)
-    # the table of evaluate.py: regret (its interval), five metrics, TFLOP, seconds
-    return re.sub(r"(\d\)(?: +(?:-?[\d.]+|nan)){5} +[\d.,e+–-]+) +[\d.,–]+", r"\1 SECONDS", text)
+    # the table of evaluate.py: regret (its interval), Spearman, TFLOP, seconds
+    return re.sub(r"(\d\) +(?:-?[\d.]+|nan) +[\d.,e+–-]+) +[\d.,–]+", r"\1 SECONDS", text)
 
 
 def contents(folder):
@@ -375,11 +375,11 @@ def content(path):
 
 
 def steady(value):
-    """JSON without what differs between two runs, nor what a report says twice (`methods` is selectors.csv)."""
+    """JSON without what differs between two runs, nor what a report says twice (`methods` is selectors.csv, `sentences` the answer)."""
     if isinstance(value, list):
         return [steady(item) for item in value]
     if isinstance(value, dict):
-        left_out = {"seconds", "peak_bytes", "versions", "commit", "started", "made", "methods", "checksums"}
+        left_out = {"seconds", "peak_bytes", "versions", "commit", "started", "made", "methods", "checksums", "sentences"}
         left_out |= {"device"} if "commit" in value else set()
         return {masked(key): steady(item) for key, item in value.items() if key not in left_out}
     return masked(value) if isinstance(value, str) else value
@@ -472,7 +472,8 @@ def same(expected, found, exact):
 
 
 def loose(line):
-    """A line of text without numbers, hashes, and the encoders that won; of a report's answer only the first word."""
+    """A line of text without numbers, hashes, brackets, and the encoders that won; of a report's answer only the first word."""
+    line = re.sub(r"^[┌│└]", " ", line)
     if line.startswith("Stitch "):
         return "Stitch"
     line = re.sub(r"\b[0-9a-f]{16,}\b", "HASH", line).replace("'", "")  # argparse's quotes depend on Python

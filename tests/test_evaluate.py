@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of
+from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of, write_csv
 
 import evaluate
 import vlm
@@ -165,6 +165,31 @@ def test_another_seed_is_the_noise_floor(run, runs, tmp_path):
     assert [row["method"] for row in rows] == [f"grid mlp0 ({other})", f"grid mlp0 ({runs / 'grid'})", "random order"]
     together = run("evaluate.py", other, runs / "grid", *flags)  # named alike, they are two seeds of one oracle
     assert "truth: grid mlp0, seeds: 2" in together.out
+
+
+def test_a_choice_that_is_no_better_than_random_is_reported_as_plainly_as_a_good_one(run, runs, tmp_path):
+    """A run whose ranking is upside down: a sentence in the terminal, and a cell where a good choice has one."""
+    wrong = changed(runs, tmp_path / "wrong", "hyma")
+    rows = read_csv(wrong / "ranking.csv")
+    upside_down = []
+    for row, other in zip(rows, reversed(rows)):
+        upside_down.append(row | {"image": other["image"], "text": other["text"]})
+    write_csv(wrong / "ranking.csv", upside_down)
+    result = run("evaluate.py", wrong, "--oracle", runs / "grid", "--bootstrap", "20", "--selector-rows", "0")
+    assert result.code == 0, result.err
+    row = read_csv(tmp_path / "report" / "selectors.csv")[0]
+    (line,) = [line for line in result.out.splitlines() if line.startswith("Stitch control")]
+    regret = f"{float(row['regret']):.2f} points"
+    assert f"On e retrieval the choice is no better than a random one: its regret is {regret}" in line
+    assert "are better on 400 pictures than control with" in line
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert '<td class="bad">no better than random</td>' in page and line.split(". ")[1] in page
+
+
+def test_the_ways_of_choosing_are_printed_with_the_least_regret_first(evaluation):
+    table = evaluation.out.partition("regret, points (95 %)")[2].partition("\n\n")[0]
+    regrets = [float(line.split()[0]) for line in table.splitlines()[1:]]
+    assert len(regrets) == 12 and regrets == sorted(regrets)
 
 
 def test_a_run_on_some_rows_is_no_oracle_and_embeds_less(run, graded, runs, tmp_path):

@@ -1,28 +1,181 @@
-"""The report by the command line: one page with all inside, its files, the gallery."""
+"""The report by the command line: the page's answer, one page with all inside, its files, the gallery."""
 
+import argparse
+import base64
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
 
+import matplotlib.figure
 import pytest
 import torch
 from helpers import ROOT, SAMPLE, make_embedding_folder, read_csv
 
 import vlm
+from hyma.answer import describe_comparison
+from hyma.figures import draw_ranks
 from hyma.files import write_json
+from hyma.plotting import METHOD_COLOURS, method_style, show_on_pointer, to_svg
 from hyma.records import RESULTS, Records, checksum_of_results, sha256
+
+# ----------------------------------------------------------------------------------------------------------- the answer
+
+
+def verdicts(rows):
+    """{verdict: the pairs that have it} of rows of ranking.csv."""
+    found = {"chosen": set(), "better": set(), "cannot be told apart": set(), "worse": set()}
+    for row in rows:
+        found[row["verdict"]].add((row["image"], row["text"]))
+    return found
+
+
+def named_pairs(words):
+    """The pairs in "a, b and c with d or e, and f with g"."""
+    pairs = set()
+    for group in words.split(", and "):
+        images, texts = group.split(" with ")
+        for image in re.split(", | and ", images):
+            pairs |= {(image, text) for text in re.split(", | or ", texts)}
+    return pairs
+
+
+def test_the_sentence_agrees_with_the_table(evaluation):
+    """The sentence that leads the page names exactly the pairs that the saved table does not set apart from the choice."""
+    task = vlm.read_json(evaluation.folder / "results.json")["page"]["tasks"][0]
+    rows = [row for row in read_csv(evaluation.folder / "ranking.csv") if row["task"] == task["name"]]
+    found = verdicts(rows)
+    for row in rows:
+        low, high = float(row["minus_chosen_low"]), float(row["minus_chosen_high"])
+        if row["verdict"] != "chosen":
+            apart = {True: "worse", False: "better"}[high < 0] if low > 0 or high < 0 else "cannot be told apart"
+            assert row["verdict"] == apart, row
+    sentence = vlm.read_json(evaluation.folder / "results.json")["sentences"][1]
+    assert f'<p class="lead">{sentence}</p>' in (evaluation.folder / "report.html").read_text()
+    assert sentence in evaluation.out and task["counted"] in sentence
+    (chosen,) = found["chosen"]
+    if found["better"]:
+        better, rest = re.split(" (?:is|are) better on ", sentence)
+        assert named_pairs(better) == found["better"] and f"{' with '.join(chosen)}, which was chosen" in rest
+    elif found["cannot be told apart"]:
+        alike, rest = sentence.split(" cannot be told apart on ")
+        assert named_pairs(alike) == found["cannot be told apart"] | {chosen} and chosen[0] in rest
+    else:
+        assert sentence.startswith(f"{' with '.join(chosen)} is better than every other pair")
+
+
+@pytest.mark.parametrize(
+    "pairs, sentence",
+    [
+        ("a:x chosen", "a with x is the only pair."),
+        ("a:x chosen, b:x worse", "a with x is better than every other pair on 9 pictures, and was chosen."),
+        ("b:x chosen, a:x alike, c:x alike", "a, b and c with x cannot be told apart on 9 pictures; b was chosen."),
+        ("a:x chosen, a:y alike, b:x alike, b:y alike",
+         "a and b with x or y cannot be told apart on 9 pictures; a with x was chosen."),
+        ("a:x chosen, b:y alike, c:x worse",
+         "a with x, and b with y cannot be told apart on 9 pictures; a with x was chosen."),
+        ("a:x chosen, b:x better, c:y alike",
+         "b with x is better on 9 pictures than a with x, which was chosen; c with y cannot be told apart from it."),
+        ("a:x chosen, b:x better, c:x better", "b and c with x are better on 9 pictures than a with x, which was chosen."),
+    ],
+)  # fmt: skip
+def test_the_sentence_of_every_outcome(pairs, sentence):
+    rows = []
+    for each in pairs.split(", "):
+        pair, verdict = each.split()
+        image, text = pair.split(":")
+        rows.append({"image": image, "text": text, "verdict": verdict.replace("alike", "cannot be told apart")})
+    assert describe_comparison(rows, "9 pictures") == sentence
+
+
+def test_so_many_pairs_are_counted_not_named():
+    rows = [{"image": f"e{k}", "text": f"t{k}", "verdict": "cannot be told apart"} for k in range(26)]
+    rows.append({"image": "e", "text": "t", "verdict": "chosen"})
+    assert describe_comparison(rows, "9 pictures").startswith("27 of the 27 pairs cannot be told apart")
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def test_the_page_holds_everything_and_links_to_its_files(evaluation):
     page = (evaluation.folder / "report.html").read_text()
-    assert not re.search(r"<script|<link|src=\"(?!data:)|url\(|https?://", page)
-    for name in re.findall(r'href="([^"]+)"', page):
+    markup = re.sub(r' xmlns(:xlink)?="[^"]*"', "", page)
+    assert not re.search(r"<link|src=\"(?!data:)|url\((?!#)|https?://", markup)
+    assert len(page) < 2_000_000
+    for name in re.findall(r'(?<!:)href="([^"#]+)"', page):
         assert (evaluation.folder / name).stat().st_size > 50, name
 
 
+def test_only_the_pages_own_script_may_run(evaluation):
+    page = (evaluation.folder / "report.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src"
+    assert f"{policy} 'sha256-{digest}'" in page.partition("<style>")[0]
+
+
+def test_the_pointer_finds_every_pair_and_method_on_the_page(evaluation):
+    page = (evaluation.folder / "report.html").read_text()
+    shown = re.findall(r'<g class="tip"><title>(.*?)</title>', page)
+    for row in read_csv(evaluation.folder / "true-scores.csv"):
+        assert any(text.startswith(f"{row['image']}:{row['text']}, true score in %") for text in shown)
+    for row in read_csv(evaluation.folder / "selectors.csv"):
+        assert any(text.startswith(f"{row['method']}: regret") for text in shown), row["method"]
+
+
+def test_a_name_is_never_markup_in_a_figure():
+    figure = matplotlib.figure.Figure()
+    (line,) = figure.subplots().plot([0, 1], label="x")
+    show_on_pointer(line, 'a"><script>alert(1)</script>')
+    assert "<script" not in to_svg(figure) and "&lt;script" in to_svg(figure)
+
+
+def test_a_method_has_one_colour_in_every_report():
+    """Whatever stands before it; methods of one kind differ in marker and dash."""
+    methods = ["ridge mlp0", "grid mlp1 (runs/g2)", "grid mlp1 (runs/g1)", "ridge probe R@10", "hyma factored mlp1"]
+    for order in (methods, methods[::-1]):
+        records = argparse.Namespace(methods=order)
+        styles = {method: method_style(records, method) for method in order}
+        assert styles["hyma factored mlp1"]["color"] == METHOD_COLOURS["hyma factored"]
+        first, second = styles["grid mlp1 (runs/g1)"], styles["grid mlp1 (runs/g2)"]
+        assert first["color"] == second["color"] == METHOD_COLOURS["grid mlp"]
+        assert first["marker"] != second["marker"] and first["ls"] != second["ls"]
+        assert styles["ridge probe R@10"]["color"] != styles["ridge mlp0"]["color"]
+
+
+def test_pairs_of_the_same_ranks_share_a_marker_with_their_number():
+    ranks = ((1, 1), (2.5, 2.5), (2.5, 2.5), (4, 4))
+    rows = [{"image": f"e{k}", "text": "t", "true_rank": true, "rank": rank} for k, (true, rank) in enumerate(ranks)]
+    axis = matplotlib.figure.Figure().subplots()
+    draw_ranks(axis, rows)
+    assert len(axis.lines) == 3 and [text.get_text() for text in axis.texts] == ["2"]
+
+
+# ------------------------------------------------------------------------------------------------------------ its files
+
+
+def test_clip_benchmark_builds_a_table_of_the_scores(evaluation, tmp_path):
+    """By its own `build` where the package is installed; anyway, each file has the keys that it reads."""
+    files = sorted((evaluation.folder / "clip_benchmark").glob("*.json"))
+    records = [vlm.read_json(path) for path in files]
+    assert records == vlm.read_json(evaluation.folder / "results.json")["results"]
+    for record in records:
+        assert {"dataset", "model", "pretrained", "task", "metrics"} <= record.keys()
+        assert not record["metrics"].keys() & record.keys()
+        assert all(isinstance(value, str | int) for key, value in record.items() if key != "metrics")
+    cli = pytest.importorskip("clip_benchmark.cli")
+    cli.main_build(argparse.Namespace(files=[str(evaluation.folder / "clip_benchmark")], output=str(tmp_path / "all.csv")))
+    rows = read_csv(tmp_path / "all.csv")
+    assert len(rows) == len(records)
+    found = {(row["pretrained"], row["model"]): float(row["image_retrieval_recall@5"]) for row in rows}
+    for record in records:
+        assert found[record["pretrained"], record["model"]] == record["metrics"]["image_retrieval_recall@5"]
+
+
 def test_every_figure_has_the_csv_that_it_was_drawn_from(evaluation):
-    names = {path.name for path in evaluation.folder.iterdir()}
+    paths = [path for path in evaluation.folder.rglob("*") if path.is_file()]
+    names = {str(path.relative_to(evaluation.folder)) for path in paths}
     assert names == set(vlm.read_json(evaluation.folder / "results.json")["files"])
     figures = {name.removesuffix(".png") for name in names if name.endswith(".png")}
     tables = {name.removesuffix(".csv") for name in names if name.endswith(".csv")}
@@ -35,7 +188,7 @@ def test_a_new_report_removes_the_old_ones_files_and_no_others(run, evaluation, 
     (out / "mine.csv").write_text("a user's own")
     again = run("evaluate.py", runs / "hyma", "--oracle", runs / "grid", "--selector-rows", "0", "--out", "report")
     assert again.code == 0 and "hyma factored mlp0" in again.out and "CKA" not in again.out
-    left = {path.name for path in out.iterdir()}
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert left == {*vlm.read_json(out / "results.json")["files"], "mine.csv"}
     assert "canonical-correlations.png" not in left and (evaluation.folder / "canonical-correlations.png").is_file()
 
@@ -67,7 +220,7 @@ def test_the_gallery_shows_pictures_and_never_takes_a_caption_for_markup(run, tm
     assert run("train_grid.py", *flags).code == 0
     assert run("evaluate.py", "x").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(" in page and "pictures are missing or unreadable" in page
+    assert page.count("<script") == 1 and "&lt;script&gt;alert(" in page and "pictures are missing or unreadable" in page
     assert "data:image/jpeg" not in page
 
     picture = sorted((SAMPLE / "images").rglob("*.webp"))[0]
@@ -75,9 +228,13 @@ def test_the_gallery_shows_pictures_and_never_takes_a_caption_for_markup(run, tm
         shutil.copy(picture, folder / f"{k}.png")  # its bytes say what it is, not its name
     assert run("evaluate.py", "x").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/jpeg") == 6 * 5 and "missing or unreadable" not in page
     found = read_csv(tmp_path / "report" / "gallery.csv")
+    missed = {row["caption"] for row in found if int(row["rank"]) > 5}
+    assert page.count("data:image/jpeg") == 6 * 5 + len(missed) and "missing or unreadable" not in page
     assert len(found) == 30 and sum(row["right"] == "True" for row in found) >= 5  # a linear map finds its own
+    for row in found:  # its own picture is among the five exactly if its place says so
+        others = [other["picture"] for other in found if other["caption"] == row["caption"]]
+        assert (row["own"] in others) == (int(row["rank"]) <= 5)
 
 
 def test_the_report_is_drawn_from_its_records_alone(evaluation, tmp_path):
@@ -252,7 +409,7 @@ def test_pictures_outside_the_data_are_shown_only_if_named(run, strangers_folder
     assert "e/rows.jsonl names them outside" in line and "--pictures FOLDER" in line
     assert not (tmp_path / "report" / "thumbnails").exists()
     result = run("evaluate.py", "x", *QUICK_REPORT, "--pictures", tmp_path / "private")
-    assert result.code == 0 and count_pictures(tmp_path / "report") == 30 and "left out" not in result.out
+    assert result.code == 0 and count_pictures(tmp_path / "report") >= 30 and "left out" not in result.out
 
 
 def test_a_manifest_that_names_another_folder_is_not_followed_in_silence(run, strangers_folder, tmp_path):
