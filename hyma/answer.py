@@ -79,7 +79,9 @@ def describe_choice(chosen, seeds):
 
 def answer(result):
     """[sentences]: the pair to stitch, how it compares with the others, its regret, bad news, its score, the cost."""
-    sentences = [describe_choice_of_pair(result), describe_comparison(rows_of_headline(result), result.headline.counted)]
+    rows = rows_of_headline(result)
+    sentences = [describe_choice_of_pair(result)]
+    sentences.append(describe_comparison(rows, result.headline.counted))
     sentences.append(describe_regret(result))
     sentences += describe_failures(result)
     sentences.append(describe_score(result))

@@ -2,8 +2,8 @@
 
 To add a figure, add one class to this file, with `@register`. Its `save` makes the rows of its CSV from an
 EvaluationResult; its `draw` reads them back from the records, and nothing else. A figure with a section stands under that
-heading of the page, once for the report; one without stands under each task. The page has them in the order of this file.
-A figure without rows is left out.
+heading of the page, or, if it is FIRST_SCREEN, beside the answer, once for the report; one without stands under each task.
+The page has them in the order of this file. A figure without rows is left out. `show_on_pointer` gives a mark its text.
 """
 
 import textwrap
@@ -404,7 +404,6 @@ class TrueScores:
             f"{task['counted']}."
         )
         return figure, caption
-
 
 
 @register
