@@ -42,6 +42,7 @@ from hyma.runs import Checkpoints, find_run, write_results
 from hyma.signals import Signals
 from hyma.training import (
     draw_rows,
+    leading_pair,
     learning_rate,
     mean_loss,
     mean_recall10,
@@ -362,7 +363,7 @@ def main():
             line = metrics_line(state, epoch, lr, score, recalls)
             state["metrics"].append(line)
             state["losses"] = []
-            progress.set_postfix(loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
+            progress.set_postfix(best=leading_pair(recalls), loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
             checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
             write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
             signals.leave_if_asked()
