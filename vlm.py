@@ -24,9 +24,11 @@ import re
 import socket
 import stat
 import sys
+import tempfile
 import urllib.parse
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,13 +195,12 @@ class ImageEncoder(nn.Module):
     def __init__(self, model_name, device=None, weights=None):
         super().__init__()
         self.model_name = model_name
-        self.device = pick_device(device)
         encoder = find_encoder(model_name)
         if encoder.kind != "image":
             raise BadInput(f"{model_name} is a text encoder; an image encoder is needed here")
         self.model = create_image_model(encoder, weights)
         # channels_last: twice as fast on a CPU, for convolutions
-        self.model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.model.to(pick_device(device), memory_format=torch.channels_last).eval().requires_grad_(False)
         self.embed_dim = self.model.head_hidden_size  # not num_features: some models widen after pooling
         self.full_name = full_image_name(encoder, self.model)
 
@@ -208,20 +209,35 @@ class ImageEncoder(nn.Module):
         self.config = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**self.config, is_training=False)
 
+    @property
+    def device(self):
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     @torch.no_grad()
     def encode_image(self, image):
-        """Pixels [B, 3, H, W] to unit vectors [B, D]."""
-        return F.normalize(self.model(image.to(self.device, memory_format=torch.channels_last)).float(), dim=-1)
+        """Pixels [B, 3, H, W] to unit vectors [B, D], float32 whatever the weights are."""
+        dtype = next(self.parameters()).dtype if image.is_floating_point() else image.dtype
+        pixels = image.to(self.device, dtype, memory_format=torch.channels_last)
+        return F.normalize(self.model(pixels).float(), dim=-1)
 
     forward = encode_image
 
 
-class TextEncoder:
+class Tokens(dict):
+    """Tokenised sentences: what `TextEncoder.encode_text` takes in their place."""
+
+    def to(self, device):
+        """The same on a device."""
+        return Tokens({name: part.to(device) if torch.is_tensor(part) else part for name, part in self.items()})
+
+
+class TextEncoder(nn.Module):
     """A frozen sentence-transformers model. Arguments and errors as for `ImageEncoder`."""
 
     def __init__(self, model_name, device=None, weights=None):
+        super().__init__()
         self.model_name = model_name
-        self.device = pick_device(device)
         encoder = find_encoder(model_name)
         if encoder.kind != "text":
             raise BadInput(f"{model_name} is an image encoder; a text encoder is needed here")
@@ -235,31 +251,43 @@ class TextEncoder:
 
         try:
             with recorded_pretrained() as loaded:
-                self.model = SentenceTransformer(str(weights or encoder.spec), device=str(self.device))
+                self.model = SentenceTransformer(str(weights or encoder.spec), device=str(pick_device(device)))
         except Exception as error:  # as above
             raise BadInput(cannot_load(encoder, weights, error)) from None
         for missing in loaded:
             missing = [key for key in missing if "pooler" not in key]  # a pooler is not used
             check_filled(encoder, weights, missing, ())
+        without_connector(self.model)  # of a folder that `save_pretrained` wrote
         self.model.eval().requires_grad_(False)
         dimension = getattr(self.model, "get_embedding_dimension", None)  # the name from version 6 on
         self.embed_dim = (dimension or self.model.get_sentence_embedding_dimension)()
         self.full_name = encoder.spec
         self.config = describe_text_model(self.model)
 
-    def to(self, device):
-        self.device = pick_device(device)
-        self.model.to(self.device)
-        return self
+    @property
+    def device(self):
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @torch.no_grad()
     def encode_text(self, sentences, batch_size=32):
-        """A sentence to a unit vector [D], or a list of B sentences to unit vectors [B, D]."""
-        options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-        features = self.model.encode(self.as_text(sentences), **options)
+        """A sentence to a unit vector [D]; a list of B sentences, or their Tokens, to unit vectors [B, D], float32."""
+        if isinstance(sentences, Tokens):
+            features = self.model(sentences.to(self.device))["sentence_embedding"]
+        elif len(sentences) == 0 and not isinstance(sentences, str):
+            return torch.zeros(0, self.embed_dim, device=self.device)
+        else:
+            options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+            features = self.model.encode(self.as_text(sentences), **options)
         return F.normalize(features.to(self.device).float(), dim=-1)
 
-    __call__ = encode_text
+    forward = encode_text
+
+    def tokenizer(self, sentences):
+        """The Tokens of a sentence or of a list of sentences, for tools that call a tokenizer themselves, as open_clip's do."""
+        sentences = [sentences] if isinstance(sentences, str) else list(sentences)
+        prompt = self.model.prompts.get(self.model.default_prompt_name)
+        return Tokens(self.model.preprocess(self.as_text(sentences), prompt=prompt))
 
     def as_text(self, sentences):
         """Sentences as a multimodal model takes them for text: it would fetch one that is a picture's address, and open one
@@ -452,16 +480,24 @@ def cannot_load(encoder: Encoder, weights, error: Exception) -> str:
     if weights is not None:
         return f"--weights {encoder.name}={weights}: cannot be loaded into {encoder.spec}: {reason}"
     hint = did_you_mean(encoder)
-    source = re.sub(r"^(timm|hf-hub):", "", encoder.spec)
     if encoder.spec.startswith("local-dir:"):
-        return f"cannot load {encoder.name} from {source[10:]}: {reason}"
-    if "/" not in source:
-        source = ("timm/" if encoder.kind == "image" else "sentence-transformers/") + source
+        return f"cannot load {encoder.name} from {encoder.spec[10:]}: {reason}"
+    source = hub_name(encoder) or encoder.spec
     return (
         f"cannot load the weights of {encoder.name} ({encoder.kind} encoder, {source}): {reason}.{hint} Without a network, "
         f"copy the files of huggingface.co/{source} into a folder and pass --weights {encoder.name}=FOLDER (in Python: "
         f"weights=FOLDER)"
     )
+
+
+def hub_name(encoder: Encoder):
+    """OWNER/REPO of an encoder's weights on the hub, None of one that is a local folder or has no weights."""
+    if is_local(encoder.spec) or encoder.spec.startswith("random:"):
+        return None
+    source = re.sub(r"^(timm|hf-hub):", "", encoder.spec)
+    if "/" in source:
+        return source
+    return ("timm/" if encoder.kind == "image" else "sentence-transformers/") + source
 
 
 def did_you_mean(encoder):
@@ -504,6 +540,11 @@ def connector_name(image: str, hidden_layers: int, text: str) -> str:
     return f"{image}_mlp{hidden_layers}_{text}.pt"
 
 
+def connector_layers(connector):
+    """Its Linear layers, in order."""
+    return [layer for layer in connector.modules() if isinstance(layer, nn.Linear)]
+
+
 def connector_keys(hidden_layers):
     """The state-dict key of every layer, up to its last part: `` for one layer, `0.`, `2.`, `4.` for several."""
     if hidden_layers == 0:
@@ -512,17 +553,17 @@ def connector_keys(hidden_layers):
 
 
 def read_connector(path, image_dim=None, text_dim=None):
-    """Reads `{image}_mlp{C}_{text}.pt` strictly. Returns (image name, C, text name, state dict on the CPU).
+    """Reads `{image}_mlp{C}_{text}.pt`, or .safetensors, strictly. Returns (image name, C, text name, state dict on the CPU).
 
     Raises BadInput naming the file and what was expected, if the name does not parse, the file is damaged, a key is
     missing or a shape is wrong. The widths of registered encoders are known; others are given, or taken as found.
     """
     path = Path(path)
-    parsed = re.fullmatch(r"(.+)_mlp([012])_(.+)\.pt", path.name)
+    parsed = re.fullmatch(r"(.+)_mlp([012])_(.+)\.(pt|safetensors)", path.name)
     if not parsed:
         raise BadInput(f"{path}: expected a name like vit_l16_mlp1_mpnet.pt: <image>_mlp<0|1|2>_<text>.pt")
     image, hidden_layers, text = parsed[1], int(parsed[2]), parsed[3]
-    state = load_tensors(path)
+    state = load_safetensors(path) if parsed[4] == "safetensors" else load_tensors(path)
 
     layers = connector_keys(hidden_layers)
     keys = []
@@ -582,37 +623,53 @@ def map_text(connector, features):
     """
     parts = []
     for part in features.split(MAPPED_AT_ONCE):
-        parts.append(F.normalize(connector(part), dim=1))  # [n, D_i]
+        parts.append(F.normalize(connector(part).float(), dim=1))  # [n, D_i]; autocast gives fewer bits
     mapped = torch.cat(parts)
     if not mapped.isfinite().all():
         raise BadInput("the connector gives vectors that are not finite: it cannot be used")
     return mapped
 
 
-class CustomVLM:
+class CustomVLM(nn.Module):
     """An image encoder and a text encoder whose vectors live in the image encoder's space.
 
     connector_args: (text width, [hidden widths], image width), or None for encoders that share a space already.
     weights: {encoder name: local file or folder}, instead of the hub.
+
+    Tools written for open_clip's models hold it in the same way: `vlm, vlm.preprocess, vlm.tokenizer`.
     """
 
     def __init__(self, image_encoder_name, text_encoder_name, connector_args=None, device=None, weights=None):
-        self.device = pick_device(device)
+        super().__init__()
         weights = weights or {}
-        self.image_encoder = ImageEncoder(image_encoder_name, self.device, weights.get(image_encoder_name))
-        self.text_encoder = TextEncoder(text_encoder_name, self.device, weights.get(text_encoder_name))
+        self.image_encoder = ImageEncoder(image_encoder_name, device, weights.get(image_encoder_name))
+        self.text_encoder = TextEncoder(text_encoder_name, device, weights.get(text_encoder_name))
         self.connector = None
         if connector_args is not None:
             self.connector = init_modality_connector(*connector_args).to(self.device).eval().requires_grad_(False)
+        self.connector_name, self.card = None, {}  # of the connector's file, and what the card beside it records
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.image_encoder.device
 
     @property
     def transform(self):
         """PIL image -> pixels [3, H, W]: what `encode_image` expects, stacked to [B, 3, H, W]."""
         return self.image_encoder.transform
 
+    preprocess = transform
+
+    @property
+    def tokenizer(self):
+        """Sentences -> Tokens, which `encode_text` takes as it takes sentences."""
+        return self.text_encoder.tokenizer
+
     def load_connector_checkpoint(self, path):
         """Loads a connector file strictly, building the connector if there is none yet."""
         found = load_connector(path, self.image_encoder.embed_dim, self.text_encoder.embed_dim)
+        self.connector_name, self.card = Path(path).stem, read_card(path)
         if self.connector is None:
             self.connector = found.to(self.device)
             return
@@ -628,21 +685,53 @@ class CustomVLM:
 
     @torch.no_grad()
     def encode_text(self, sentences):
-        """B sentences to unit vectors [B, D] in the image encoder's space (one sentence: [D])."""
+        """B sentences, or their Tokens, to unit vectors [B, D] in the image encoder's space (one sentence: [D])."""
         features = self.text_encoder.encode_text(sentences)
         if self.connector is None:
             return features
-        return map_text(self.connector, features.view(-1, features.shape[-1])).view(*features.shape[:-1], -1)
+        features = features.to(next(self.connector.parameters()).dtype)
+        mapped = map_text(self.connector, features.view(-1, features.shape[-1]))
+        return mapped.view(*features.shape[:-1], mapped.shape[-1])
+
+    def forward(self, pixels, sentences):
+        """(vectors of pixels [B, D], vectors of sentences [B, D])."""
+        return self.encode_image(pixels), self.encode_text(sentences)
+
+    def save_pretrained(self, folder, licence="other"):
+        """Writes a new folder that shares the pair: encoders, connector, and README.md, its model card.
+
+        sentence-transformers loads the folder as a text encoder into the space of the pictures, and the pair through its
+        Router; README.md has the lines. `get_vlm_from_checkpoint` takes the folder too.
+        """
+        save_pair(self, Path(folder), licence)
+
+    def push_to_hub(self, repo_id, private=False, licence="other"):
+        """Uploads what `save_pretrained` writes to huggingface.co/REPO_ID, which is made if it is not there."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "pair", licence)
+            return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "pair")
 
 
 def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None, weights=None):
-    """The stitched model of a connector file, with nothing else present.
+    """The stitched model of a connector file (.pt or .safetensors), with nothing else present, or of a folder that
+    `save_pretrained` wrote. `hf-hub:OWNER/REPO/FILE` is a connector of the hub, `hf-hub:OWNER/REPO` such a folder there.
 
     The encoders are those of the file's name; encoders outside the registry are named by the `.json` card beside
     the file. `image_encoder` and `text_encoder` replace them, with a local folder for example; weights, {encoder name:
     file or folder}, takes what `embed.py --weights` takes. Raises BadInput, one line, if the weights are not those that
     the connector was trained on, as far as the card says which those were.
     """
+    if str(path).startswith("hf-hub:"):
+        path = fetch_from_hub(str(path))
+    if Path(path).is_dir():
+        folder, path = Path(path), find_shared_connector(path)
+        image, _, text, _ = read_connector(path)
+        image_encoder = image_encoder or f"{image}=local-dir:{folder / IMAGE_FOLDER}"
+        text_encoder = text_encoder or f"{text}={folder}"
     image, _, text, _ = read_connector(path)
     image_encoder = image_encoder or encoder_of_connector(path, "image", image)
     text_encoder = text_encoder or encoder_of_connector(path, "text", text)
@@ -695,6 +784,218 @@ def check_weights(path, name, model):
         raise BadInput(
             f"{path}: was trained on other weights of {name} than those loaded here (sha256 {expected[:12]}..., see its card)"
         )
+
+
+# ------------------------------------------------------------------------------------------------ a pair to share
+
+# FOLDER/modules.json          the text encoder and the connector, [text] -> the image encoder's space: plain
+#                              sentence-transformers reads it, and runs no code of ours
+#        0_Transformer/ ...    its modules; the connector's layers are Dense modules, named connector0, connector1, ...
+#        image/                the image encoder, as timm writes it
+#        router_config.json    both of them as the routes "text" and "image" of sentence-transformers' Router
+#        timm_image.py         the Router's module for pictures
+#        IMAGE_mlpC_TEXT.safetensors, .json      the connector and its card, as in a run folder
+#        README.md             the model card
+
+IMAGE_FOLDER = "image"
+IMAGE_MODULE = '''"""The image encoder of a stitched pair as a module of sentence-transformers: a timm model and its own preprocessing."""
+
+import timm
+import torch
+from sentence_transformers.base.modules import InputModule
+
+
+class TimmImage(InputModule):
+    modalities = ["image"]
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+    def preprocess(self, inputs, prompt=None, **options):
+        return {"pixels": torch.stack([self.transform(image.convert("RGB")) for image in inputs])}
+
+    def forward(self, features, **options):
+        vectors = self.model(features["pixels"]).float()
+        return features | {"sentence_embedding": torch.nn.functional.normalize(vectors, dim=-1)}
+
+    def get_embedding_dimension(self):
+        return self.model.head_hidden_size
+
+    def save(self, output_path, **options):
+        timm.models.save_for_hf(self.model, output_path, safe_serialization=True)
+
+    @classmethod
+    def load(cls, model_name_or_path, subfolder="", token=None, cache_folder=None, revision=None, local_files_only=False, **options):
+        hub = {"token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        return cls(model.eval().requires_grad_(False))
+'''
+
+
+def save_pair(vlm, folder, licence):
+    """Writes a CustomVLM into a new folder, as above. README.md comes last: a folder without it is not whole."""
+    from safetensors.torch import save_file
+
+    if vlm.connector is None or not vlm.connector_name:
+        raise BadInput("save_pretrained: this model has no connector from a file; load one: load_connector_checkpoint")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is there already and not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_text_modules(vlm, folder)
+    save_image_encoder(vlm, folder)
+    (folder / "timm_image.py").write_text(IMAGE_MODULE, encoding="utf-8")
+    write_router(folder)
+    state = {name: tensor.float().cpu().contiguous() for name, tensor in vlm.connector.state_dict().items()}
+    save_file(state, folder / f"{vlm.connector_name}.safetensors")
+    image, text = re.fullmatch(r"(.+)_mlp[012]_(.+)", vlm.connector_name).groups()
+    models = {image: vlm.image_encoder.model, text: vlm.text_encoder.model}
+    card = vlm.card | {"weights_sha256": {name: weights_digest(model) for name, model in models.items()}}
+    (folder / f"{vlm.connector_name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(vlm, card, image, text, licence), encoding="utf-8")
+
+
+def save_text_modules(vlm, folder):
+    """Writes the text encoder and, after it, the connector, as one sentence-transformers model."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize
+
+    model = vlm.text_encoder.model
+    modules = dict(model.named_children())
+    if not isinstance(list(modules.values())[-1], Normalize):
+        modules["connector-in"] = Normalize()  # a connector is made for unit vectors
+    layers = connector_layers(vlm.connector)
+    for number, layer in enumerate(layers):
+        activation = nn.Identity() if layer is layers[-1] else nn.ReLU()
+        dense = Dense(layer.in_features, layer.out_features, activation_function=activation)
+        dense.linear.load_state_dict(layer.state_dict())
+        modules[f"connector{number}"] = dense.to(vlm.device)
+    modules["connector-out"] = Normalize()
+    first = next(iter(modules.values()))
+    first.save_in_root = False  # a folder of its own, which the Router can name
+    try:
+        prompts = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
+        whole = SentenceTransformer(modules=OrderedDict(modules), device=str(vlm.device), **prompts)
+        whole.save_pretrained(str(folder), create_model_card=False)
+    finally:
+        del first.save_in_root
+
+
+def save_image_encoder(vlm, folder):
+    """Writes the image encoder as timm does."""
+    import timm
+
+    model = vlm.image_encoder.model.to(memory_format=torch.contiguous_format)  # safetensors writes no other
+    timm.models.save_for_hf(model, folder / IMAGE_FOLDER, safe_serialization=True)
+    model.to(memory_format=torch.channels_last)
+
+
+def write_router(folder):
+    """Writes router_config.json: the modules of modules.json as the route "text", and the pictures'."""
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    types = {module["path"]: module["type"] for module in modules}
+    router = {
+        "types": types | {IMAGE_FOLDER: "timm_image.TimmImage"},
+        "structure": {"text": list(types), "image": [IMAGE_FOLDER]},
+        "parameters": {"default_route": "text", "allow_empty_key": True, "route_mappings": {}},
+    }
+    (folder / "router_config.json").write_text(json.dumps(router, indent=2) + "\n", encoding="utf-8")
+
+
+def without_connector(model):
+    """Takes the modules that `save_text_modules` has added off a sentence-transformers model."""
+    for name in [name for name in model._modules if name.startswith("connector")]:
+        del model._modules[name]
+
+
+def find_shared_connector(folder):
+    """The connector of a folder that `save_pretrained` wrote."""
+    found = sorted(Path(folder).glob("*_mlp?_*.safetensors"))
+    if len(found) != 1 or not (Path(folder) / IMAGE_FOLDER).is_dir():
+        message = "name a connector file, or a folder that save_pretrained wrote"
+        raise BadInput(f"{folder}: holds {len(found)} connectors and is not such a folder; {message}")
+    return found[0]
+
+
+def fetch_from_hub(address):
+    """The local copy of `hf-hub:OWNER/REPO/FILE`, its card beside it, or of the folder `hf-hub:OWNER/REPO`."""
+    import huggingface_hub
+
+    owner, _, rest = address.removeprefix("hf-hub:").partition("/")
+    repo, _, file = rest.partition("/")
+    if not owner or not repo:
+        raise BadInput(f"{address}: expected hf-hub:OWNER/REPO/FILE")
+    go_offline_without_hub()
+    try:
+        if not file:
+            return huggingface_hub.snapshot_download(f"{owner}/{repo}")
+        path = huggingface_hub.hf_hub_download(f"{owner}/{repo}", file)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{address}: cannot be fetched from the hub: {reason[:160]}") from None
+    with contextlib.suppress(Exception):  # published connectors have no card
+        huggingface_hub.hf_hub_download(f"{owner}/{repo}", str(Path(file).with_suffix(".json")))
+    return path
+
+
+def model_card(vlm, card, image, text, licence):
+    """The README.md of a pair to share: how to use it, what it scores, what it was made of."""
+    recalls = {key: card.get(f"val_recall{key}") for key in (1, 5, 10)}
+    scores = [f"| R@{key} | {100 * value:.1f} |" for key, value in recalls.items() if isinstance(value, float)]
+    table = ["| validation rows, mean of both directions | % |", "|---|---|", *scores] if scores else ["Not recorded."]
+    image_licence = vlm.image_encoder.model.pretrained_cfg.get("license") or "see its page"
+    text_licence = getattr(getattr(vlm.text_encoder.model, "model_card_data", None), "license", None) or "see its page"
+    digests = card["weights_sha256"]
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+license: {licence}
+tags: [sentence-transformers, timm, hyma, image-text-retrieval, zero-shot-image-classification]
+---
+
+# {image} and {text}, stitched
+
+The image encoder {image} and the text encoder {text}, both frozen, and a connector that maps texts into the space of
+the pictures: pictures are found by words. Width {vlm.image_encoder.embed_dim}.
+
+## Use it
+
+Texts into the space of the pictures, with plain sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER or OWNER/REPO")
+vectors = model.encode(["a dog", "a red car"])
+```
+
+Pictures too, through its Router. `timm_image.py` in this repository is run for it; read it first, it is short:
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+
+pair = SentenceTransformer(modules=[Router.load("FOLDER or OWNER/REPO", trust_remote_code=True)])
+scores = pair.similarity(pair.encode(["a dog"]), pair.encode([Image.open("dog.jpg")]))
+```
+
+Or with `vlm.py` of [Hyma](https://arxiv.org/abs/2507.10015), in the way of open_clip:
+`vlm = get_vlm_from_checkpoint("FOLDER")`, `vlm.preprocess`, `vlm.tokenizer`, `vlm.encode_image`, `vlm.encode_text`.
+
+## What it scores
+
+{chr(10).join(table)}
+
+## What it is made of
+
+- Data: {card.get("dataset", "not recorded")}. {card.get("maps", "")}
+- Image encoder: {vlm.image_encoder.full_name}; licence: {image_licence}; sha256 of its weights: {digests[image]}
+- Text encoder: {card.get("text_encoder", vlm.text_encoder.full_name)}; licence: {text_licence}; sha256 of its weights: {digests[text]}
+- Connector: {vlm.connector_name}, {len(connector_layers(vlm.connector))} layers; licence: {licence}. All that its card records: {vlm.connector_name}.json
+"""
 
 
 # ----------------------------------------------------------------------------------------- the embedding folder
@@ -754,6 +1055,20 @@ def load_tensors(path, mmap=False):
     except Exception as error:  # a cut or foreign file raises any of half a dozen types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: cannot be read as a torch file of plain tensors: {reason[:160]}") from None
+
+
+def load_safetensors(path):
+    """The tensors of a .safetensors file. Raises BadInput, one line, if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        check_regular(path)
+        return load_file(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read as safetensors: {str(error)[:160]}") from None
 
 
 def check_archive(path, checksums):

@@ -23,6 +23,9 @@ SAVERS = {"torch.save", "numpy.save", "np.save", "np.savez"}
 EXCEPTIONS = {
     ("tests/test_vlm.py", "", "import pickle"): "makes the payload of an attack",
     ("tests/test_standard_sets.py", "", "import pickle"): "makes CIFAR's files and the payload of an attack",
+    ("tests/test_share.py", "router", "trust_remote_code=True"): "runs the module file that we have just written",
+    ("vlm.py", "save_pair", "write_text"): "a new folder; README.md, written last, makes it whole",
+    ("vlm.py", "write_router", "write_text"): "a new folder, as above",
     ("hyma/files.py", "atomic_file", "os.open to write"): "the atomic writer itself",
     ("hyma/files.py", "atomic_file", "open to write"): "the atomic writer itself",
     ("hyma/files.py", "lock_folder", "os.open to write"): "a lock, with O_NOFOLLOW; nothing is written into it",

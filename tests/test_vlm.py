@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,32 @@ def test_the_stitched_model_puts_captions_into_the_space_of_pictures(tmp_path, w
         vlm.CustomVLM("random:resnet18", str(weights["minilm_l6"]), device="cpu").load_connector_checkpoint(path)
     with pytest.raises(BadInput, match="is a text encoder"):
         vlm.ImageEncoder("mpnet", "cpu")
+
+
+def test_the_stitched_model_is_held_as_open_clips_models_are(sample_ridge, weights):
+    """`model, preprocess, tokenizer`: tokens in place of sentences, float32 out whatever the bits inside, no sentences."""
+    path = sample_ridge / "connectors" / "efflite0_mlp0_minilm_l6.pt"
+    model = vlm.get_vlm_from_checkpoint(path, "cpu", weights=weights)
+    rows = sample_captions()[:3]
+    captions = [row["caption"] for row in rows]
+    pixels = torch.stack([model.preprocess(vlm.open_image(SAMPLE / row["image"])) for row in rows])
+    image, text = model(pixels, captions)
+    tokens = model.tokenizer(captions).to("cpu")
+    torch.testing.assert_close(model.encode_text(tokens), text)
+    torch.testing.assert_close(model.encode_text(model.tokenizer(captions[0])), text[:1], atol=1e-5, rtol=1e-4)
+    assert model.encode_text([]).shape == (0, 1280)
+    assert isinstance(model, torch.nn.Module) and model.device == CPU and not model.eval().training
+    assert {key.partition(".")[0] for key in model.state_dict()} == {"image_encoder", "text_encoder", "connector"}
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(pixels, captions)
+        of_tokens = model.encode_text(tokens)
+    assert {part.dtype for part in (*low, of_tokens)} == {torch.float32}
+    halved = model.half().to("cpu")(pixels, captions)
+    for found in (low, halved):
+        for vectors, expected in zip(found, (image, text)):
+            assert vectors.dtype == torch.float32 and (F.cosine_similarity(vectors, expected) > 0.99).all()
+            torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
 
 
 @pytest.mark.gpu
@@ -401,9 +428,9 @@ def test_captions_are_text_to_a_multimodal_model(weights):
     encoder = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
     captions = ["a dog", "https://example.org/dog.jpg"]
     assert encoder.as_text(captions) == captions
-    encoder.model = type("Multimodal", (), {"modalities": ["text", "image"]})()
-    assert encoder.as_text(captions) == [{"text": caption} for caption in captions]
-    assert encoder.as_text("a dog") == {"text": "a dog"}
+    multimodal = SimpleNamespace(model=SimpleNamespace(modalities=["text", "image"]))
+    assert vlm.TextEncoder.as_text(multimodal, captions) == [{"text": caption} for caption in captions]
+    assert vlm.TextEncoder.as_text(multimodal, "a dog") == {"text": "a dog"}
 
 
 @pytest.mark.parametrize(
