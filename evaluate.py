@@ -42,6 +42,7 @@ from hyma.scoring import headline_first, load_connector, runs_of, score_runs
 from hyma.selectors import run_selectors, selector_rows
 from hyma.splits import split_rows
 from hyma.tasks import open_tasks, prepare_inputs
+from hyma.weights import named_paths
 from vlm import BadInput
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -60,6 +61,8 @@ def parse_flags():
     add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
     add("--templates", default="1", help="prompts per class: 1, 80 or a file of lines with {} (default: %(default)s)")
+    about = "retrieval counts equal captions apart, as CLIP_benchmark does (default: they are one caption)"
+    add("--clip-benchmark-protocol", action="store_true", help=about)
     add(
         "--weights",
         nargs="+",
@@ -85,19 +88,6 @@ def parse_flags():
         )
     flags.device = vlm.pick_device(flags.device)
     return flags
-
-
-def named_paths(flag, items, value):
-    """{name: path} of a flag's NAME=PATH items. value: the word for the path in the flag's help."""
-    paths = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise BadInput(f"{flag} {name}: expected NAME={value}")
-        if name in paths:
-            raise BadInput(f"{flag}: a name is given twice")
-        paths[name] = path
-    return paths
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

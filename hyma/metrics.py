@@ -22,13 +22,15 @@ class Retrieval:
     Other rows may join as distractors: candidates, but no queries. Which of two connectors recalls more depends on how many
     candidates there are, so a few validation rows alone say little about a search among thousands (NOTES.md).
     A picture with several captions is once among the pictures, a caption of several pictures once among the
-    captions; any of its own counts as found. A tie counts against the match, so that constant vectors score zero.
+    captions; any of its own counts as found. CLIP_benchmark merges pictures and no captions: with `merge_captions` False
+    a caption of two pictures is there twice, and each has one right picture. A tie counts against the match, so that
+    constant vectors score zero.
     `chance`: what a random order scores, for k = 1, 5, 10, the mean of both directions.
     """
 
     ks = (1, 5, 10)
 
-    def __init__(self, data, rows, device, distractors=()):
+    def __init__(self, data, rows, device, distractors=(), merge_captions=True):
         """data: the embedding folder. rows, distractors: indices of its rows, `self.rows` [n] in this order. device: of the
         embeddings to score."""
         self.query_rows = len(rows)
@@ -38,7 +40,7 @@ class Retrieval:
         self.first = {}  # {"image", "caption"}: [candidates], the first row that has it
         for part in ("image", "caption"):
             names = rows.tolist()  # without a table, every row is a picture and a caption of its own
-            if data.rows:
+            if data.rows and (part == "image" or merge_captions):
                 names = [data.rows[i][part] for i in names]
             place, first = number_names(names)
             self.queries[part] = int(place[: self.query_rows].max()) + 1

@@ -143,6 +143,7 @@ def in_range(counts):
 
 def make_retrieval(name, data, rows, rows_description, flags):
     """The Task of finding pictures by captions and captions by pictures; none where captions are labels or questions."""
+    merge_captions = not getattr(flags, "clip_benchmark_protocol", False)
     if data.rows:
         captions_of_picture, captions = count_captions([data.rows[i] for i in rows.tolist()])
     else:
@@ -150,10 +151,13 @@ def make_retrieval(name, data, rows, rows_description, flags):
     pictures = len(captions_of_picture)
     if min(pictures, captions) < 2:
         raise TaskNotPossible(f"{pictures} pictures and {captions} captions leave nothing to find")
-    retrieval = Retrieval(data, rows, flags.device)
+    counted = "different captions"
+    if not merge_captions:
+        captions, counted = len(rows), "captions, equal ones counted apart as in CLIP_benchmark"
+    retrieval = Retrieval(data, rows, flags.device, merge_captions)
     chance = retrieval.chance[2]
     protocol = (
-        f"{rows_description}; {pictures} pictures, {captions} different captions, {in_range(captions_of_picture)} a picture; text "
+        f"{rows_description}; {pictures} pictures, {captions} {counted}, {in_range(captions_of_picture)} a picture; text "
         f"to image and image to text, any caption of the picture is right; chance R@10 {chance:.2%}"
     )
     return Task(name, "retrieval", protocol, chance, data, rows, retrieval)

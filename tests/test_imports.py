@@ -9,6 +9,12 @@ from helpers import ROOT
 
 # Within hyma a module imports only what stands after it.
 HYMA = [
+    "commands",
+    "serving",
+    "results_page",
+    "searching",
+    "search_index",
+    "weights",
     "report",
     "answer",
     "figures",
