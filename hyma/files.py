@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -36,9 +35,19 @@ def remove_leftovers(folder, alone=False):
     """
     for path in Path(folder).rglob(".*.tmp"):
         found = re.fullmatch(rf".*\.{re.escape(HOST)}\.(\d+)\.tmp", path.name)
-        is_dead = found is not None and not Path("/proc", found[1]).exists()
-        if alone or is_dead:
+        if alone or (found is not None and not is_running(int(found[1]))):
             path.unlink(missing_ok=True)
+
+
+def is_running(process):
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -131,11 +140,20 @@ def lock_folder(folder, wait=False):
         raise BadInput(f"{path}: is no regular file; remove it")
     handle = open(number, "rb+")  # noqa: SIM115
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        take_lock(handle, wait)
     except OSError:
         raise BadInput(f"{folder}: another process is writing here; wait for it, or choose another --out") from None
     remove_leftovers(folder, alone=not wait)  # others that wait for their turn may be writing
     return handle
+
+
+def take_lock(handle, wait):
+    """Locks an open file for this process alone. Systems without such locks (Windows) lock nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 CHECKPOINT_SECONDS = 60  # between two saves of long work, at most, unless one step of it takes longer
