@@ -21,6 +21,7 @@ from hyma.embeddings import unique
 from hyma.evaluation import ALIKE, CHOSEN, compare_pairs
 from hyma.files import read_jsonl
 from hyma.metrics import best_pairs, fidelity, mean_recalls
+from hyma.pair_names import pair_name
 from hyma.plotting import (
     COLOURS,
     GREY,
@@ -34,7 +35,6 @@ from hyma.plotting import (
     shorten,
     show_on_pointer,
 )
-from hyma.pair_names import pair_name
 from vlm import BadInput
 
 FIRST_SCREEN = "first screen"  # the section of a figure that stands beside the answer

@@ -154,7 +154,7 @@ def make_retrieval(name, data, rows, rows_description, flags):
     counted = "different captions"
     if not merge_captions:
         captions, counted = len(rows), "captions, equal ones counted apart as in CLIP_benchmark"
-    retrieval = Retrieval(data, rows, flags.device, merge_captions)
+    retrieval = Retrieval(data, rows, flags.device, merge_captions=merge_captions)
     chance = retrieval.chance[2]
     protocol = (
         f"{rows_description}; {pictures} pictures, {captions} {counted}, {in_range(captions_of_picture)} a picture; text "
