@@ -1,6 +1,7 @@
 """A real headless browser for tests: Chromium, driven by its DevTools protocol over a pipe."""
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -27,24 +28,26 @@ def find_chromium():
 class Browser:
     """One tab. `with Browser(profile, url) as page:`; every wait ends after `seconds`."""
 
-    def __init__(self, profile, url, size=(1200, 900), seconds=240):
+    def __init__(self, profile, url, size=(1200, 900), seconds=600):
         self.seconds, self.number, self.buffer = seconds, 0, b""
         self.asked = []  # the addresses that the page has asked for
-        to_browser, self.commands = os.pipe()
-        self.answers, from_browser = os.pipe()
+        for_browser, self.commands = os.pipe()
+        self.answers, of_browser = os.pipe()
+        # the browser takes them as 3 and 4: none of these two must be either
+        to_browser, from_browser = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (for_browser, of_browser)]
         flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", "--remote-debugging-pipe"]
         line = [
-            "sh",
+            "bash",
             "-c",
             f'exec "$@" 3<&{to_browser} 4>&{from_browser}',
-            "sh",
+            "bash",
             find_chromium(),
             *flags,
             "about:blank",
         ]
         self.process = subprocess.Popen(line, pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
-        os.close(to_browser)
-        os.close(from_browser)
+        for end in (for_browser, of_browser, to_browser, from_browser):
+            os.close(end)
         self.session = None
         targets = self.send("Target.getTargets")["targetInfos"]
         tab = next(target["targetId"] for target in targets if target["type"] == "page")

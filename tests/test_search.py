@@ -108,15 +108,18 @@ def test_another_folder_is_searched_and_pictures_outside_of_it_are_not_shown(run
 def test_faiss_finds_what_the_matrix_product_finds(monkeypatch):
     pytest.importorskip("faiss")
     vectors, queries = unit_vectors(5000, 64).half(), unit_vectors(7, 64, seed=1)
-    exact = VectorIndex(vectors)
     monkeypatch.setattr(search_index, "FAISS_FROM", 1000)
-    by_faiss = VectorIndex(vectors)
-    assert exact.faiss_index is None and by_faiss.faiss_index is not None
-    for one, other in zip(exact.nearest(queries, 10), by_faiss.nearest(queries, 10)):
-        torch.testing.assert_close(one, other, atol=1e-3, rtol=0) if one.is_floating_point() else None
-    assert (exact.nearest(queries, 3)[1] == by_faiss.nearest(queries, 3)[1]).float().mean() > 0.9
     monkeypatch.setattr(search_index, "AT_ONCE", 999)
-    torch.testing.assert_close(VectorIndex(vectors[:4000].clone()).nearest(queries, 5000)[0].shape, (7, 4000))
+    index = VectorIndex(vectors)
+    scores, places = index.nearest(queries, 10)
+    assert index.faiss_index is None  # which a first question does not pay for
+    again = index.nearest(queries, 10)
+    assert index.faiss_index is not None
+    torch.testing.assert_close(again[0], scores, atol=1e-3, rtol=0)
+    assert (again[1] == places).float().mean() > 0.9
+    whole = queries @ F.normalize(vectors.float(), dim=1).T
+    torch.testing.assert_close(scores, whole.topk(10).values)
+    assert VectorIndex(vectors[:4000]).nearest(queries, 5000)[0].shape == (7, 4000)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -246,8 +249,8 @@ def test_the_page_in_a_browser(server, tmp_path):
         page.choose_file("input[type=file]", PIG)
         page.wait_for("document.body.innerText.includes('A simple pig, mammal, animal')")
         page.screenshot(tmp_path / "picture.png")
-        asked = {address.split(":")[0] + address.split(":")[1] for address in page.asked}
-        assert asked <= {"http//127.0.0.1", "dataimage/jpeg;base64,"} | {a for a in asked if a.startswith("data")}
+        elsewhere = [address for address in page.asked if not address.startswith((server, "data:", "blob:"))]
+        assert elsewhere == []
 
     for path in (PIG, ROOT / "README.md", "/etc/passwd"):
         for route in ("gradio_api/file=", "file=", "static/"):
