@@ -20,7 +20,7 @@ from pathlib import Path
 
 import vlm
 from hyma.files import run_script, write_text
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 from hyma.results_page import how_to_show, make_section, render_page
 from hyma.runs import read_run
 from hyma.searching import Hit, Search, read_classes

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import icons
 import ladder_encoders
-from tenfold import describe_machine, is_finished
+from training_runs import describe_machine, is_finished
 
 from hyma.embeddings import hash_keys
 from hyma.files import read_jsonl, run_script, save_tensors, sha256_file, write_csv, write_json, write_jsonl

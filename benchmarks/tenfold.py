@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import corpus
 import graded_encoders
 from emoji_retrieval import EmojiRetrieval
+from training_runs import describe_machine, is_finished
 
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, run_script, write_json
@@ -103,12 +103,6 @@ def make_embeddings(table, write_table, out, weights):
         write_table(table)
     if not (out / "manifest.json").exists():
         graded_encoders.embed(table, out, weights)
-
-
-def describe_machine(config):
-    """What the results depend on, as the first run has recorded it."""
-    about = {key: config[key] for key in ("versions", "device", "commit", "started")}
-    return about | {"threads": torch.get_num_threads()}
 
 
 # ------------------------------------------------------------------------------------------ runs and their scores
@@ -406,10 +400,6 @@ def train(benchmark, script, name, *flags, timed=True, name_data=True):
     process, which saves the imports."""
     if not is_finished(benchmark.runs / name):
         run_trainer(benchmark, script, name, [name], flags, timed, name_data)
-
-
-def is_finished(folder):
-    return (folder / "ledger.json").is_file()
 
 
 def run_trainer(benchmark, script, out, names, flags, timed=True, name_data=True):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import vlm
 from hyma.embeddings import Embeddings
 from hyma.gallery import find_picture
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 from hyma.prompts import TEMPLATES
 from hyma.search_index import VectorIndex
 from hyma.weights import open_encoders

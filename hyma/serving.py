@@ -7,7 +7,7 @@ Gradio makes the page. No file of the corpus is served: pictures are small copie
 import os
 import socket
 
-from hyma.metrics import pair_name
+from hyma.pair_names import pair_name
 from hyma.results_page import Section, make_section, render_part
 from vlm import BadInput
 

@@ -379,7 +379,17 @@ def steady(value):
     if isinstance(value, list):
         return [steady(item) for item in value]
     if isinstance(value, dict):
-        left_out = {"seconds", "peak_bytes", "versions", "commit", "started", "made", "methods", "checksums", "sentences"}
+        left_out = {
+            "seconds",
+            "peak_bytes",
+            "versions",
+            "commit",
+            "started",
+            "made",
+            "methods",
+            "checksums",
+            "sentences",
+        }
         left_out |= {"device"} if "commit" in value else set()
         return {masked(key): steady(item) for key, item in value.items() if key not in left_out}
     return masked(value) if isinstance(value, str) else value
