@@ -29,10 +29,10 @@ def selection_key(six):
     return recall10, recall5, recall1
 
 
-def keep_best(state, name, six, layers, card_info):
+def keep_best(state, name, six, layers, card_info, key=selection_key):
     """Keeps these layers, [(weight, bias)], as the pair's if none before scored as high. six: recalls of these layers.
-    card_info: for the connector's card."""
-    if name in state["best"] and selection_key(six) <= selection_key(state["best"][name]["recalls"]):
+    card_info: for the connector's card. key: of six recalls, what is compared."""
+    if name in state["best"] and key(six) <= key(state["best"][name]["recalls"]):
         return
     copies = []
     for weight, bias in layers:

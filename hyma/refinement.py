@@ -1,7 +1,8 @@
 """The connector that is handed over, trained further by itself.
 
 A search trains all pairs as far as it takes to rank them; only the pair that it chooses has to be trained to the end. That
-pair's predicted connector becomes one that shares no weights, and has a schedule of its own.
+pair's predicted connector becomes one that shares no weights, and has a schedule of its own. Of its states the one with the largest
+sum of recalls is kept (R@1, 5 and 10 of both directions, "rsum"): training by itself sharpens R@1 more than R@10.
 """
 
 import math
@@ -44,7 +45,7 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
     else:
         connectors.load(pair, layers)
         state = new_state(pairs)
-        keep_best(state, name, recalls, layers, {"refinement_steps": 0})
+        keep_best(state, name, recalls, layers, {"refinement_steps": 0}, key=sum)
     dtype = training_dtype(flags.precision)
     steps = flags.refine_steps
     warmup_steps = min(flags.warmup_steps, steps // 4)
@@ -72,7 +73,7 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
             if is_validation:
                 six = validate(connectors, store, retrieval, pairs)[name]
-                keep_best(state, name, six, connectors.predict(*pair), {"refinement_steps": step + 1})
+                keep_best(state, name, six, connectors.predict(*pair), {"refinement_steps": step + 1}, key=sum)
             state["seconds"] = time.perf_counter() - started
             refinement = {"state": state, "connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(refinement, force=is_validation or signals.arrived())
