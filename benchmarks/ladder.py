@@ -40,7 +40,6 @@ from vlm import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_ROWS = 22_000  # of the table that are embedded at a time: a larger rung adds parts and embeds none again
-RATES = ("1e-3", "3e-3", "1e-2")  # of grid search
 CLOSED_FORMS = ("whitened", "ridge", "procrustes")
 DIRECTIONS = ("image", "text")  # what is retrieved
 
@@ -67,7 +66,11 @@ def parse_flags():
     add = parser.add_argument
     add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
-    add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of all others")
+    add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of the hypernetwork")
+    add(
+        "--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="grid search's rates, of which it has its own best"
+    )
+    add("--search-only", action="store_true", help="leave out halving, equal FLOPs and the closed forms")
     add("--work", type=Path, default=Path("embeddings/ladder"), help="icons, embeddings, runs (default: %(default)s)")
     add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
     add("--json", type=Path, default=ROOT / "benchmarks" / "ladder.json", help="results (default: %(default)s)")
@@ -160,11 +163,13 @@ def train_rung(flags, data, rung, connector):
     seeds = range(flags.seeds)
     hyma = [train("train_hyma.py", name("hyma", seed), *mlp, "--seed", seed) for seed in seeds]
     by_rate = {}
-    for rate in RATES:
+    for rate in flags.rates:
         by_rate[rate] = train("train_grid.py", name(f"grid-{rate}", 0), *mlp, "--lr", rate, "--seeds", 0)
-    best = max(RATES, key=lambda rate: best_validation(by_rate[rate]))
+    best = max(flags.rates, key=lambda rate: best_validation(by_rate[rate]))
     grid = [train("train_grid.py", name(f"grid-{best}", seed), *mlp, "--lr", best, "--seeds", seed) for seed in seeds]
     runs = {"hyma": hyma, "grid": grid}
+    if flags.search_only:
+        return runs
     same = ("--lr", best, "--seeds", 0)
     runs["grid at the hypernetwork's FLOPs"] = [
         train("train_grid.py", name("budget", 0), *mlp, *same, "--budget-of", hyma[0])
@@ -186,49 +191,50 @@ def best_validation(run):
 
 def measure(flags, data, runs):
     """The numbers of a rung and depth: for each method a list over its seeds, and what they come to."""
-    scores = score_on_test(data, runs)
+    scores, selectors = score_on_test(data, runs)
     grids = [scores[run.name] for run in runs["grid"]]
     truth = mean_scores(grids)
     costs = {key: np.mean([read_run(run).ledger[key] for run in runs["grid"]]) for key in ("flops", "seconds")}
     result = {"best rate of grid search": read_run(runs["grid"][0]).config["flags"]["lr"]}
     for method, folders in runs.items():
+        if method == "grid" and len(grids) == 1:  # has nothing to be compared with
+            continue
         result[method] = []
         for k, run in enumerate(folders):
             others = grids
-            if method == "grid" and len(grids) > 1:  # the noise: a seed against the others
+            if method == "grid":  # the noise: a seed against the others
                 others = grids[:k] + grids[k + 1 :]
             result[method].append(compare(run, scores[run.name], mean_scores(others), costs))
+    result["selectors"] = selectors
     result["true scores"] = {pair: [round(value, 3) for value in values] for pair, values in truth.items()}
     result["summary"] = summary(result)
     return result
 
 
 def score_on_test(data, runs):
-    """{run: {"image:text": (R@1, R@10) on the test rows, in per cent, the mean of both directions}}, by evaluate.py."""
-    folders = [run for of_method in runs.values() for run in of_method]
-    out = folders[0].parent / f"report-{folders[0].name.split('-')[0]}"
-    command = [
-        sys.executable,
-        ROOT / "evaluate.py",
-        *folders,
-        "--oracle",
-        *runs["grid"],
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    ]
+    """By evaluate.py: {run: {"image:text": (R@1, R@10) on the test rows, in per cent, the mean of both directions}}, and
+    {selector: its choice, regret, correlation and cost}."""
+    others = [run for method, of_method in runs.items() if method != "grid" for run in of_method]
+    out = others[0].parent / f"report-{others[0].name.split('-')[0]}"
+    command = [sys.executable, ROOT / "evaluate.py", *others, "--oracle", *runs["grid"]]
+    command += ["--out", out, "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-    scores = {run.name: {} for run in folders}
-    for record in read_json(out / "results.json")["results"]:
+    scores = {run.name: {} for run in [*others, *runs["grid"]]}
+    found = read_json(out / "results.json")
+    for record in found["results"]:
         both = []
         for k in (1, 10):
             recalls = [record["metrics"][f"{what}_retrieval_recall@{k}"] for what in DIRECTIONS]
             both.append(100 * sum(recalls) / 2)
         scores[Path(record["pretrained"]).name][name_of_row(record)] = tuple(both)
-    return scores
+    selectors = {}
+    for row in found["methods"]:
+        if row["kind"] == "selector":
+            kept = ("chosen", "regret", "spearman", "flops", "seconds")
+            selectors[row["method"]] = {key: row[key] for key in kept}
+    return scores, selectors
 
 
 def mean_scores(runs):

@@ -124,7 +124,7 @@ def test_flops_at_another_batch_size_are_those_of_a_run_there(run, planted, tmp_
     if kind == "grid":
         command = ("train_grid.py",)
     else:
-        command = ("train_hyma.py", "--generator", kind, "--pairs-per-step", "6")
+        command = ("train_hyma.py", "--generator", kind, "--pairs-per-step", "6", "--refine-steps", "0")
     if kind == "mlp":
         command += ("--width", "8")
     ledgers = {}
