@@ -23,7 +23,7 @@ from hyma.files import run_script, write_text
 from hyma.pair_names import pair_name
 from hyma.results_page import how_to_show, make_section, render_page
 from hyma.runs import read_run
-from hyma.searching import Hit, Search, read_classes
+from hyma.searching import Search, read_classes
 from hyma.weights import named_paths
 from vlm import BadInput
 
@@ -104,20 +104,21 @@ def print_answers(search, answers):
         print(f"\n{title}{': ' if note else ''}{note}")
         named = [hit for hit in hits if hit.picture]
         width = max((len(hit.picture) for hit in named), default=0)
-        print(f"rank  score  {'picture':{width}}  caption" if named else "rank  score  class")
+        if hits:
+            print(f"rank  score  {'picture':{width}}  caption" if named else "rank  score  class")
         for rank, hit in enumerate(hits, start=1):
-            picture = f"{hit.picture:{width}}  " if hit.picture else ""
-            print(f"{rank:4}  {hit.score:5.3f}  {picture}{one_line(hit)}")
+            picture = f"{one_line(hit.picture, width):{width}}  " if hit.picture else ""
+            print(f"{rank:4}  {hit.score:5.3f}  {picture}{one_line(hit.text)}")
             absent += not is_there(search, hit)
             count += hit.picture is not None
-    problem = how_to_show(search, absent, count) if search.data.rows else ""
+    problem = how_to_show(search, absent, count)
     if problem:
         print(f"\n{problem}", file=sys.stderr)
 
 
-def one_line(hit: Hit, most=100):
-    """A caption as one line of the terminal: no control characters, and not too long."""
-    text = "".join(letter if letter.isprintable() else " " for letter in hit.text)
+def one_line(text, most=100):
+    """A text as one line of the terminal: no control characters, and not too long."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

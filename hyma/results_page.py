@@ -50,8 +50,8 @@ def thumbnail(path):
 
 
 def how_to_show(search, absent, count):
-    """A line about pictures that are not shown, "" if all are."""
-    if not absent:
+    """A line about pictures that are not shown, "" if all are, or if the folder does not say where its pictures are."""
+    if not absent or not search.data.rows:
         return ""
     return f"{absent} of {count} pictures are not in {search.allowed}; name where they are now: --pictures FOLDER"
 

@@ -47,8 +47,8 @@ class Search:
         self.caption_rows = first_rows(rows, "caption")
         root = self.data.folder / (self.data.manifest or {}).get("root", ".")
         self.root, self.allowed = root, Path(pictures or root)
-        if self.data.rows and not self.allowed.is_dir():
-            raise BadInput(f"{self.allowed}: no such folder of pictures; name where they are now: --pictures FOLDER")
+        if pictures and not self.allowed.is_dir():
+            raise BadInput(f"--pictures {pictures}: no such folder")
         self.cache = {}
 
     # ------------------------------------------------------------------------------------------------- pairs

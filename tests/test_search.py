@@ -93,7 +93,8 @@ def test_another_folder_is_searched_and_pictures_outside_of_it_are_not_shown(run
     secret = tmp_path / "secret.webp"
     shutil.copy(PIG, secret)
     rows = [{"image": str(secret)}, {"image": "../secret.webp"}, {"image": "inside.webp", "caption": "\x1b[31mred"}]
-    vectors = {"efflite0": unit_vectors(3, 1280), "minilm_l6": unit_vectors(3, 384)}
+    rows.append({"image": "deleted\x1b[2J.webp"})
+    vectors = {"efflite0": unit_vectors(4, 1280), "minilm_l6": unit_vectors(4, 384)}
     folder = make_embedding_folder(tmp_path / "other", rows, **vectors)
     shutil.copy(PIG, folder / "inside.webp")
     shutil.copytree(sample_ridge / "connectors", "connectors")
@@ -101,8 +102,8 @@ def test_another_folder_is_searched_and_pictures_outside_of_it_are_not_shown(run
     done = run("search.py", *arguments)
     assert done.code == 0, done.err
     assert Path("results.html").read_text().count("data:image/jpeg;base64,") == 1
-    assert "2 of 3 pictures are not in" in done.err and "--pictures FOLDER" in done.err
-    assert len(results(done.out)) == 3 and "\x1b" not in done.out
+    assert "3 of 4 pictures are not in" in done.err and "--pictures FOLDER" in done.err
+    assert len(results(done.out)) == 4 and "\x1b" not in done.out
 
 
 def test_faiss_finds_what_the_matrix_product_finds(monkeypatch):
@@ -136,7 +137,7 @@ def test_bad_input_gives_one_line(refused, sample_ridge, given, tmp_path):
     refused("search.py", sample_ridge, "--classes", "one", says="at least two different classes")
     refused("search.py", sample_ridge, "a", "--pair", "eflite0:minilm_l6", says="Did you mean efflite0:minilm_l6?")
     refused("search.py", sample_ridge, "a", "--data", "moved", says=("moved: no such folder", "--data FOLDER"))
-    refused("search.py", sample_ridge, "a", "--pictures", "moved", says=("no such folder of pictures", "--pictures"))
+    refused("search.py", sample_ridge, "a", "--pictures", "moved", says="--pictures moved: no such folder")
     refused("search.py", sample_ridge, "--image", "no.webp", *PAIR, *given, says="no.webp: no such picture")
     refused("search.py", sample_ridge, "--image", ROOT / "vlm.py", *PAIR, *given, says="cannot be opened as a picture")
     refused("search.py", tmp_path / "nothing", "a", says="holds no run")
