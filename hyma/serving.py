@@ -12,7 +12,7 @@ from hyma.results_page import Section, make_section, render_part
 from vlm import BadInput
 
 HOST = "127.0.0.1"
-PIXELS_HEIGHT = 240  # of the picture that is dropped
+PICTURE_HEIGHT = 240  # pixels, of the picture that is dropped
 
 
 def serve(search, chosen, top, port, open_browser):
@@ -85,7 +85,7 @@ def make_page(gradio, search, chosen, top):
         with gradio.Tab("Describe a picture"):
             with gradio.Row():
                 sources = ["upload", "clipboard"]
-                picture = gradio.Image(type="filepath", sources=sources, label="a picture", height=PIXELS_HEIGHT)
+                picture = gradio.Image(type="filepath", sources=sources, label="a picture", height=PICTURE_HEIGHT)
                 classes = gradio.Textbox(label="Classes, with commas between them (none: the nearest captions)")
             with gradio.Row():
                 described = [gradio.HTML(), gradio.HTML()]
