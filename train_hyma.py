@@ -449,7 +449,9 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
     print_results(ranking, best["recalls"], retrieval, description, state, paths[0])
     for name, pair_best in refined_pairs.items():
         before, after = mean_recalls(best["recalls"][name]), mean_recalls(pair_best["recalls"])
-        changes = f"R@1 {100 * before[0]:.1f} -> {100 * after[0]:.1f}, R@10 {100 * before[2]:.1f} -> {100 * after[2]:.1f}"
+        changes = (
+            f"R@1 {100 * before[0]:.1f} -> {100 * after[0]:.1f}, R@10 {100 * before[2]:.1f} -> {100 * after[2]:.1f}"
+        )
         print(f"refined: {name}, {pair_best['about']['refinement_steps']} steps by itself: {changes}")
 
 
