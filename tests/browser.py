@@ -28,7 +28,7 @@ def find_chromium():
 class Browser:
     """One tab. `with Browser(profile, url) as page:`; every wait ends after `seconds`."""
 
-    def __init__(self, profile, url, size=(1200, 900), seconds=600):
+    def __init__(self, profile, url, size=(1200, 900), seconds=60):
         self.seconds, self.number, self.buffer = seconds, 0, b""
         self.asked = []  # the addresses that the page has asked for
         for_browser, self.commands = os.pipe()

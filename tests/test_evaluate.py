@@ -209,7 +209,7 @@ def test_predicted_pairs_need_no_updates(run, planted, tmp_path):
     """Five of six pairs trained: at as many updates of those as the grid's, the run costs what it cost."""
     flags = ("--data", planted, *QUICK)
     pairs = ("--pairs", "efflite?:*", "control:mpnet", "--predict", "control:*")
-    pairs += ("--pairs-per-step", "3")  # a text encoder a step, of two
+    pairs += ("--pairs-per-step", "3", "--refine-steps", "0")  # a text encoder a step, of two
     assert run("train_hyma.py", *flags, *pairs, "--epochs", "8", "--out", "some").code == 0
     assert run("train_grid.py", *flags, "--epochs", "4", "--out", "grid").code == 0
     result = run("evaluate.py", "some", "grid", "--bootstrap", "10", "--selector-rows", "0")
@@ -297,7 +297,8 @@ def test_without_a_test_split_the_validation_rows_are_scored(run, refused, plant
     assert result.code == 0 and "has no test split" in result.out and "90 pictures" in result.out, result.err
     recalls = [float(row["true_score"]) for row in read_csv(tmp_path / "report" / "ranking.csv")]
     chosen_by = [100 * float(row["val_recall10"]) for row in read_csv(tmp_path / "x-s1" / "ranking.csv")]
-    assert recalls == pytest.approx(chosen_by, abs=1e-3)  # seed 1's own validation rows
+    # Seed 1's own validation rows, here without the training rows that stand among their candidates when they choose.
+    assert all(recall >= chosen - 1e-3 for recall, chosen in zip(recalls, chosen_by)) and recalls[0] == 100
     refused("evaluate.py", "x-s0", "x-s1", says=["no split column", "seeds 0 and 1", "--task"])
 
 

@@ -183,7 +183,8 @@ def test_halving_finds_the_planted_best_for_less(run, planted, tmp_path):
     rows, cost = read_ranking(tmp_path / "x"), read_ledger(tmp_path / "x")
     updates = [cost["updates_per_pair"][f"{row['image']}:{row['text']}"] for row in rows]
     assert rows[0]["image"] == "efflite1" and updates == sorted(updates, reverse=True)
-    assert sorted(updates) == [9, 9, 9, 18, 36, 72] and [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    ranks = [int(row["rank"]) for row in rows]
+    assert sorted(updates) == [9, 9, 9, 18, 36, 72] and ranks[:4] == [1, 2, 3, 4] and ranks == sorted(ranks)
     assert cost["pair_samples"] == 128 * sum(updates) and len(read_connectors(tmp_path / "x")) == 6
     lines = read_jsonl(tmp_path / "x" / "metrics.jsonl")
     assert len(lines[0]["recalls"]) == 6 and len(lines[-1]["recalls"]) == 1

@@ -168,7 +168,7 @@ def test_a_pair_that_was_never_trained_is_predicted(run, planted, tmp_path):
     ledger = read_ledger(tmp_path / "x")
     assert ledger["pairs"] == 3 and ledger["updates_per_pair"]["efflite0:mpnet"] == 0
     scores = {(r["image"], r["text"]): float(r["val_recall10"]) for r in read_ranking(tmp_path / "x")}
-    assert scores["efflite0", "mpnet"] > 0.3 and (tmp_path / "x" / "connectors" / "efflite0_mlp1_mpnet.pt").exists()
+    assert scores["efflite0", "mpnet"] > 0.15 and (tmp_path / "x" / "connectors" / "efflite0_mlp1_mpnet.pt").exists()
 
 
 def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
@@ -238,7 +238,7 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     text = run("train_hyma.py", "--add-encoder", "mpnet", "--from", "one", "--out", "two")
     assert text.code == 0 and len(read_ranking(tmp_path / "two")) == 6, text.err
     refused("train_hyma.py", "--add-encoder", "efflite1", says="--from")
-    refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.0001 and not 0.1"])
+    refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.000222"])
     refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
     refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
     refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="nowhere")
