@@ -31,7 +31,7 @@ from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
 from hyma.files import run_script, write_jsonl
 from hyma.grid_state import COSTS
-from hyma.hypernetworks import build_hypernetwork
+from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
@@ -70,23 +70,6 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-
-def rate_of(row_count):
-    """The peak learning rate of factored: 1e-3 from 16,384 training rows on, below that in proportion to their square root."""
-    return 1e-3 * min(1, math.sqrt(row_count / 16384))
-
-
-def rank_of(row_count):
-    """How many axes of an image encoder's space factored has: an eighth of the training rows, from 256 to 384."""
-    return min(384, max(256, row_count // 8))
-
-
-# Defaults that differ between the two hypernetworks, some of them functions of the training rows; None: the flag belongs to
-# the other. factored starts from a closed form, so a third of the image encoders per step is enough.
-DEFAULTS = {
-    "factored": {"lr": rate_of, "rank": rank_of, "width": None, "share_of_images": Fraction(1, 3)},
-    "mlp": {"lr": 1e-3, "rank": None, "width": 128, "share_of_images": 1},
-}
 VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as several steps
 
 
@@ -97,7 +80,7 @@ def parse_flags():
     add_training_flags(parser, "hyma")
     add("--predict", nargs="+", default=[], metavar="IMAGE:TEXT", help="pairs to predict, score and export untrained")
     about = "how weights are predicted (default: %(default)s)"
-    add("--generator", choices=list(DEFAULTS), default="factored", help=about)
+    add("--generator", choices=list(HYPERNETWORKS), default="factored", help=about)
     add("--width", type=int, help="hidden width of the mlp generator; the paper's is 512 (default: 128)")
     add(
         "--rank",
@@ -133,7 +116,7 @@ def parse_flags():
         raise BadInput(f"--refine-steps {flags.refine_steps}: must not be negative")
     for name in ("width", "rank"):
         value = getattr(flags, name)
-        if value is not None and DEFAULTS[flags.generator][name] is None:
+        if value is not None and name != HYPERNETWORKS[flags.generator].size:
             raise BadInput(f"--{name} {value}: contradicts --generator {flags.generator}, which has none")
     return flags, None
 
@@ -141,8 +124,9 @@ def parse_flags():
 def flags_to_keep(run):
     """The flags of the run in --from that hold for the encoder that is added to it."""
     config = read_json(Path(run) / "config.json")
-    if config.get("script") != "train_hyma.py" or config["flags"]["generator"] != "factored":
-        raise BadInput(f"--from {run}: no run of train_hyma.py with --generator factored")
+    able = [name for name, kind in HYPERNETWORKS.items() if kind.takes_encoders]
+    if config.get("script") != "train_hyma.py" or config["flags"]["generator"] not in able:
+        raise BadInput(f"--from {run}: no run of train_hyma.py with --generator {' or '.join(able)}")
     kept = dict(config["flags"])
     for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
         kept.pop(name, None)
@@ -152,14 +136,13 @@ def flags_to_keep(run):
 def resolve_flags(flags, device, row_count, pairs):
     """A copy of the flags with numbers for those whose default depends on the data, so that config.json holds them."""
     flags = resolve_training_flags(flags, "hyma", device, row_count)
-    defaults = DEFAULTS[flags.generator]
-    default_pairs_per_step = len(pairs.image_names) * defaults["share_of_images"]
+    kind = HYPERNETWORKS[flags.generator]
+    default_pairs_per_step = len(pairs.image_names) * kind.share_of_images
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
         default_pairs_per_step = max(1, math.floor(default_pairs_per_step * share_of_pairs))
     flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(default_pairs_per_step), len(pairs.trained))
-    for name in ("width", "rank", "lr"):
-        default = defaults[name]
+    for name, default in kind.defaults.items():
         value = getattr(flags, name) or (default(row_count) if callable(default) else default)
         setattr(flags, name, value)
     if flags.rank:

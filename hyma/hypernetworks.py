@@ -2,10 +2,12 @@
 
 `FactoredHyperNetwork` builds a pair's connector from parts that all pairs of an encoder share; `HyperNetwork` is the
 paper's. `Hypernetwork` is the protocol that both follow: everything that train_hyma.py uses of them. To add one, write
-its class and a line in `build_hypernetwork`; the defaults of its flags are in train_hyma.py, `DEFAULTS`.
+its class and its entry in `HYPERNETWORKS`, at the end, the one place that knows them by the name of their flag.
 """
 
-from typing import Protocol
+import math
+from fractions import Fraction
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -45,14 +47,6 @@ class Hypernetwork(Generator, Protocol):
         """AdamW's two moments of a weight `head` whose gradient is never formed, zeros at first: [first, second]. [] where
         there is no such weight. Where there is, `head` holds it and, after each backward pass, `outer` the two factors
         (grad of the output, input) of its gradient, for `kernels.adamw_outer`."""
-
-
-def build_hypernetwork(flags, image_dims, text_dims) -> Hypernetwork:
-    """The hypernetwork of --generator. image_dims, text_dims: {encoder: width}."""
-    hidden_layers = hidden_layers_of(flags)
-    if flags.generator == "factored":
-        return FactoredHyperNetwork(image_dims, text_dims, hidden_layers, flags.rank)
-    return HyperNetwork(image_dims, text_dims, hidden_layers, flags.width)
 
 
 def fixed(tensor):
@@ -388,3 +382,41 @@ class OuterLinear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         ctx.owner.outer = grad_out.contiguous(), inputs
         return grad_out @ weight, None, None
+
+
+# ------------------------------------------------------------------------------------------- by the name of the flag
+
+
+def rate_of(row_count):
+    """The peak learning rate of factored: 1e-3 from 16,384 training rows on, below that in proportion to their square root."""
+    return 1e-3 * min(1, math.sqrt(row_count / 16384))
+
+
+def rank_of(row_count):
+    """How many axes of an image encoder's space factored has: an eighth of the training rows, from 256 to 384."""
+    return min(384, max(256, row_count // 8))
+
+
+class Kind(NamedTuple):
+    """A value of --generator."""
+
+    hypernetwork: type  # (image_dims, text_dims, hidden_layers, its size) -> Hypernetwork
+    size: str  # the flag that sets its size
+    defaults: dict  # of its flags: a number, or a function of how many training rows there are
+    share_of_images: Fraction  # of the image encoders, that are in each step
+    takes_encoders: bool  # whether --add-encoder can add to it
+
+
+# factored starts from a closed form, so a third of the image encoders per step is enough.
+HYPERNETWORKS = {
+    "factored": Kind(
+        FactoredHyperNetwork, "rank", {"lr": rate_of, "rank": rank_of}, Fraction(1, 3), takes_encoders=True
+    ),
+    "mlp": Kind(HyperNetwork, "width", {"lr": 1e-3, "width": 128}, Fraction(1), takes_encoders=False),
+}
+
+
+def build_hypernetwork(flags, image_dims, text_dims) -> Hypernetwork:
+    """The hypernetwork of --generator. image_dims, text_dims: {encoder: width}."""
+    kind = HYPERNETWORKS[flags.generator]
+    return kind.hypernetwork(image_dims, text_dims, hidden_layers_of(flags), getattr(flags, kind.size))
