@@ -171,6 +171,7 @@ def new_state(pairs):
         "losses": [],  # of the steps since the last validation
         "metrics": [],  # lines of metrics.jsonl
         "best": None,  # the best validation: score, epoch, recalls, weights
+        "refined": pairs.base_state["refined"] if pairs.base_state else {},  # connectors of the base run, see `refine`
     }
 
 
@@ -354,9 +355,9 @@ def main():
     # The pair that ranks first, trained further by itself. Its cost is part of the run's.
     generator.load_state_dict(state["best"]["weights"])
     ranking = rank_best(state, retrieval)
+    chosen = pair_of_name(name_of_row(ranking[0]))
     refined = None
-    if flags.refine_steps:
-        chosen = pair_of_name(name_of_row(ranking[0]))
+    if flags.refine_steps and pair_name(chosen) not in state["refined"]:
         layers, recalls = generator.predict(*chosen), state["best"]["recalls"][pair_name(chosen)]
 
         def save_checkpoint(refinement, force):
@@ -413,7 +414,7 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
     best = state["best"]
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
     state["trainable_parameters"] = count_trainable(generator)
-    refined_pairs = refined["best"] if refined else {}
+    refined_pairs = state["refined"] | (refined["best"] if refined else {})
 
     def connector_of(name):
         card_info = {

@@ -89,9 +89,12 @@ def arrange_added_encoder(name, run, data):
     """The Pairs of an encoder that is added to a finished run, whose own pairs stay as they are."""
     if not (run / "ledger.json").is_file():
         raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
-    base_state = Checkpoints(run).load("state")["state"]
-    if "fold_recall10" not in base_state:
+    saved = Checkpoints(run).load("state")
+    base_state = saved["state"]
+    if "refined" not in base_state:
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
+    if "refinement" in saved:
+        base_state["refined"] |= saved["refinement"]["state"]["best"]
     base_pairs = list(map(pair_of_name, base_state["best"]["recalls"]))
     image_names, text_names = images_of(base_pairs), texts_of(base_pairs)
     if name not in data.encoders:

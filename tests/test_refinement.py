@@ -1,5 +1,7 @@
 """The connector that is handed over, trained further by itself: its steps, its best state, its cost, its resume."""
 
+import functools
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking
 
 import vlm
+from hyma import refinement
 from hyma.pair_names import name_of_row
 from hyma.refinement import refine, refinement_steps
 from hyma.training import validate, validation_retrieval
@@ -35,6 +38,22 @@ def test_only_the_chosen_pair_is_refined_and_its_cost_is_in_the_ledger(run, plan
     assert after["logit_flops"] > before["logit_flops"] and after["start_flops"] == before["start_flops"]
 
 
+def test_an_added_encoder_leaves_the_refined_connector_as_it_is(run, planted, tmp_path, monkeypatch):
+    turn = itertools.count()
+    keep_the_last = functools.partial(refinement.keep_best, key=lambda six: -next(turn))
+    monkeypatch.setattr(refinement, "keep_best", lambda *given, key: keep_the_last(*given))
+    flags = ("--data", planted, *QUICK, "--pairs", "efflite0:*", "control:*", "--epochs", "1", "--lr", "3e-3")
+    assert run("train_hyma.py", *flags, "--refine-steps", "30", "--out", "x").code == 0
+    chosen = read_ranking(tmp_path / "x")[0]
+    card = tmp_path / "x" / "connectors" / vlm.connector_name(chosen["image"], 0, chosen["text"])
+    assert vlm.read_json(card.with_suffix(".json"))["refinement_steps"] > 0
+    result = run("train_hyma.py", "--add-encoder", "efflite1", "--from", "x", "--out", "y")
+    assert result.code == 0, result.err
+    before, after = read_connectors(tmp_path / "x"), read_connectors(tmp_path / "y")
+    for name in before:
+        assert all(map(torch.equal, before[name].values(), after[name].values())), name
+
+
 def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(initialise):
     found = initialise(1)
     flags = SimpleNamespace(
@@ -46,8 +65,8 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
     recalls = [0.0] * 6  # any state is better
     saved = []
 
-    def keep(refinement, force):
-        saved.append(torch.load(to_file(refinement), weights_only=True))
+    def keep(state, force):
+        saved.append(torch.load(to_file(state), weights_only=True))
 
     def run(earlier):
         return refine(flags, PAIR, layers, recalls, found.store, retrieval, found.rows, earlier, keep)
