@@ -62,9 +62,18 @@ def split_for_training(data, seed, count):
 
 def validation_retrieval(data, train_rows, val_rows, device):
     """The Retrieval that chooses: its queries are the validation rows; training rows, evenly spaced, are distractors beside
-    them if the validation rows are fewer than LEAST_CANDIDATES."""
-    count = min(len(train_rows), max(0, LEAST_CANDIDATES - len(val_rows)))
-    distractors = train_rows[torch.arange(count) * len(train_rows) // max(1, count)]
+    them if the validation rows are fewer than LEAST_CANDIDATES. A training row with a validation row's picture or caption
+    is none: it would be a right answer that was trained on."""
+    missing = max(0, LEAST_CANDIDATES - len(val_rows))
+    others = train_rows
+    if data.rows and missing:
+        held_out = {data.rows[i][part] for i in val_rows.tolist() for part in ("image", "caption")}
+        others = [
+            i for i in train_rows.tolist() if held_out.isdisjoint((data.rows[i]["image"], data.rows[i]["caption"]))
+        ]
+        others = torch.tensor(others, dtype=train_rows.dtype)
+    count = min(len(others), missing)
+    distractors = others[torch.arange(count) * len(others) // max(1, count)]
     return Retrieval(data, val_rows, device, distractors)
 
 

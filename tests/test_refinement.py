@@ -100,6 +100,19 @@ def test_few_pairs_are_refined_for_fewer_steps(pairs, expected):
     assert refinement_steps(100, pairs) == expected
 
 
+def test_no_training_row_is_a_right_answer_of_a_validation_row(initialise):
+    """Captions that repeat: the trained picture of a validation caption would be found, and count."""
+    found = initialise(1)
+    data, val = found.data, set(found.val_rows.tolist())
+    data.rows = [{"image": f"picture {k}", "caption": f"caption {k % 300}"} for k in range(data.row_count)]
+    retrieval = validation_retrieval(data, found.rows, found.val_rows, CPU)
+    captions = {data.rows[k]["caption"] for k in val}
+    distractors = retrieval.rows[len(val) :].tolist()
+    assert len(distractors) > 300 and not any(data.rows[k]["caption"] in captions for k in distractors)
+    whole = data.row_count - sum(data.rows[k]["caption"] in captions for k in found.rows.tolist())
+    assert len(retrieval.rows) == whole
+
+
 def test_the_validation_gallery_is_filled_with_training_rows(initialise):
     """The queries stay the validation rows; more candidates make a recall smaller, never larger."""
     found = initialise(1)
