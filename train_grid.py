@@ -356,7 +356,8 @@ def export(flags, data, state, retrieval, row_count):
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
 
     def connector_of(name):
-        return best[name]["layers"], best[name]["about"] | {"updates": updates[name]}
+        card_info = {"updates": updates[name], "val_rows": retrieval.query_rows, "val_candidates": len(retrieval.rows)}
+        return best[name]["layers"], best[name]["about"] | card_info
 
     recalls = {name: best[name]["recalls"] for name in best}
     ranking = rank_pairs(recalls, before=updates)  # halving: pairs with fewer updates were dropped sooner

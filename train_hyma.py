@@ -36,7 +36,7 @@ from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
 from hyma.pairs import arrange_pairs, draw_pairs, images_of
-from hyma.ranking import expected_recall10, rank_pairs
+from hyma.ranking import expected_recall10, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.signals import Signals
@@ -296,7 +296,8 @@ def main():
         state, store = resume_training(saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
         refinement = saved.get("refinement")
         done = state["step"] + (refinement["state"]["step"] if refinement else 0)
-        print(resumed_line(flags.out, done, steps + flags.refine_steps))
+        is_finished = (flags.out / "ledger.json").is_file()  # also where the base run has refined the chosen pair
+        print(resumed_line(flags.out, done, done if is_finished else steps + flags.refine_steps))
     else:
         state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
     started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
@@ -423,9 +424,12 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
             "seed": flags.seed,
             "epoch": best["epoch"],
             "updates": state["updates"][name],
+            "val_rows": retrieval.query_rows,
+            "val_candidates": len(retrieval.rows),
         }
-        if name in refined_pairs:
-            return refined_pairs[name]["layers"], card_info | refined_pairs[name]["about"]
+        if name in refined_pairs:  # its card has its own recalls; those of the predicted connector have ranked it
+            pair_best = refined_pairs[name]
+            return pair_best["layers"], card_info | recall_columns(pair_best["recalls"]) | pair_best["about"]
         return generator.predict(*pair_of_name(name)), card_info
 
     paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)

@@ -21,7 +21,7 @@ from hyma.embeddings import unique
 from hyma.evaluation import ALIKE, CHOSEN, compare_pairs
 from hyma.files import read_jsonl
 from hyma.metrics import best_pairs, fidelity, mean_recalls
-from hyma.pair_names import pair_name
+from hyma.pair_names import name_of_row, pair_name
 from hyma.plotting import (
     COLOURS,
     GREY,
@@ -239,7 +239,7 @@ def draw_ranks(axis, rows):
     """A marker for each pair; pairs of the same two ranks share one, with their number in it."""
     pairs_at_place = {}
     for row in rows:
-        pairs_at_place.setdefault((row["true_rank"], row["rank"]), []).append(f"{row['image']}:{row['text']}")
+        pairs_at_place.setdefault((row["true_rank"], row["rank"]), []).append(name_of_row(row))
     first = min(row["rank"] for row in rows)
     for (truth, rank), pairs in pairs_at_place.items():
         style = {"marker": "D", "color": COLOURS[1]} if rank == first else {"marker": "o", "color": COLOURS[0]}

@@ -128,7 +128,10 @@ def model_card(vlm, card, image, text, licence):
     """The README.md of a pair to share: how to use it, what it scores, what it was made of."""
     recalls = {key: card.get(f"val_recall{key}") for key in (1, 5, 10)}
     scores = [f"| R@{key} | {100 * value:.1f} |" for key, value in recalls.items() if isinstance(value, float)]
-    table = ["| validation rows, mean of both directions | % |", "|---|---|", *scores] if scores else ["Not recorded."]
+    trained_on = card.get("val_candidates", 0) - card.get("val_rows", 0)
+    candidates = f" among {card['val_candidates']} candidates, {trained_on} of them trained on" if trained_on else ""
+    heading = f"| validation rows{candidates}, mean of both directions | % |"
+    table = [heading, "|---|---|", *scores] if scores else ["Not recorded."]
     image_licence = vlm.image_encoder.model.pretrained_cfg.get("license") or "see its page"
     text_licence = getattr(getattr(vlm.text_encoder.model, "model_card_data", None), "license", None) or "see its page"
     digests = card["weights_sha256"]

@@ -10,8 +10,11 @@ from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking
 
 import vlm
 from hyma import refinement
+from hyma.embeddings import Embeddings, RowStore
 from hyma.pair_names import name_of_row
+from hyma.ranking import recall_columns
 from hyma.refinement import refine, refinement_steps
+from hyma.splits import split_rows
 from hyma.training import validate, validation_retrieval
 
 PAIR = ("efflite1", "mpnet")
@@ -30,6 +33,14 @@ def test_only_the_chosen_pair_is_refined_and_its_cost_is_in_the_ledger(run, plan
     for name in plain:
         same = all(map(torch.equal, plain[name].values(), refined[name].values()))
         assert same == (name != file or card["refinement_steps"] == 0)
+
+    retrieval = validation_retrieval(Embeddings(planted), *split_rows(Embeddings(planted)), CPU)
+    assert (card["val_rows"], card["val_candidates"]) == (90, 900) == (retrieval.query_rows, len(retrieval.rows))
+    store = RowStore(Embeddings(planted), [chosen["image"], chosen["text"]], CPU)
+    connector = vlm.load_connector(tmp_path / "refined" / "connectors" / file, *map(store.dims.get, store.dims))
+    mapped = vlm.map_text(connector, store.take(chosen["text"], retrieval.rows))
+    six = retrieval.recalls(mapped, store.take(chosen["image"], retrieval.rows))
+    assert recall_columns(six)["val_recall10"] == pytest.approx(card["val_recall10"], abs=0.01)
 
     before, after = read_ledger(tmp_path / "plain"), read_ledger(tmp_path / "refined")
     name = name_of_row(chosen)

@@ -22,6 +22,7 @@ def run_folder(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(vlm.init_modality_connector(384, [1024], 1280).state_dict(), folder / f"{NAME}.pt")
     card = {"dataset": "sample", "maps": "texts to pictures", "val_recall1": 0.172, "val_recall10": 0.547}
+    card |= {"val_rows": 373, "val_candidates": 2000}
     (folder / f"{NAME}.json").write_text(json.dumps(card))
     return folder
 
@@ -79,7 +80,15 @@ def test_the_model_card_has_numbers_digests_licences_and_data(shared, model):
     text = (shared / "README.md").read_text()
     digests = json.loads((shared / f"{NAME}.json").read_text())["weights_sha256"]
     assert digests["minilm_l6"] == vlm.weights_digest(model.text_encoder.model)
-    for word in ("| R@1 | 17.2 |", "| R@10 | 54.7 |", "license: mit", "Data: sample", "apache-2.0", *digests.values()):
+    for word in (
+        "| R@1 | 17.2 |",
+        "| R@10 | 54.7 |",
+        "2000 candidates, 1627 of them trained on",
+        "license: mit",
+        "Data: sample",
+        "apache-2.0",
+        *digests.values(),
+    ):
         assert word in text, word
 
 
