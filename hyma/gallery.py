@@ -1,7 +1,7 @@
 """The report's gallery: captions drawn at random, whether the chosen pair finds their pictures, and what it retrieves.
 
 Its rows and small copies of its pictures are saved with the report (`make_gallery`), and the page's table is made from
-these alone (`gallery_table`). A picture is read only if it lies in the folder that the embedding folder's manifest names,
+these alone (`gallery_queries`). A picture is read only if it lies in the folder that the embedding folder's manifest names,
 or in that of --pictures: the rows of a stranger's folder cannot bring other files of yours into a report.
 """
 

@@ -28,7 +28,6 @@ def serve(search, chosen, top, port, open_browser):
         quiet=True,
         inbrowser=open_browser,
         allowed_paths=[],
-        blocked_paths=[os.getcwd()],
         max_file_size="50mb",
         footer_links=[],
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

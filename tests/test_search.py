@@ -253,6 +253,8 @@ def test_the_page_in_a_browser(server, tmp_path):
         elsewhere = [address for address in page.asked if not address.startswith((server, "data:", "blob:"))]
         assert elsewhere == []
 
-    for path in (PIG, ROOT / "README.md", "/etc/passwd"):
+    in_its_own_folder = tmp_path / "private.txt"
+    in_its_own_folder.write_text("private")
+    for path in (PIG, ROOT / "README.md", in_its_own_folder, "private.txt", "/etc/passwd"):
         for route in ("gradio_api/file=", "file=", "static/"):
             assert status(f"{server}/{route}{path}") in (403, 404), path
