@@ -498,6 +498,8 @@ def main():
     if failures:
         if len(failures) == 1:
             raise failures[0]
+        if all(isinstance(failure, vlm.MissingWeights) for failure in failures):
+            raise vlm.join_missing(failures)
         raise BadInput(f"{len(failures)} encoders could not be loaded, for the reasons above; the first: {failures[0]}")
     if unfinished:
         print(f"{out}: not sealed: other --shard processes have not finished their shards of {', '.join(unfinished)}")

@@ -35,7 +35,7 @@ from hyma.machine import provenance
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name
-from hyma.prompts import WeightsMissing
+from hyma.prompts import OtherWeights
 from hyma.report import save_report
 from hyma.runs import newest_finished_run, read_run
 from hyma.scoring import headline_first, load_connector, runs_of, score_runs
@@ -229,7 +229,7 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
         try:
             prepare_inputs(task, pairs, flags.weights, flags.device, data)
             possible.append(task)
-        except WeightsMissing as error:
+        except (vlm.MissingWeights, OtherWeights) as error:
             left_out.setdefault(str(error), []).append(f"{task.name} {task.kind}")
     if not possible:
         raise BadInput("; ".join(left_out))

@@ -47,6 +47,15 @@ class BadInput(ValueError):
         super().__init__(" ".join(str(message).splitlines()))  # a value that is quoted in it may hold several
 
 
+class MissingWeights(BadInput):
+    """The weights of encoders are neither here nor to be had from the hub. The message has the commands that bring them."""
+
+    def __init__(self, encoders, reason):
+        super().__init__(how_to_bring(encoders, reason))
+        self.encoders = encoders
+        self.reason = reason
+
+
 # ------------------------------------------------------------------------------------------------------- encoders
 
 
@@ -251,8 +260,8 @@ class TextEncoder(nn.Module):
         try:
             with recorded_pretrained() as loaded:
                 self.model = SentenceTransformer(str(weights or encoder.spec), device=str(pick_device(device)))
-        except Exception as error:  # as above
-            raise BadInput(cannot_load(encoder, weights, error)) from None
+        except Exception as error:  # as in create_image_model
+            raise cannot_load(encoder, weights, error) from None
         for missing in loaded:
             missing = [key for key in missing if "pooler" not in key]  # a pooler is not used
             check_filled(encoder, weights, missing, ())
@@ -339,7 +348,7 @@ def create_image_model(encoder, weights):
     except BadInput:
         raise
     except Exception as error:  # timm, the hub and the file readers raise a dozen unrelated types
-        raise BadInput(cannot_load(encoder, weights, error)) from None
+        raise cannot_load(encoder, weights, error) from None
     for keys in loaded:
         left_over = [key for key in keys.unexpected_keys if not re.match(HEADS, key)]
         check_filled(encoder, weights, keys.missing_keys, left_over)
@@ -472,21 +481,51 @@ def weights_digest(model):
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def cannot_load(encoder: Encoder, weights, error: Exception) -> str:
-    """One line for a model whose weights are not to be had, or do not fit: what is missing and where to put it."""
+def cannot_load(encoder: Encoder, weights, error: Exception) -> BadInput:
+    """The error of a model whose weights are not to be had, or do not fit. error: what timm or the hub's client raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:160].rstrip(".")
     if weights is not None:
-        return f"--weights {encoder.name}={weights}: cannot be loaded into {encoder.spec}: {reason}"
-    hint = did_you_mean(encoder)
-    if encoder.spec.startswith("local-dir:"):
-        return f"cannot load {encoder.name} from {encoder.spec[10:]}: {reason}"
-    source = hub_name(encoder) or encoder.spec
+        return BadInput(f"--weights {encoder.name}={weights}: cannot be loaded into {encoder.spec}: {reason}")
+    if hub_name(encoder) is None:
+        return BadInput(f"cannot load {encoder.name} from {encoder.spec.removeprefix('local-dir:')}: {reason}")
+    return MissingWeights([encoder], reason)
+
+
+def how_to_bring(encoders, reason):
+    """One line for encoders whose weights are missing: the commands that bring them, and what takes them then."""
+    names = " and ".join(encoder.name for encoder in encoders)
+    folders = {encoder.name: f"weights/{encoder.name}" for encoder in encoders}
+    hints = "".join(map(did_you_mean, encoders))
+    commands, flags = [], []
+    for encoder in encoders:
+        commands.append(f"hf download {hub_name(encoder)} --local-dir {folders[encoder.name]}")
+        flags.append(f"{encoder.name}={folders[encoder.name]}")
     return (
-        f"cannot load the weights of {encoder.name} ({encoder.kind} encoder, {source}): {reason}.{hint} Without a network, "
-        f"copy the files of huggingface.co/{source} into a folder and pass --weights {encoder.name}=FOLDER (in Python: "
-        f"weights=FOLDER)"
+        f"the weights of {names} are missing ({reason}).{hints} Where there is a network: {' && '.join(commands)}; "
+        f"then add --weights {' '.join(flags)} (in Python: weights={folders})"
     )
+
+
+def build_all(builders):
+    """[what each function of `builders` makes]. Raises MissingWeights that names all whose weights are missing, at once."""
+    built, missing = [], []
+    for build in builders:
+        try:
+            built.append(build())
+        except MissingWeights as error:
+            missing.append(error)
+    if missing:
+        raise join_missing(missing)
+    return built
+
+
+def join_missing(errors):
+    """One MissingWeights for several."""
+    encoders = []
+    for error in errors:
+        encoders += error.encoders
+    return MissingWeights(encoders, errors[0].reason)
 
 
 def hub_name(encoder: Encoder):
@@ -641,8 +680,12 @@ class CustomVLM(nn.Module):
     def __init__(self, image_encoder_name, text_encoder_name, connector_args=None, device=None, weights=None):
         super().__init__()
         weights = weights or {}
-        self.image_encoder = ImageEncoder(image_encoder_name, device, weights.get(image_encoder_name))
-        self.text_encoder = TextEncoder(text_encoder_name, device, weights.get(text_encoder_name))
+        self.image_encoder, self.text_encoder = build_all(
+            [
+                lambda: ImageEncoder(image_encoder_name, device, weights.get(image_encoder_name)),
+                lambda: TextEncoder(text_encoder_name, device, weights.get(text_encoder_name)),
+            ]
+        )
         self.connector = None
         if connector_args is not None:
             self.connector = init_modality_connector(*connector_args).to(self.device).eval().requires_grad_(False)

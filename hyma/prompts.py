@@ -18,8 +18,8 @@ from vlm import BadInput, Encoder
 PROMPTS_AT_ONCE = 1024
 
 
-class WeightsMissing(BadInput):
-    """Prompts need a text encoder whose weights are not on the hub or cannot be fetched; the message says what to pass."""
+class OtherWeights(BadInput):
+    """The weights on the hub are not those that the embeddings were made with; the message says what to pass."""
 
 
 class RecordedEncoder(NamedTuple):
@@ -122,18 +122,15 @@ def embed_prompts(recorded, texts, weights, device):
 
 @functools.lru_cache(maxsize=1)
 def open_text_encoder(recorded, weights, device):
-    """The text encoder. Raises BadInput if its width, weights or settings are not those of the embeddings."""
+    """The text encoder. Raises vlm.MissingWeights; BadInput if its width, weights or settings are not those of the embeddings."""
     encoder = recorded.encoder
-    try:
-        model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
-    except BadInput as error:
-        raise (WeightsMissing(str(error)) if weights is None else error) from None
+    model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
     if encoder.dim not in (None, model.embed_dim):
         raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
     digest = recorded.weights_sha256
     if digest and vlm.weights_digest(model.model) != digest:
         if weights is None:
-            raise WeightsMissing(
+            raise OtherWeights(
                 f"{encoder.name}: the weights on the hub are not those that the embeddings were made with; pass those: "
                 f"--weights {encoder.name}=FOLDER"
             )

@@ -431,13 +431,16 @@ def text_inputs(task, text_name, weights=None, device="cpu", run_data=None):
 def prepare_inputs(task, pairs, weights, device, run_data):
     """Reads and checks every embedding that scoring these pairs takes, and embeds prompts that are not cached.
 
-    Arguments as for `text_inputs`. Raises BadInput; WeightsMissing if prompts cannot be embedded without --weights.
+    Arguments as for `text_inputs`. Raises BadInput; OtherWeights or vlm.MissingWeights, of all of the task's text encoders,
+    if prompts cannot be embedded without --weights.
     """
     images, texts = zip(*pairs)
     for image in unique(images):
         image_inputs(task, image, run_data)
+    readers = []
     for text in unique(texts):
-        text_inputs(task, text, weights, device, run_data)
+        readers.append(functools.partial(text_inputs, task, text, weights, device, run_data))
+    vlm.build_all(readers)
 
 
 def recorded_encoder(name, data, run_data):

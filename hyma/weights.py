@@ -1,12 +1,13 @@
 """The encoders that made an embedding folder, opened again: `--weights`, and all that are missing named in one line."""
 
+import functools
 import json
 
 import vlm
 from hyma.embeddings import first_difference
 from hyma.prompts import open_text_encoder
 from hyma.tasks import recorded_encoder
-from vlm import BadInput, hub_name
+from vlm import BadInput
 
 
 def named_paths(flag, items, value):
@@ -28,17 +29,10 @@ def open_encoders(data, names, weights, device):
     weights: {name: file or folder}, instead of the hub. Raises BadInput; if weights are missing, one line that names all of
     them and the commands that bring them.
     """
-    encoders, missing = {}, {}
+    builders = []
     for name in names:
-        try:
-            encoders[name] = open_encoder(data, name, weights.get(name), device)
-        except BadInput as error:
-            if name in weights or hub_name(data.encoders[name]) is None or not is_missing(error):
-                raise
-            missing[name] = str(error)
-    if missing:
-        raise BadInput(how_to_bring(data, missing))
-    return encoders
+        builders.append(functools.partial(open_encoder, data, name, weights.get(name), device))
+    return dict(zip(names, vlm.build_all(builders)))
 
 
 def open_encoder(data, name, weights, device):
@@ -59,21 +53,3 @@ def open_encoder(data, name, weights, device):
         setting, then, now = difference
         raise BadInput(f"{name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here")
     return model
-
-
-def is_missing(error):
-    """Whether a BadInput is about weights that cannot be had, and not about wrong ones."""
-    return str(error).startswith("cannot load the weights of")
-
-
-def how_to_bring(data, missing):
-    """One line for weights that are missing: the commands that bring them, and the flag that takes them."""
-    commands, flags = [], []
-    for name in missing:
-        commands.append(f"hf download {hub_name(data.encoders[name])} --local-dir weights/{name}")
-        flags.append(f"{name}=weights/{name}")
-    reason = next(iter(missing.values())).partition("): ")[2].partition(". Without a network")[0]
-    return (
-        f"the weights of {' and '.join(missing)} are missing ({reason}). Where there is a network: {' && '.join(commands)}; "
-        f"then add: --weights {' '.join(flags)}"
-    )

@@ -162,7 +162,7 @@ def test_all_missing_weights_are_named_with_the_commands_that_bring_them(refused
     )
     wanted += (
         "hf download sentence-transformers/all-mpnet-base-v2",
-        "--weights efflite1=weights/efflite1 mpnet=weights/mpnet",
+        "add --weights efflite1=weights/efflite1 mpnet=weights/mpnet",
     )
     question = ("--image", PIG, "--classes", "cat", "dog", "--pair", "efflite1:mpnet", "--device", "cpu")
     refused("search.py", sample_ridge, *question, says=wanted)

@@ -20,7 +20,7 @@ import vlm
 from hyma.datasets import draw_distractors
 from hyma.embeddings import Embeddings
 from hyma.files import write_json
-from hyma.prompts import TEMPLATES, WeightsMissing, load_prompts
+from hyma.prompts import TEMPLATES, OtherWeights, load_prompts
 from hyma.splits import split_rows
 from hyma.tasks import image_inputs, map_prompts, score, text_inputs
 
@@ -335,7 +335,7 @@ def test_prompts_of_other_weights_are_refused(tmp_path, weights, monkeypatch):
         image_inputs(task, "efflite0", sample)
     hub = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
     monkeypatch.setattr(vlm, "TextEncoder", lambda *_: hub)
-    with pytest.raises(WeightsMissing, match="on the hub are not those .* --weights minilm_l6=FOLDER"):
+    with pytest.raises(OtherWeights, match="on the hub are not those .* --weights minilm_l6=FOLDER"):
         text_inputs(task, "minilm_l6")
 
 
@@ -432,8 +432,8 @@ def test_a_task_whose_prompts_cannot_be_embedded_is_left_out(run, refused, sampl
     result = run("evaluate.py", sample_ridge, *flags)
     assert result.code == 0, result.err
     (line,) = (line for line in result.out.splitlines() if "left out" in line)
-    assert line.startswith("warning: left out: x zeroshot and x vqa: cannot load the weights of m")
-    assert re.search(r"--weights (mpnet|minilm_l6)=FOLDER", line)
+    assert re.match("warning: left out: x zeroshot and x vqa: the weights of (mpnet and minilm_l6|minilm_l6 and mpnet) are", line)
+    assert "mpnet=weights/mpnet" in line and "minilm_l6=weights/minilm_l6" in line
     found = vlm.read_json(tmp_path / "report" / "results.json")
     assert {record["task"] for record in found["results"]} == {"zeroshot_retrieval"}
     assert line.removeprefix("warning: ") in found["warnings"]
@@ -452,5 +452,5 @@ def test_the_only_task_without_weights_is_refused_before_it_is_scored(run, refus
     folder = make_embedding_folder(tmp_path / "e", rows, **vectors)
     flags = ("--data", folder, "--closed-form", "ridge", "--batch-size", "16", "--device", "cpu", "--out", "x")
     assert run("train_grid.py", *flags).code == 0
-    line = refused("evaluate.py", "x", says=["cannot load the weights of minilm_l6", "--weights minilm_l6=FOLDER"])
+    line = refused("evaluate.py", "x", says=["the weights of minilm_l6 are missing", "minilm_l6=weights/minilm_l6"])
     assert "connector/s" not in line.err and not (tmp_path / "report").exists()

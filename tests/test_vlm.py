@@ -444,6 +444,17 @@ def test_captions_are_text_to_a_multimodal_model(weights):
 )
 def test_a_name_that_is_spelt_wrong_is_guessed(name, guess):
     build = vlm.ImageEncoder if vlm.find_encoder(name).kind == "image" else vlm.TextEncoder
-    with pytest.raises(BadInput, match="cannot load the weights of") as error:
+    with pytest.raises(BadInput, match="the weights of .* are missing") as error:
         build(name, "cpu")
-    assert guess in str(error.value) and "(in Python: weights=FOLDER)" in str(error.value)
+    assert guess in str(error.value)
+
+
+def test_all_missing_weights_of_a_pair_are_named_with_the_commands_that_bring_them():
+    with pytest.raises(BadInput) as error:
+        vlm.CustomVLM("vit_s16", "mpnet", device="cpu")
+    message = str(error.value)
+    assert "the weights of vit_s16 and mpnet are missing" in message
+    image = "hf download timm/vit_small_patch16_224.augreg_in21k_ft_in1k --local-dir weights/vit_s16"
+    text = "hf download sentence-transformers/all-mpnet-base-v2 --local-dir weights/mpnet"
+    assert f"{image} && {text}; then add --weights vit_s16=weights/vit_s16 mpnet=weights/mpnet" in message
+    assert "weights={'vit_s16': 'weights/vit_s16', 'mpnet': 'weights/mpnet'}" in message
