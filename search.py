@@ -36,7 +36,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, or a folder of connectors alone")
-    add("query", nargs="?", metavar="WORDS", help="what the pictures to find are of, in one pair of quotes")
+    add("query", nargs="*", metavar="WORDS", help="what the pictures to find are of")
     add("--image", type=Path, metavar="FILE", help="a picture, to find captions or its class")
     add("--classes", nargs="+", default=[], metavar="CLASS", help="two or more classes, or a file with one a line")
     add("--pair", metavar="IMAGE:TEXT", help="the pair to search with (default: the first of the ranking)")
@@ -51,7 +51,8 @@ def parse_flags():
     add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add("--no-open", action="store_true", help="open no browser")
-    flags = parser.parse_args()
+    flags = parser.parse_intermixed_args()  # words may stand after flags
+    flags.query = " ".join(flags.query) if flags.query else None
     check_flags(flags)
     flags.weights = named_paths("--weights", flags.weights, "PATH")
     flags.classes = read_classes(flags.classes) if flags.classes else []
@@ -75,6 +76,8 @@ def check_flags(flags):
         raise BadInput(f"--port {flags.port}: must be 1 to 65535")
     if flags.out and flags.out.is_dir():
         raise BadInput(f"--out {flags.out}: is a folder; name a file, such as {flags.out / 'results.html'}")
+    if flags.out and not os.access(flags.out.parent, os.W_OK):
+        raise BadInput(f"--out {flags.out}: there is no folder {flags.out.parent} that can be written to; make it, or name another")
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -174,12 +177,11 @@ def main():
     print_answers(search, answers)
 
     opens = has_display() and not flags.no_open
+    if opens and not flags.out:
+        flags.out = Path(tempfile.mkdtemp(prefix="hyma-")) / "results.html"
     if flags.out:
         write_page(search, pair, answers, flags.out)
         print(f"\nresults: {flags.out}")
-    elif opens:
-        flags.out = Path(tempfile.mkdtemp(prefix="hyma-")) / "results.html"
-        write_page(search, pair, answers, flags.out)
     if opens:
         open_page(flags.out)
 

@@ -215,5 +215,6 @@ def read_classes(words):
             raise BadInput(f"--classes {words[0]}: cannot be read as text: {error}") from None
     classes = list(dict.fromkeys(filter(None, map(str.strip, words))))
     if len(classes) < 2:
-        raise BadInput("--classes: at least two different classes are needed, as words or as the lines of a file")
+        found = f"{classes[0]} is one, and no file" if len(words) == 1 and classes else f"there are {len(classes)}"
+        raise BadInput(f"--classes: at least two different classes are needed, as words or as the lines of a file; {found}")
     return classes

@@ -134,7 +134,9 @@ def test_bad_input_gives_one_line(refused, sample_ridge, given, tmp_path):
     refused("search.py", sample_ridge, "a", "--top", 0, says="--top 0")
     refused("search.py", sample_ridge, "a", "--out", tmp_path, says="is a folder; name a file")
     refused("search.py", sample_ridge, "a", "--weights", "efflite0", says="expected NAME=PATH")
-    refused("search.py", sample_ridge, "--classes", "one", says="at least two different classes")
+    refused("search.py", sample_ridge, "a", "--out", "no/x.html", says="there is no folder no that can be written to")
+    refused("search.py", sample_ridge, "--classes", "gone.txt", says=("at least two", "gone.txt is one, and no file"))
+    refused("search.py", sample_ridge, "--classes", "one", "one", says="there are 1")
     refused("search.py", sample_ridge, "a", "--pair", "eflite0:minilm_l6", says="Did you mean efflite0:minilm_l6?")
     refused("search.py", sample_ridge, "a", "--data", "moved", says=("moved: no such folder", "--data FOLDER"))
     refused("search.py", sample_ridge, "a", "--pictures", "moved", says="--pictures moved: no such folder")
@@ -171,8 +173,8 @@ def test_all_missing_weights_are_named_with_the_commands_that_bring_them(refused
 def test_a_browser_that_is_not_there_is_no_failure(run, sample_ridge, given, monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(webbrowser, "open", lambda address: False)
-    done = run("search.py", sample_ridge, "a red car", *PAIR, *given, "--top", 2)
-    assert done.code == 0 and len(results(done.out)) == 2
+    done = run("search.py", sample_ridge, *PAIR, *given, "--top", 2, "a", "red", "car")  # words without quotes, after flags
+    assert done.code == 0 and len(results(done.out)) == 2 and "\na red car\n" in done.out
     assert "no browser could be opened; the results are in " in done.err
     monkeypatch.setattr(webbrowser, "open", may_not_be_built)
     assert run("search.py", sample_ridge, "a red car", *PAIR, *given, "--no-open").code == 0
