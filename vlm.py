@@ -689,7 +689,8 @@ class CustomVLM(nn.Module):
         self.connector = None
         if connector_args is not None:
             self.connector = init_modality_connector(*connector_args).to(self.device).eval().requires_grad_(False)
-        self.connector_name, self.card = None, {}  # of the connector's file, and what the card beside it records
+        # of the connector's file, and what the card beside it records
+        self.connector_name, self.connector_sha256, self.card = None, None, {}
 
     @property
     def device(self):
@@ -712,6 +713,7 @@ class CustomVLM(nn.Module):
         """Loads a connector file strictly, building the connector if there is none yet."""
         found = load_connector(path, self.image_encoder.embed_dim, self.text_encoder.embed_dim)
         self.connector_name, self.card = Path(path).stem, read_card(path)
+        self.connector_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if self.connector is None:
             self.connector = found.to(self.device)
             return
@@ -739,9 +741,10 @@ class CustomVLM(nn.Module):
         """(vectors of pixels [B, D], vectors of sentences [B, D])."""
         return self.encode_image(pixels), self.encode_text(sentences)
 
-    def save_pretrained(self, folder, licence="other"):
+    def save_pretrained(self, folder, licence="other", report=None):
         """Writes a new folder that shares the pair: encoders, connector, and README.md, its model card.
 
+        report: a folder of `evaluate.py`, whose scores of this connector the card then has.
         sentence-transformers loads the folder as a text encoder into the space of the pictures, and the pair through its
         Router; README.md has the lines. `get_vlm_from_checkpoint` takes the folder too. This alone needs Hyma's other files.
         """
@@ -749,16 +752,16 @@ class CustomVLM(nn.Module):
             from hyma.sharing import save_pair
         except ImportError as error:
             raise BadInput(f"save_pretrained: needs Hyma's folder hyma/ beside vlm.py ({error})") from None
-        save_pair(self, Path(folder), licence)
+        save_pair(self, Path(folder), licence, report)
 
-    def push_to_hub(self, repo_id, private=False, licence="other"):
+    def push_to_hub(self, repo_id, private=False, licence="other", report=None):
         """Uploads what `save_pretrained` writes to huggingface.co/REPO_ID, which is made if it is not there."""
         from huggingface_hub import HfApi
 
         hub = HfApi()
         hub.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "pair", licence)
+            self.save_pretrained(Path(folder) / "pair", licence, report)
             return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "pair")
 
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import vlm
 from hyma.embeddings import unique
+from hyma.files import sha256_file
 from hyma.metrics import TaskScores, resample
 from hyma.tasks import KINDS, image_inputs, score, text_inputs
 from vlm import BadInput
@@ -70,9 +71,10 @@ def load_connector(run, image, text, data):
 def benchmark_record(task, method, run, pair, result):
     """A connector's scores on a task, with CLIP_benchmark's keys and some of ours. result: a Score."""
     image, text = pair
+    path = run.connector(image, text)
     return {
         "dataset": task.name,
-        "model": run.connector(image, text).stem,
+        "model": path.stem,
         "pretrained": str(run.folder),
         "task": KINDS[task.kind].benchmark_name,
         "metrics": result.metrics,
@@ -80,6 +82,7 @@ def benchmark_record(task, method, run, pair, result):
         "text": text,
         "method": method.name,
         "seed": run.seed,
+        "connector_sha256": sha256_file(path),  # by which `save_pretrained` finds the scores of what it shares
         "protocol": task.protocol,
     }
 

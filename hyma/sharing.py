@@ -7,6 +7,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 
+from hyma.records import Records
 from vlm import IMAGE_FOLDER, BadInput, connector_layers, weights_digest
 
 # FOLDER/modules.json          the text encoder and the connector, [text] -> the image encoder's space: plain
@@ -55,14 +56,18 @@ class TimmImage(InputModule):
 '''
 
 
-def save_pair(vlm, folder, licence):
-    """Writes a CustomVLM into a new folder, as above. README.md comes last: a folder without it is not whole."""
+def save_pair(vlm, folder, licence, report=None):
+    """Writes a CustomVLM into a new folder, as above. README.md comes last: a folder without it is not whole.
+
+    report: a folder of evaluate.py, None for no scores of its in README.md.
+    """
     from safetensors.torch import save_file
 
     if vlm.connector is None or not vlm.connector_name:
         raise BadInput("save_pretrained: this model has no connector from a file; load one: load_connector_checkpoint")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is there already and not empty; choose a new folder")
+    scores = reported_scores(vlm, report) if report else []
     folder.mkdir(parents=True, exist_ok=True)
     save_text_modules(vlm, folder)
     save_image_encoder(vlm, folder)
@@ -74,7 +79,7 @@ def save_pair(vlm, folder, licence):
     models = {image: vlm.image_encoder.model, text: vlm.text_encoder.model}
     card = vlm.card | {"weights_sha256": {name: weights_digest(model) for name, model in models.items()}}
     (folder / f"{vlm.connector_name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(vlm, card, image, text, licence), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(vlm, card, image, text, licence, scores), encoding="utf-8")
 
 
 def save_text_modules(vlm, folder):
@@ -124,14 +129,45 @@ def write_router(folder):
     (folder / "router_config.json").write_text(json.dumps(router, indent=2) + "\n", encoding="utf-8")
 
 
-def model_card(vlm, card, image, text, licence):
-    """The README.md of a pair to share: how to use it, what it scores, what it was made of."""
-    recalls = {key: card.get(f"val_recall{key}") for key in (1, 5, 10)}
-    scores = [f"| R@{key} | {100 * value:.1f} |" for key, value in recalls.items() if isinstance(value, float)]
+def reported_scores(vlm, report):
+    """The records that a report has of this very connector. Raises BadInput if there are none, or the report is damaged."""
+    found = []
+    for record in Records(report).results["results"]:
+        if record.get("connector_sha256") == vlm.connector_sha256:
+            found.append(record)
+    if not found:
+        raise BadInput(f"{report}: has no scores of this {vlm.connector_name}; run evaluate.py on its run")
+    return found
+
+
+def describe_scores(scores, card):
+    """What a connector scores, as the model card has it: Markdown. scores: a report's records; card: the connector's own."""
+    lines = []
+    if scores:
+        lines += ["By `evaluate.py`, in the names of CLIP_benchmark:", ""]
+        lines += ["| data | task | metric | score |", "|---|---|---|---|"]
+    for record in scores:
+        for name, value in record["metrics"].items():
+            shown = f"{value:g}" if name.endswith("rank") else f"{100 * value:.1f} %"
+            lines.append(f"| {record['dataset']} | {record['task']} | {name} | {shown} |")
+    for record in scores:
+        lines += ["", f"{record['dataset']}, {record['task']}: {record['protocol']}."]
+    if scores:
+        lines.append("")
+
     trained_on = card.get("val_candidates", 0) - card.get("val_rows", 0)
     candidates = f" among {card['val_candidates']} candidates, {trained_on} of them trained on" if trained_on else ""
-    heading = f"| validation rows{candidates}, mean of both directions | % |"
-    table = [heading, "|---|---|", *scores] if scores else ["Not recorded."]
+    recalls = {key: card.get(f"val_recall{key}") for key in (1, 5, 10)}
+    if any(isinstance(value, float) for value in recalls.values()):
+        lines += [f"| validation rows, which chose it{candidates}, mean of both directions | % |", "|---|---|"]
+    for key, value in recalls.items():
+        if isinstance(value, float):
+            lines.append(f"| R@{key} | {100 * value:.1f} |")
+    return "\n".join(lines) or "Not recorded."
+
+
+def model_card(vlm, card, image, text, licence, scores):
+    """The README.md of a pair to share: how to use it, what it scores, what it was made of."""
     image_licence = vlm.image_encoder.model.pretrained_cfg.get("license") or "see its page"
     text_licence = getattr(getattr(vlm.text_encoder.model, "model_card_data", None), "license", None) or "see its page"
     digests = card["weights_sha256"]
@@ -174,7 +210,7 @@ Or with `vlm.py` of [Hyma](https://arxiv.org/abs/2507.10015), in the way of open
 
 ## What it scores
 
-{chr(10).join(table)}
+{describe_scores(scores, card)}
 
 ## What it is made of
 

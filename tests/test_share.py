@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -90,6 +91,31 @@ def test_the_model_card_has_numbers_digests_licences_and_data(shared, model):
         *digests.values(),
     ):
         assert word in text, word
+
+
+def test_the_model_card_has_the_scores_of_a_report_on_this_very_connector(evaluation, runs, graded, model, tmp_path):
+    """Two runs have a connector of this name; the digest tells which one was scored."""
+    with pytest.raises(BadInput, match=f"has no scores of this {NAME}; run evaluate.py"):
+        model.save_pretrained(tmp_path / "never", report=evaluation.folder)
+    assert not (tmp_path / "never").exists()
+    with pytest.raises(BadInput, match="holds no report"):
+        model.save_pretrained(tmp_path / "never", report=tmp_path)
+    (path,) = (runs / "hyma" / "connectors").glob("efflite0_mlp?_minilm_l6.pt")
+    path = Path(shutil.copy(path, tmp_path))  # without its card, which names the weights of planted embeddings
+    scored = vlm.CustomVLM.__new__(vlm.CustomVLM)
+    scored.__dict__ = dict(model.__dict__) | {"_modules": dict(model._modules) | {"connector": None}}
+    scored.load_connector_checkpoint(path)
+    scored.save_pretrained(tmp_path / "pair", report=evaluation.folder)
+    text = (tmp_path / "pair" / "README.md").read_text()
+    records = vlm.read_json(evaluation.folder / "results.json")["results"]
+    own = [record for record in records if record["pretrained"].endswith("hyma") and record["model"] == path.stem]
+    assert own
+    for record in own:
+        for name, value in record["metrics"].items():
+            shown = f"{value:g}" if name.endswith("rank") else f"{100 * value:.1f} %"
+            assert f"| {record['dataset']} | {record['task']} | {name} | {shown} |" in text
+        assert record["protocol"] in text
+    assert text.count(" image_retrieval_recall@1 ") == len(own)
 
 
 def test_addresses_of_the_hub_are_fetched(shared, run_folder, model, weights, monkeypatch):
