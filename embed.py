@@ -16,6 +16,9 @@ interrupted command to resume at the first missing shard; the files get the same
 and seals the folder.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import fnmatch
 import hashlib

@@ -16,6 +16,9 @@ Pictures and captions of a task come from an embedding folder: `embed.py` makes 
 set. Prompts come from its prompts/, or the text encoder adds them there once.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import os
 import subprocess

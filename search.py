@@ -11,6 +11,9 @@ The pair is the first of the run's ranking, or --pair. No picture of the corpus 
 encoder alone, a picture the image encoder. Scores are cosines. Where there is a display, the results open in a browser.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import os
 import sys

@@ -15,6 +15,9 @@ train_hyma.py writes: connectors/, ranking.csv, ledger.json, metrics.jsonl, conf
 the n runs of --shard i/n ends last also writes OUT: every pair's ranking and connectors, the costs added up.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import math
 import re

@@ -16,6 +16,9 @@ The pair that ranks first is handed over, so its connector is then trained furth
 Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import math
 import time

@@ -169,9 +169,9 @@ OUT_OF_MEMORY = (
 def run_script(main):
     """Runs a script's main. What the user can fix ends as one line on stderr and exit status 1."""
     script = Path(sys.argv[0]).name
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # asks to save: outside of `hyma.signals.Signals` there is nothing to save
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `hyma.signals` there is nothing to save
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here it was `hyma.before_main`'s
     try:
         main()
     except BadInput as error:

@@ -6,6 +6,9 @@ The page is the template `report.html` beside this file, with its style and its 
 `hyma/figures.py`, each once.
 """
 
+if __name__ == "__main__":
+    from hyma import before_main  # noqa: F401  what a signal does while torch is imported
+
 import argparse
 import base64
 import hashlib

@@ -181,6 +181,47 @@ def test_a_second_signal_is_obeyed_at_once():
     assert done.returncode == -signal.SIGTERM and not done.stdout
 
 
+SCRIPTS = [[f"{name}.py"] for name in ("embed", "train_hyma", "train_grid", "evaluate", "search")]
+SCRIPTS += [["-m", "hyma.report"]]
+
+
+def start_importing(folder, script):
+    """Starts a script that stays at `import torch` until its stdin is closed, and then ends with status 7."""
+    (folder / "torch.py").write_text("import os, sys; print('importing', flush=True); sys.stdin.read(); os._exit(7)\n")
+    # PYTHONSAFEPATH: the project's folder would be in front of this torch
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "PYTHONSAFEPATH": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *script],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    return process
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=" ".join)
+def test_signals_while_torch_is_imported_show_no_traceback(tmp_path, script):
+    process = start_importing(tmp_path, script)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().endswith("interrupted before it began")
+    assert len(err.strip().splitlines()) == 1
+
+    process = start_importing(tmp_path, script)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 7 and not err  # it goes on
+
+    process = start_importing(tmp_path, script)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and not err  # 143 in a shell
+
+
 def test_running_out_of_memory_names_the_flags(monkeypatch, capsys):
     def main():
         torch.empty(2**62, dtype=torch.uint8)

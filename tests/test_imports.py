@@ -59,6 +59,7 @@ HYMA = [
     "signals",
     "brackets",
     "files",
+    "before_main",
 ]
 PACKAGES = ("hyma", "kernels", "benchmarks", "sample")  # the folders that hold our modules
 
