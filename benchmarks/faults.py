@@ -7,7 +7,7 @@
 
 | part | what is done | what must hold |
 |---|---|---|
-| kills-STAGE | SIGKILL at every write and at random moments | the command typed again ends with the same bits |
+| kills-STAGE | SIGKILL at every write and at random moments, of imports too | the command typed again ends with the same bits |
 | signals-STAGE | SIGTERM, SIGINT, SIGXCPU, SIGUSR1 at random moments | its exit status; again the same bits |
 | damage-FOLDER | a file is cut, flipped, replaced, removed | one line that names it, or an undisturbed result |
 | fuzz | random files, tables, flags, pictures | a value, or BadInput with one line |
@@ -71,6 +71,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--kills", type=int, default=100, help="of a stage, at random moments (default: %(default)s)")
+    add("--real", type=int, default=5, help="kills of a stage in processes of their own (default: %(default)s)")
     add("--signals", type=int, default=25, help="of each of four kinds, of a stage (default: %(default)s)")
     add("--fuzz", type=int, default=100_000, help="generated inputs (default: %(default)s)")
     add("--sample", type=int, help="only so many writes of a stage, and damages of a part (default: all)")
@@ -92,7 +93,7 @@ def plan_parts(bench, flags, parts_so_far):
     for stage in bench.stages.values():
         parts[f"signals-{stage.name}"] = flags.signals, partial(signals, bench, stage, flags.signals)
     for stage in bench.stages.values():
-        size = [flags.kills, flags.sample]
+        size = [flags.kills, flags.sample, flags.real]
         parts[f"kills-{stage.name}"] = size, partial(kills, bench, stage, *size)
     parts["list"] = len(FAULTS), partial(known_faults, bench, parts_so_far)
     if not flags.only:

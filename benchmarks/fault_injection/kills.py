@@ -1,15 +1,22 @@
-"""SIGKILL at every write of a stage and at random moments: typed again, the stage ends with the undisturbed result."""
+"""SIGKILL at every write of a stage and at random moments: typed again, the stage ends with the undisturbed result.
+
+Most commands are forks of a server, so that a kill costs little; a few are processes of their own, killed at any moment
+from their first import on.
+"""
 
 import random
 import shutil
 import signal
 
 from fault_injection.counts import Counts, try_cases
-from fault_injection.results import difference, leftovers, undisturbed
+from fault_injection.results import difference, leftovers, run_well, undisturbed
 
 
-def kills(bench, stage, asked, writes=None):
-    """Kills a stage at every write (or at so many of them) and, `asked` times, at random moments."""
+def kills(bench, stage, asked, writes=None, real=0):
+    """Kills a stage at every write (or at so many of them) and, `asked` times, at random moments.
+
+    real: of processes of their own, so many more.
+    """
     expected = undisturbed(bench, stage)
     moments = []
     for place, count in enumerate(expected.writes):
@@ -17,9 +24,11 @@ def kills(bench, stage, asked, writes=None):
     if writes is not None:
         moments = random.Random(bench.seed).sample(moments, min(writes, len(moments)))
     moments += [("random", k, 0) for k in range(asked)]
+    moments += [("real", k, 0) for k in range(real)]
+    real_seconds = time_real_process(bench, stage) if real else None
 
     def check(case, events):
-        return kill_case(bench, stage, expected, case, events)
+        return kill_case(bench, stage, expected, case, events, real_seconds)
 
     counts = Counts(asked)
     try_cases({str(case): case for case in moments}, check, counts, bench.workers)
@@ -27,8 +36,17 @@ def kills(bench, stage, asked, writes=None):
     return counts
 
 
-def kill_case(bench, stage, expected, case, events):
-    """Kills one command of a stage, then types it again until it has finished. Returns a problem or None."""
+def time_real_process(bench, stage):
+    """Seconds of a stage's first command in a process of its own, imports included."""
+    folder = bench.fresh_folder(f"{stage.name}-real")
+    return run_well(bench, stage.commands[0], folder, {"real": True}).seconds
+
+
+def kill_case(bench, stage, expected, case, events, real_seconds=None):
+    """Kills one command of a stage, then types it again until it has finished. Returns a problem or None.
+
+    real_seconds: how long a command takes in a process of its own.
+    """
     kind, place, k = case
     draw = random.Random(f"{bench.seed} {stage.name} {case}")
     folder = bench.fresh_folder(f"{stage.name}-{kind}-{place}-{k}")
@@ -38,6 +56,9 @@ def kill_case(bench, stage, expected, case, events):
         ended = []
         if number == disturbed and kind == "write":
             ended.append(bench.runner.run(command, folder, {"kill_at": k}))
+        elif number == disturbed and kind == "real":
+            moment = draw.uniform(0, 1.05) * real_seconds
+            ended.append(bench.runner.kill_after(command, folder, moment, {"real": True}))
         elif number == disturbed:
             for _ in range(draw.choice((1, 1, 2, 3))):  # the command that resumes is killed, too
                 moment = draw.uniform(0, 1.05) * expected.seconds[number]

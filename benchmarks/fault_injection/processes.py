@@ -1,4 +1,7 @@
-"""Runs the real scripts in forks of a server that has imported torch already: a start costs milliseconds."""
+"""Runs the real scripts in forks of a server that has imported torch already: a start costs milliseconds.
+
+A hook {"real": True} starts a Python of its own instead, as a shell does: it imports everything, which takes seconds.
+"""
 
 import multiprocessing
 import os
@@ -121,10 +124,12 @@ def run_command(command, folder, logs, hook):
     os.chdir(folder)
     os.environ["MPLBACKEND"] = "agg"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
+    script, *arguments = map(str, command)
+    if hook and hook.get("real"):
+        start_python(script, arguments)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the machine, which a kill would leave behind
-    script, *arguments = command
-    sys.argv = [str(ROOT / script), *map(str, arguments)]
+    sys.argv = [str(ROOT / script), *arguments]
     sys.path[0] = str(ROOT)
     report = install_hook(hook or {})
     try:
@@ -136,3 +141,10 @@ def run_command(command, folder, logs, hook):
         report()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def start_python(script, arguments):
+    """Becomes a Python that runs a script, or a module of ours, in this process' place."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    os.execv(sys.executable, [sys.executable, *what, *arguments])
