@@ -302,18 +302,23 @@ def type_labels(table, rows, names):
     for row in rows:
         label = row.get("label")
         number = as_number(label)
-        if is_empty(label):
-            row.pop("label", None)
-        elif number is None and not isinstance(label, list | dict):
-            row["label"] = str(label)
-        elif names and number in names:
-            row["label"] = names[number]
+        name = None
+        if names and number in names:
+            name = names[number]
+        elif number is not None:
+            left_out["are numbers that have no name" if names else unnamed][number] += 1
+        elif isinstance(label, list | dict):
+            left_out["are lists"][json.dumps(label, default=str)] += 1
+        elif is_empty(label):
+            pass
+        elif is_fraction(label):
+            left_out["are fractions, which name no class"][label] += 1
         else:
-            del row["label"]
-            if number is None:
-                left_out["are lists"][json.dumps(label, default=str)] += 1
-            else:
-                left_out["are numbers that have no name" if names else unnamed][number] += 1
+            name = str(label)
+        if name is None:
+            row.pop("label", None)
+        else:
+            row["label"] = name
     lines = []
     for reason, labels in left_out.items():
         shown = named([str(label)[:40] for label in labels])
@@ -325,11 +330,18 @@ def as_number(label):
     """The integer that a label is or spells (3, 3.0, "3", true), or None."""
     if isinstance(label, bool | int):
         return int(label)
-    if isinstance(label, float):
+    if isinstance(label, float | Decimal):
         return int(label) if math.isfinite(label) and label == int(label) else None
     if isinstance(label, str) and re.fullmatch(r"\s*[+-]?\d{1,9}(\.0+)?\s*", label):
         return int(float(label))
     return None
+
+
+def is_fraction(label):
+    """Whether a label that is no integer is or spells a number all the same: a rating, say."""
+    if isinstance(label, str):
+        return re.fullmatch(r"\s*[+-]?\d*\.\d+\s*", label) is not None
+    return isinstance(label, float | Decimal)
 
 
 def read_class_file(folder):

@@ -314,15 +314,17 @@ def test_questions_that_lack_a_part(folder, embed):
 
 
 def test_labels_are_typed(folder, embed):
-    labels = [0, 1, 1.0, float("nan"), "red_fox", None, "", "3", True, ["a", "b"]]
-    records = [picture(k) | {"label": labels[k % 10]} for k in range(40)]
+    labels = [0, 1, 1.0, float("nan"), "red_fox", None, "", "3", True, ["a", "b"], 0.5, " 2.75"]
+    records = [picture(k) | {"label": labels[k % 12]} for k in range(40)]
     table = write_jsonl(folder / "t.jsonl", records)
     result, rows, quarantine = embed(table)
     assert not quarantine and {row.get("label") for row in rows} == {None, "red_fox"}
-    assert "20 labels are numbers without names" in result.out and "4 labels are lists" in result.out
+    assert "labels are numbers without names" in result.out and "labels are lists" in result.out
+    assert "6 labels are fractions, which name no class, and are left out: 0.5, 2.75" in result.out
     (folder / "classes.txt").write_text("cat\ndog\nbird\nhorse\n")
     _, rows, _ = embed(table, out="named")
-    assert [row.get("label") for row in rows[:9]] == ["cat", "dog", "dog", None, "red_fox", None, None, "horse", "dog"]
+    named = ["cat", "dog", "dog", None, "red_fox", None, None, "horse", "dog"]
+    assert [row.get("label") for row in rows[:12]] == [*named, None, None, None]
 
 
 # ------------------------------------------------------------------------------------------------ folders and layouts
