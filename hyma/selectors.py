@@ -21,6 +21,7 @@ from hyma.methods import SelectionMethod
 from hyma.metrics import Retrieval, mean_recalls
 from vlm import BadInput
 
+CONSTANT = 1e-6  # numbers of unit vectors that differ by less differ by rounding
 NEIGHBOURS = 10  # of the mutual nearest neighbours
 COMPONENTS = 100  # leading principal components that canonical correlations are taken between
 STRENGTH = 0.1  # ridge probe's regularisation, in mean eigenvalues of the text Gram matrix
@@ -75,11 +76,14 @@ def selector_rows(data, rows, count):
 
 
 def centred_features(store, names, rows):
-    """{encoder: [n, D] float32, of unit vectors minus their mean}."""
+    """{encoder: [n, D] float32, of unit vectors minus their mean}. Of an encoder that gives all rows one vector: zeros, as
+    rounding is all that the mean leaves, and no selector can make anything of that."""
     features = {}
     for name in names:
         x = store.take(name, rows)  # [n, D]
-        features[name] = x - x.mean(0)
+        centred = x - x.mean(0)
+        is_constant = centred.abs().max() < CONSTANT
+        features[name] = torch.zeros_like(x) if is_constant else centred
     return features
 
 
@@ -103,7 +107,7 @@ def linear_cka(features, pairs):
     scores = {}
     for image, text in pairs:
         cross = features[image].T @ features[text]  # [D_i, D_t]
-        scores[image, text] = (cross.norm() ** 2 / (own[image] * own[text])).item()
+        scores[image, text] = (cross.norm() ** 2 / (own[image] * own[text]).clamp(min=1e-30)).item()
     return scores
 
 

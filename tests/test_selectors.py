@@ -1,6 +1,7 @@
 """hyma/selectors.py: ways to choose that train nothing, against definitions, libraries and FLOPs by hand."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hyma.embeddings import Embeddings
 from hyma.metrics import Retrieval
 from hyma.selectors import (
     canonical_correlations,
+    centred_features,
     debiased_cka,
     linear_cka,
     mutual_neighbours,
@@ -38,6 +40,18 @@ def make_features(rows=300, seed=0, noise=(0.3, 3.0), dims=(48, 40), text_dim=24
         signal = latent @ torch.randn(12, dim, generator=random)
         features[name] = signal + level * torch.randn(rows, dim, generator=random)
     return {name: x - x.mean(0) for name, x in features.items()}
+
+
+def test_a_constant_encoder_agrees_with_nothing():
+    """Its rows differ by rounding alone, of which no score may be made, and no error."""
+    features = make_features(200)
+    folder = {
+        "constant": F.normalize(torch.randn(24, generator=torch.Generator().manual_seed(0)), dim=0).expand(200, 24)
+    }
+    store = SimpleNamespace(take=lambda name, rows: folder[name][rows])
+    features |= centred_features(store, ["constant"], torch.arange(200))
+    for selector in (linear_cka, debiased_cka, canonical_correlations):
+        assert selector(features, [("constant", "t")]) == {("constant", "t"): 0}
 
 
 def held_out(planted, rows):
