@@ -24,6 +24,8 @@ from hyma.machine import provenance
 from hyma.pair_names import name_of_row, pair_name
 from vlm import BadInput, load_tensors, read_json
 
+HIGHEST_COST = 1e40  # FLOPs beyond which a ledger is damaged: all computers of the world need longer than they last
+
 # ---------------------------------------------------------------------------------------------- created and resumed
 
 
@@ -295,10 +297,11 @@ def read_run(folder) -> Run:
 
 
 def read_ledger(folder):
-    """ledger.json, after checking that its costs are numbers."""
+    """ledger.json, after checking that its costs are numbers that a run can have."""
     ledger = read_json(folder / "ledger.json")
     for key in ("batch_size", "pair_samples", "flops", "start_flops", "step_flops", "logit_flops", "seconds"):
-        float(ledger[key])
+        if not 0 <= float(ledger[key]) < HIGHEST_COST:
+            raise ValueError(f"{key} of ledger.json is {ledger[key]}")
     return ledger
 
 

@@ -14,27 +14,38 @@ def flags_to_keep(run, data):
     run: its folder; of connectors alone, as published, nothing is kept. data: the value of --data, or None. Raises BadInput
     if neither names the data.
     """
-    path = Path(run) / "config.json"
-    if not path.is_file():
+    config = read_config(run)
+    if config is None:
         if data is None:
             raise BadInput(
                 f"--from {run}: has no config.json; name the data that its connectors were trained on: --data"
             )
         return {}
-    config = read_json(path)
     kept = {"seeds": [config["seed"]]}
     for name in KEPT_FLAGS:
         kept[name] = config["flags"][name]
     return kept
 
 
+def read_config(run):
+    """The configuration of the run in a folder, None of connectors alone. Raises BadInput if it lacks what is needed of it."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    flags = config.get("flags")
+    is_whole = isinstance(flags, dict) and flags.keys() >= set(KEPT_FLAGS)
+    if not (is_whole and isinstance(config.get("seed"), int) and isinstance(config.get("embeddings"), dict)):
+        raise BadInput(f"{path}: is no configuration of a run by this version; make the run again")
+    return config
+
+
 def check_same_data(run, data, pairs, seeds):
     """Raises BadInput if the run was trained on other embeddings of these pairs' encoders than `data` holds, or if a seed
     would choose by rows that the run was trained on."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
+    config = read_config(run)
+    if config is None:
         return
-    config = read_json(path)
     for name, digest in data.fingerprint(images_of(pairs) + texts_of(pairs)).items():
         if config["embeddings"].get(name, digest) != digest:
             raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")

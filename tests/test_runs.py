@@ -148,6 +148,16 @@ def test_connectors_alone_are_read_as_a_run_that_ranks_nothing(runs, tmp_path):
         ("config.json", lambda config: config.pop("rows"), "is damaged .KeyError: 'rows'.; make the run again"),
         ("ledger.json", lambda ledger: ledger.pop("step_flops"), "is damaged .KeyError: 'step_flops'."),
         ("ledger.json", lambda ledger: ledger.update(flops="many"), "is damaged .ValueError"),
+        (
+            "ledger.json",
+            lambda ledger: ledger.update(seconds=float("nan")),
+            "is damaged .ValueError: seconds of ledger",
+        ),
+        (
+            "ledger.json",
+            lambda ledger: ledger.update(flops=1e300),
+            "is damaged .ValueError: flops of ledger.json is 1e",
+        ),
         ("ledger.json", lambda ledger: ledger["updates_per_pair"].popitem(), "is damaged .KeyError"),
     ],
 )

@@ -405,6 +405,10 @@ def test_from_takes_the_data_and_the_split_of_its_run(run, refused, planted, tmp
     shutil.copytree(planted, tmp_path / "other")
     torch.save(torch.load(planted / "mpnet.pt", weights_only=True).flip(0), tmp_path / "other" / "mpnet.pt")
     refused("train_grid.py", *refine, "--data", "other", "--out", "z", says=["another mpnet.pt", "sha256"])
+    config = vlm.read_json(tmp_path / "x" / "config.json")
+    for part in ("seed", "flags", "embeddings"):
+        write_json(tmp_path / "x" / "config.json", config | {part: []})
+        refused("train_grid.py", *refine, "--out", "z", says="x/config.json: is no configuration of a run")
 
 
 def test_a_budget_that_is_no_number_is_refused(run, refused, planted, tmp_path):
