@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fault_injection.kill_points import install_hook
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SECONDS = 180  # after which a command hangs; the machine may be loaded
+SECONDS = 600  # after which a command hangs; the machine may be loaded
 # What the scripts import. torch._dynamo is imported by the counter of FLOPs.
 PRELOADED = ["torch", "torch._dynamo", "timm", "sentence_transformers", "matplotlib.pyplot", "jinja2", "scipy.stats"]
 PRELOADED += ["PIL.Image", "tqdm", "hyma.records", "hyma.report", "hyma.tasks", "hyma.selectors", "hyma.training"]
