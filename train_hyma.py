@@ -138,8 +138,10 @@ def flags_to_keep(run):
 
 def resolve_flags(flags, device, row_count, pairs):
     """A copy of the flags with numbers for those whose default depends on the data, so that config.json holds them."""
+    kind, epochs = HYPERNETWORKS[flags.generator], flags.epochs
     flags = resolve_training_flags(flags, "hyma", device, row_count)
-    kind = HYPERNETWORKS[flags.generator]
+    if epochs is None:
+        flags.epochs = math.ceil(flags.epochs * kind.share_of_epochs(row_count))
     default_pairs_per_step = len(pairs.image_names) * kind.share_of_images
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))

@@ -22,7 +22,7 @@ from vlm import BadInput
 TEXT_NOISE_ROWS = 1000  # beside texts, and beside the shared space's coordinates
 IMAGE_NOISE_ROWS = 4000  # beside images, in a whitened map
 RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths for texts, where validation chooses for each pair
-FOLDS = 3  # that cross-validation leaves out, one at a time
+FOLDS = 2  # that cross-validation leaves out, one at a time
 HELD_OUT_ROWS = 2048  # of these folds together
 MOST_START_ROWS = 32768  # of the training rows, which bounds the memory of the start
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more

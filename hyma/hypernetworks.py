@@ -6,6 +6,7 @@ its class and its entry in `HYPERNETWORKS`, at the end, the one place that knows
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -397,12 +398,19 @@ def rank_of(row_count):
     return min(384, max(256, row_count // 8))
 
 
+def share_of_epochs(row_count):
+    """Of a grid search's epochs, those of factored: all from 16,384 training rows on, below that fewer, to a half. The fewer
+    rows, the less training adds to the closed form."""
+    return min(1, max(0.5, math.sqrt(row_count / 16384)))
+
+
 class Kind(NamedTuple):
     """A value of --generator."""
 
     hypernetwork: type  # (image_dims, text_dims, hidden_layers, its size) -> Hypernetwork
     size: str  # the flag that sets its size
     defaults: dict  # of its flags: a number, or a function of how many training rows there are
+    share_of_epochs: Callable  # of a grid search's epochs, by how many training rows there are
     share_of_images: Fraction  # of the image encoders, that are in each step
     takes_encoders: bool  # whether --add-encoder can add to it
 
@@ -410,9 +418,16 @@ class Kind(NamedTuple):
 # factored starts from a closed form, so a third of the image encoders per step is enough.
 HYPERNETWORKS = {
     "factored": Kind(
-        FactoredHyperNetwork, "rank", {"lr": rate_of, "rank": rank_of}, Fraction(1, 3), takes_encoders=True
+        FactoredHyperNetwork,
+        "rank",
+        {"lr": rate_of, "rank": rank_of},
+        share_of_epochs,
+        Fraction(1, 3),
+        takes_encoders=True,
     ),
-    "mlp": Kind(HyperNetwork, "width", {"lr": 1e-3, "width": 128}, Fraction(1), takes_encoders=False),
+    "mlp": Kind(
+        HyperNetwork, "width", {"lr": 1e-3, "width": 128}, lambda row_count: 1, Fraction(1), takes_encoders=False
+    ),
 }
 
 

@@ -31,7 +31,11 @@ def add_training_flags(parser, name):
     add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (default: %(default)s)")
     add("--clip-norm", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--logit-scale", type=float, default=20.0, help="factor on the cosines, 1 to 150 (default: %(default)s)")
+    add(
+        "--logit-scale",
+        type=float,
+        help="factor on the cosines, 1 to 150 (default: 20; from 2,000 rows more, at most 100)",
+    )
     about = "of the matrix products (default: tf32 on CUDA, else fp32)"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
@@ -43,7 +47,7 @@ def check_training_flags(flags, *positive):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be positive")
-    if not 1 <= flags.logit_scale <= 150:
+    if flags.logit_scale is not None and not 1 <= flags.logit_scale <= 150:
         raise BadInput(f"--logit-scale {flags.logit_scale}: must be from 1 to 150")
     if flags.warmup_steps < 0 or not 0 <= flags.weight_decay < math.inf:
         raise BadInput("--warmup-steps and --weight-decay must not be negative")
@@ -74,8 +78,15 @@ def resolve_training_flags(flags, name, device, row_count):
     if flags.out is None:
         flags.out = interrupted_run(typed) or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
+    flags.logit_scale = flags.logit_scale or logit_scale_of(row_count)
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
     return flags
+
+
+def logit_scale_of(row_count):
+    """The factor on the cosines: 20 up to 2,000 training rows, from there on it grows with their square root, to 100 (the
+    cap of CLIP's learned one). The more rows, the finer the differences that connectors can learn (NOTES.md)."""
+    return min(100.0, max(20.0, round(20 * math.sqrt(row_count / 2000), 1)))
 
 
 # {name in the namespace: name on the command line and in config.json}; `from` cannot be a Python name.

@@ -9,8 +9,9 @@ from helpers import CPU, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
-from hyma.hypernetworks import FactoredHyperNetwork, HyperNetwork, build_hypernetwork
+from hyma.hypernetworks import HYPERNETWORKS, FactoredHyperNetwork, HyperNetwork, build_hypernetwork
 from hyma.training import validation_retrieval
+from hyma.training_flags import logit_scale_of
 from kernels import clip_loss, connector_mlp
 
 
@@ -130,3 +131,22 @@ def test_pictures_along_axes_have_the_products_that_training_compares(initialise
     torch.testing.assert_close(targets.take("mpnet", rows[:7]), found.store.take("mpnet", rows[:7]))
     paper = HyperNetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
     assert paper.project_images(found.store, ["efflite1"], rows) is found.store
+
+
+@pytest.mark.parametrize(
+    ("rows", "rate", "rank", "share", "scale"),
+    [
+        (100, 7.8e-5, 256, 0.5, 20),
+        (2000, 3.5e-4, 256, 0.5, 20),
+        (8000, 7.0e-4, 384, 0.70, 40),
+        (50_000, 1e-3, 384, 1, 100),
+        (558_128, 1e-3, 384, 1, 100),
+    ],
+)
+def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale):
+    kind = HYPERNETWORKS["factored"]
+    assert kind.defaults["lr"](rows) == pytest.approx(rate, rel=0.01)
+    assert kind.defaults["rank"](rows) == rank
+    assert kind.share_of_epochs(rows) == pytest.approx(share, rel=0.01)
+    assert logit_scale_of(rows) == scale
+    assert HYPERNETWORKS["mlp"].share_of_epochs(rows) == 1  # starts from random weights, as a grid search does
