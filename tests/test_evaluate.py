@@ -34,10 +34,11 @@ def test_a_planted_best_pair_is_found(evaluation):
 
 def test_every_way_of_choosing_finds_the_planted_encoder(evaluation):
     rows = {row["method"]: row for row in read_csv(evaluation.folder / "selectors.csv")}
-    assert len(rows) == 4 + 7 + 1
+    assert len(rows) == 4 + 9 + 1
     for name, row in rows.items():
         assert float(row["regret_low"]) <= float(row["regret"]) + 1e-9 and float(row["regret_random"]) > 30
-        if "largest" not in name and name != "random order":
+        # Gromov-Wasserstein uses no pairs, and noise in its pictures hardly changes it.
+        if "largest" not in name and name not in ("random order", "Gromov-Wasserstein"):
             assert "efflite1" in row["chosen"] and "control" not in row["chosen"], name
             # Only the picture's encoder is planted: of the two texts, either may be first.
             assert float(row["regret"]) < float(row["regret_random"]) / 4 and float(row["spearman"]) > 0.5, name

@@ -1,4 +1,4 @@
-"""hyma/selectors.py: ways to choose that train nothing, against definitions, libraries and FLOPs by hand."""
+"""Ways to choose that train nothing, against definitions, libraries and FLOPs by hand: hyma/selectors.py and its rooms."""
 
 import shutil
 from types import SimpleNamespace
@@ -13,19 +13,13 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
 import vlm
+from hyma.alignment import calibrated_cka, canonical_correlations, debiased_cka, linear_cka, mutual_neighbours
 from hyma.costs import flop_counter
 from hyma.embeddings import Embeddings
+from hyma.gromov_wasserstein import ENTROPY, UPDATES, gromov_wasserstein
 from hyma.metrics import Retrieval
-from hyma.selectors import (
-    canonical_correlations,
-    centred_features,
-    debiased_cka,
-    linear_cka,
-    mutual_neighbours,
-    relative_representations,
-    ridge_probe,
-    selector_rows,
-)
+from hyma.probes import relative_representations, ridge_probe
+from hyma.selectors import centred_features, selector_rows
 
 PAIRS = [("clear", "t"), ("noisy", "t")]
 
@@ -50,8 +44,9 @@ def test_a_constant_encoder_agrees_with_nothing():
     }
     store = SimpleNamespace(take=lambda name, rows: folder[name][rows])
     features |= centred_features(store, ["constant"], torch.arange(200))
-    for selector in (linear_cka, debiased_cka, canonical_correlations):
+    for selector in (linear_cka, calibrated_cka, debiased_cka, canonical_correlations):
         assert selector(features, [("constant", "t")]) == {("constant", "t"): 0}
+    assert np.isfinite(gromov_wasserstein(features, [("constant", "t")])["constant", "t"])
 
 
 def held_out(planted, rows):
@@ -84,6 +79,68 @@ def test_debiased_cka_does_not_grow_with_the_width():
     features = {"a": x - x.mean(0), "t": y - y.mean(0)}
     assert linear_cka(features, [("a", "t")])["a", "t"] > 0.7
     assert abs(debiased_cka(features, [("a", "t")])["a", "t"]) < 0.03
+
+
+def test_calibrated_cka_by_permutations():
+    """Of so few rows that the CKA of permuted captions is far above zero."""
+    features = make_features(60, noise=(1.0, 3.0))
+    found, plain = calibrated_cka(features, PAIRS), linear_cka(features, PAIRS)
+    random = torch.Generator().manual_seed(0)
+    nulls = {pair: [] for pair in PAIRS}
+    for _ in range(400):
+        shuffled = features | {"t": features["t"][torch.randperm(60, generator=random)]}
+        for pair, cka in linear_cka(shuffled, PAIRS).items():
+            nulls[pair].append(cka)
+    for pair in PAIRS:
+        null = np.mean(nulls[pair])
+        assert null > 0.1 and found[pair] == pytest.approx((plain[pair] - null) / (1 - null), abs=0.01)
+
+
+def test_calibrated_cka_does_not_mistake_white_noise_for_agreement():
+    features = make_features(300, noise=(1.0, 14.0))
+    features["white"] = torch.randn(300, 900, generator=torch.Generator().manual_seed(5))
+    features["white"] = features["white"] - features["white"].mean(0)
+    pairs = [*PAIRS, ("white", "t")]
+    plain, calibrated = linear_cka(features, pairs), calibrated_cka(features, pairs)
+    assert plain["white", "t"] > plain["noisy", "t"]
+    assert calibrated["noisy", "t"] > 5 * abs(calibrated["white", "t"])
+
+
+def test_gromov_wasserstein_by_its_definition():
+    """Four indices at a time, with a coupling scaled until it stands still."""
+    features = make_features(30)
+    found = gromov_wasserstein(features, PAIRS)
+    distances = {}
+    for name, x in features.items():
+        x = F.normalize(x.double(), dim=1)
+        distances[name] = (1 - x @ x.T) / (1 - x @ x.T).mean()
+    for image, text in PAIRS:
+        squares = (distances[image][:, None, :, None] - distances[text][None, :, None, :]) ** 2  # [i, j, k, l]
+        coupling = torch.full((30, 30), 1 / 900).double()
+        for _ in range(UPDATES):
+            gradient = 2 * torch.einsum("ijkl,kl->ij", squares, coupling)
+            log = -gradient / (ENTROPY * distances[image].std() * distances[text].std())
+            for _ in range(200):
+                log = log - log.logsumexp(1, keepdim=True) - np.log(30)
+                log = log - log.logsumexp(0, keepdim=True) - np.log(30)
+            coupling = log.exp()
+        cost = torch.einsum("ijkl,ij,kl->", squares, coupling, coupling).item()
+        assert found[image, text] == pytest.approx(-cost, rel=0.03)
+
+
+def test_gromov_wasserstein_knows_no_pairs():
+    """It is the same for shuffled captions, and nearly zero for an encoder that is turned."""
+    features = make_features(150)
+    features["turned"] = (
+        features["t"] @ torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3))).Q
+    )
+    pairs = [*PAIRS, ("turned", "t")]
+    found = gromov_wasserstein(features, pairs)
+    features["t"] = features["t"][torch.randperm(150, generator=torch.Generator().manual_seed(0))]
+    shuffled = gromov_wasserstein(features, pairs)
+    assert found["turned", "t"] > 0.5 * found["clear", "t"] and found["turned", "t"] > 0.5 * found["noisy", "t"]
+    for pair in pairs:
+        assert shuffled[pair] == pytest.approx(found[pair], rel=1e-6)
 
 
 def test_neighbours_against_sklearn():
@@ -134,6 +191,8 @@ def selectors(probed):
     return {
         "linear": linear_cka,
         "debiased": debiased_cka,
+        "calibrated": calibrated_cka,
+        "gromov": gromov_wasserstein,
         "neighbours": mutual_neighbours,
         "canonical": canonical_correlations,
         "ridge": lambda features, pairs: ridge_probe(features, pairs, probed),
@@ -150,6 +209,8 @@ PROBED = 2 * 2 * 60**2 + 2 * 60  # of a dimension: 60 captions against 60 pictur
 FLOPS = {
     "linear": GRAMS,
     "debiased": GRAMS,
+    "calibrated": GRAMS,
+    "gromov": 2 * 200**2 * (48 + 40 + 24) + 2 * (20 * (4 * 200**3 + 2 * 20 * 2 * 200**2) + 4 * 200**3),
     "neighbours": 2 * 300**2 * (48 + 40 + 24),
     "canonical": 2 * 300 * (48**2 + 40**2 + 24**2) + 9 * (48**3 + 40**3 + 24**3)
     + 2 * 300 * 24 * (48 + 40 + 24) + 2 * (2 * 300 * 24**2 + 22 * 24**3),
@@ -158,7 +219,7 @@ FLOPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["linear", "debiased", "neighbours", "canonical", "ridge", "relative"])
+@pytest.mark.parametrize("name", list(FLOPS))
 def test_flops_of_selectors_by_hand(name, planted):
     features, selector = make_features(300), selectors(held_out(planted, 60))[name]
     with flop_counter() as counter:
@@ -166,13 +227,21 @@ def test_flops_of_selectors_by_hand(name, planted):
     assert counter.get_total_flops() == FLOPS[name]
 
 
-@pytest.mark.parametrize("name", ["debiased", "neighbours", "canonical", "ridge", "relative"])
+@pytest.mark.parametrize("name", ["debiased", "calibrated", "neighbours", "canonical", "ridge", "relative"])
 def test_shuffled_captions_leave_selectors_at_chance(name, planted):
     features, selector = make_features(500, noise=(0.3, 0.6)), selectors(held_out(planted, 100))[name]
     together = selector(features, PAIRS)
     features["t"] = features["t"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
     found = selector(features, PAIRS)
-    chance = {"debiased": 0.0, "neighbours": 10 / 499, "canonical": 24 / 500, "ridge": 0.1, "relative": 0.1}[name]
+    chances = {
+        "debiased": 0,
+        "calibrated": 0,
+        "neighbours": 10 / 499,
+        "canonical": 24 / 500,
+        "ridge": 0.1,
+        "relative": 0.1,
+    }
+    chance = chances[name]
     for pair in PAIRS:
         assert abs(found[pair] - chance) < 0.06 and together[pair] > chance + 0.2, (pair, found, together)
 
