@@ -5,7 +5,7 @@
     python train_grid.py --data embeddings/my --shard 0/4 --out runs/grid         # and 1/4, 2/4, 3/4 elsewhere
     python train_grid.py --budget-of runs/hyma                        # as many FLOPs as that run has spent
     python train_grid.py --halving                                    # drops the worse half of the pairs, repeatedly
-    python train_grid.py --closed-form whitened                       # no training at all; also ridge, procrustes
+    python train_grid.py --closed-form whitened                       # no training; also ridge, procrustes, unicon
     python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # trains that run's connector further
     python train_grid.py --resume                                     # the newest run, after an interruption
 
@@ -98,7 +98,8 @@ def parse_flags():
     about = "spend that run's FLOPs (default: %(default)s)"
     budget("--budget-of", "--budget", metavar="RUN", default="full", help=about)
     budget("--halving", action="store_true", help="successive halving of the pairs by their validation scores")
-    budget("--closed-form", choices=["ridge", "whitened", "procrustes"], help="a linear connector, untrained")
+    kinds = ["ridge", "whitened", "procrustes", "unicon"]
+    budget("--closed-form", choices=kinds, help="a linear connector, untrained")
     flags = parser.parse_args()
     if flags.resume:
         return [parse_resumed_flags(parser, folder) for folder in folders_to_resume(flags)]

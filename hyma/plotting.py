@@ -28,6 +28,7 @@ METHOD_COLOURS = {
     "ridge mlp": "#CC79A7",
     "whitened mlp": "#9467BD",
     "procrustes mlp": "#E69F00",
+    "unicon mlp": "#8C6D31",
     "connectors in": "#A6761D",
 }
 SELECTOR_COLOUR = "#7A8793"

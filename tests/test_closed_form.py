@@ -1,4 +1,4 @@
-"""hyma/closed_form.py: maps and cross-validation against formulas in float64 and against libraries."""
+"""hyma/closed_form.py and unicon.py: maps and cross-validation against formulas in float64 and against libraries."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import CPU, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
+from hyma import unicon
 from hyma.closed_form import (
     IMAGE_NOISE_ROWS,
     RIDGE_CHOICES,
@@ -132,6 +133,37 @@ def test_flops_of_procrustes_by_hand():
     by_hand = 2 * (24 * 48 * 24 + 24**3 + 24**3 + 48 * 24 * 24 + 48 * 24 * 24)
     assert products.get_total_flops() == by_hand
     assert counter.get_total_flops() == by_hand + 22 * 24**3 + 9 * 48**3
+
+
+def infonce_gradient(y, x, left, right, own_weight):
+    """Minus the gradient of InfoNCE at temperature 1 with respect to the similarities, by torch."""
+    scores = (F.normalize(y @ left, dim=1) @ F.normalize(x @ right, dim=1).T).requires_grad_()
+    target = torch.arange(len(x))
+    negative = (scores.logsumexp(1) + scores.logsumexp(0)).mean() / 2
+    positive = scores[target, target].mean()
+    (own_weight * positive - negative).backward()
+    return scores.grad
+
+
+def test_unicon_weighs_rows_by_the_gradient_of_infonce(monkeypatch):
+    monkeypatch.setattr(unicon, "BLOCK", 7)  # rows come in several blocks, the last one shorter
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 24, generator=random), torch.randn(50, 48, generator=random)
+    left, right = torch.randn(48, 16, generator=random), torch.randn(24, 16, generator=random)
+    found = unicon.weighted_agreement(x, y, x @ right, y @ left)
+    torch.testing.assert_close(found, y.T @ infonce_gradient(y, x, left, right, 2) @ x, atol=1e-4, rtol=1e-4)
+
+
+def test_unicon_finds_what_texts_and_pictures_share():
+    """Of equal lengths in all directions, and blind to directions in which nothing is shared."""
+    random = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 16, generator=random)
+    axes, _ = torch.linalg.qr(torch.randn(200, 16, generator=random))
+    y = shared @ axes.T + 0.1 * torch.randn(400, 200, generator=random)
+    x = torch.cat([shared, 0.3 * torch.randn(400, 150, generator=random)], dim=1)
+    weight = unicon.unicon_map(x, y)
+    torch.testing.assert_close(torch.linalg.svdvals(weight)[: unicon.RANK], torch.ones(unicon.RANK), atol=1e-4, rtol=0)
+    assert F.cosine_similarity(x @ weight.T, y).mean() > 0.5 > F.cosine_similarity(x.flip(0) @ weight.T, y).mean() + 0.4
 
 
 # ----------------------------------------------------------------------------------------------------- cross-validation

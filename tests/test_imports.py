@@ -34,6 +34,7 @@ HYMA = [
     "hypernetworks",
     "refinement",
     "fitted_connectors",
+    "unicon",
     "free_connectors",
     "training",
     "training_flags",

@@ -1,6 +1,7 @@
 """train_grid.py by its command line: the run folder, pairs by themselves, resume, shards, budgets, closed forms, faults."""
 
 import argparse
+import math
 import shutil
 
 import pytest
@@ -19,6 +20,7 @@ from hyma.grid_state import keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.splits import split_rows
 from hyma.training import validation_retrieval
+from hyma.unicon import RANK
 from kernels import clip_loss, connector_mlp
 from train_grid import plan_steps
 
@@ -311,14 +313,15 @@ def test_whitened_maps_against_their_formula(run, planted, tmp_path):
     torch.testing.assert_close(state["bias"].double(), -weight @ mean, atol=1e-7, rtol=1e-3)
 
 
-def test_procrustes_is_orthogonal(run, planted, tmp_path):
-    result = run("train_grid.py", "--data", planted, "--closed-form", "procrustes", "--out", "x", "--device", "cpu")
+@pytest.mark.parametrize("kind", ["procrustes", "unicon"])
+def test_maps_that_are_rotations(run, planted, tmp_path, kind):
+    result = run("train_grid.py", "--data", planted, "--closed-form", kind, "--out", "x", "--device", "cpu")
     assert result.code == 0, result.err
     assert {row["image"] for row in read_ranking(tmp_path / "x")[-2:]} == {"control"}
     for state in read_connectors(tmp_path / "x").values():
         lengths = torch.linalg.svdvals(state["weight"])
         kept = (lengths > 0.5).sum()  # one direction at most is lost, the pictures' mean
-        assert min(state["weight"].shape) - kept <= 1
+        assert min(*state["weight"].shape, RANK if kind == "unicon" else math.inf) - kept <= 1
         torch.testing.assert_close(lengths[1 : kept - 1], torch.ones(kept - 2), atol=1e-4, rtol=0)
 
 
