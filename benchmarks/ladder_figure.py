@@ -40,7 +40,8 @@ def main():
     for axes, (key, label) in zip(all_axes, PANELS.items()):
         for method, (name, colour, marker) in METHODS.items():
             rows, values = along_the_ladder(results, method, key)
-            axes.plot(rows, values, color=colour, marker=marker, markersize=6, linewidth=1.3, label=name)
+            on_top = 3 if method == "hyma" else 2
+            axes.plot(rows, values, color=colour, marker=marker, markersize=6, lw=1.3, label=name, zorder=on_top)
         axes.set_ylabel(label)
         axes.set_xlabel("rows to train on and to choose by")
         axes.set_xscale("log")
