@@ -39,6 +39,7 @@ from hyma.costs import flop_counter
 from hyma.datasets import read_corpus
 from hyma.embeddings import FORMAT_VERSION, has_unit_rows, hash_keys
 from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.packed import read_picture
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
 from hyma.sealing import (
     PartialShard,
@@ -54,7 +55,6 @@ from hyma.sealing import (
 from hyma.signals import Signals
 from hyma.splits import known_split
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
-from hyma.tables import unpack_pictures
 from vlm import BadInput
 
 SAMPLE = Path(__file__).parent / "sample" / "captions.csv"
@@ -199,8 +199,6 @@ def open_folder(flags):
     with lock_folder(out, wait=True):
         if flags.standard_set:  # its pictures may have to be unpacked into the folder
             corpus = read_standard_set(flags.standard_set, flags.data, out)
-        elif corpus.packed:
-            corpus = corpus._replace(root=unpack_pictures(corpus.packed, out))
         for note in corpus.notes:
             print(printable(note))
         fixed = fix_rows(corpus, out, flags)
@@ -402,7 +400,7 @@ def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
 def load_pixels(encoder, path, sha256):
     """Pixels [3, H, W] of a picture that the scan could read, whose bytes are still those of the scan."""
     try:
-        data = path.read_bytes()
+        data = read_picture(path)
         pixels = encoder.transform(vlm.open_image(io.BytesIO(data)))
     except Exception as error:  # nothing else may take its place: the rows are fixed
         raise BadInput(f"{path}: was readable in the scan and is not now ({error}); restore it") from None

@@ -24,6 +24,7 @@ from pathlib import Path
 import vlm
 from hyma.files import run_script, write_text
 from hyma.pair_names import pair_name
+from hyma.pictures import is_file
 from hyma.results_page import how_to_show, make_section, render_page
 from hyma.runs import read_run
 from hyma.searching import Search, read_classes
@@ -131,7 +132,7 @@ def one_line(text, most=100):
 def is_there(search, hit):
     """Whether a result's picture, if it has one, can be shown."""
     path = search.find_picture(hit.picture) if hit.picture else None
-    return hit.picture is None or (path is not None and path.is_file())
+    return hit.picture is None or (path is not None and is_file(path))
 
 
 def write_page(search, pair, answers, path):

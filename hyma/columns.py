@@ -23,10 +23,11 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = (
     *("caption", "captions", "text", "title", "sentence", "sentences", "description", "blip_caption", "conversations"),
-    *("messages", "raw", "alt_text", "alt"),
+    *("messages", "raw", "alt_text", "alt", "comment"),
 )
 CONVERSATION_COLUMNS = ("conversations", "messages")  # of CAPTION_COLUMNS: their captions are answers
 LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name")
+KEY_COLUMN = "key"  # of img2dataset's tables, which name no file: the picture's name without its ending
 QUESTION_COLUMNS = ("question", "answer", "choices")
 COLUMNS = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
 KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, "split"}
@@ -94,7 +95,7 @@ def choose_columns(path, records, image_column, caption_column):
         return None
 
     image = pick("image", image_column)
-    if image is None and not ("key" in names and path.with_suffix("").is_dir()):
+    if image is None and not (KEY_COLUMN in names and path.with_suffix("").is_dir()):
         raise BadInput(f"--data {path}: {no_column('image', names)}")
     questions = {part: names[part] for part in QUESTION_COLUMNS if part in names}
     caption = pick("caption", caption_column)
@@ -130,7 +131,7 @@ def make_rows(record, columns, fault=None):
     row = {"image": "", "caption": None}
     try:
         if columns.image is None:
-            row["image"] = as_text(record.get("key"))
+            row["image"] = as_text(record.get(KEY_COLUMN))
         else:
             row["image"] = picture_path(record.get(columns.image))
         if fault:

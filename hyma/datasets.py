@@ -9,7 +9,7 @@ A row is a dict with these keys; the first two are always there:
     question, answer, choices    of a multiple-choice question; the choices are a list
     fault       why the row cannot be used, if the reader already knows
 
-To add a kind of table, see `hyma/tables.py`; to add a layout of folders, extend `read_folder`.
+To add a kind of file, extend TABLE_SUFFIXES and `read_records`; to add a layout of folders, extend `read_folder`.
 """
 
 import hashlib
@@ -19,17 +19,26 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
+from hyma.annotations import is_token_file, token_records
+from hyma.arrow_tables import find_saved_dataset, read_arrow, read_parquet
 from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
 from hyma.splits import known_split, split_of_file
-from hyma.tables import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, read_table, read_text
-from vlm import BadInput
+from hyma.tables import Table, choose_delimiter, read_json_table, read_text, read_text_table
+from hyma.tars import read_tar
+from vlm import BadInput, check_regular
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")
+SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")  # of which a corpus has many files
+ARCHIVE_SUFFIXES = (".zip", ".gz", ".tgz", ".zst", ".7z", ".rar")
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder
 CAPTION_SUFFIXES = (".txt", ".caption")
 NO_CAPTION_FOLDERS = ("labels", "annotations")  # their texts hold boxes
 
+ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in which a table lies beside its pictures
 HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
 
 
@@ -42,26 +51,26 @@ class Corpus(NamedTuple):
     protocol: str | None = None  # of a standard set: which files were read, and how; reported with every score
     source: str = ""  # what was read, for messages
     notes: tuple[str, ...] = ()  # what had to be found out about it, a line each
-    packed: tuple[Path, ...] = ()  # parquet files that hold the pictures themselves
 
 
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
+    asked = Asked(image_column, caption_column)
     if not data.exists():
         raise BadInput(f"--data {data}: no such file or folder")
     if data.is_file():
-        return read_tables(data.parent, [data], image_column, caption_column)
+        return read_tables(data.parent, [data], asked)
     if not data.is_dir():
         raise BadInput(f"--data {data}: is no regular file and no folder")
     if (data / "manifest.json").exists():
         raise BadInput(f"--data {data}: is a folder of embeddings; embed.py needs the images and captions themselves")
     notes = []
-    tables = find_tables(data, [path for path in sorted(data.iterdir()) if is_file(path)])
+    tables = find_saved_dataset(data) or find_tables(data, [path for path in sorted(data.iterdir()) if is_file(path)])
     if not tables:
         files, notes = list_files(data)
         tables = find_tables(data, files)
     if tables:
-        corpus = read_tables(data, tables, image_column, caption_column)
+        corpus = read_tables(data, tables, asked)
     else:
         corpus = read_folder(data, files)
     return corpus._replace(notes=(*notes, *corpus.notes))
@@ -119,7 +128,7 @@ def find_tables(root, files):
     for path in found:
         if path.parent == root:
             own.append(path)
-        if path.stem in TABLE_STEMS:
+        if path.stem in TABLE_STEMS or path.stem.startswith("captions_"):  # COCO's, beside its boxes
             known.append(path)
     for stem in TABLE_STEMS:
         for path in own:
@@ -132,25 +141,46 @@ def find_tables(root, files):
 
 
 def list_tables(files):
-    """The files that are tables, without those about a picture: img2dataset writes one beside each, and one for a shard."""
-    pictures = set()
+    """The files that are tables, without those about a picture or an archive: img2dataset writes one beside each."""
+    described = set()  # files whose table of the same name is about them, without their suffixes
+    folders_of_archives = set()
     for path in files:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            pictures.add(path.with_suffix(""))
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES or suffix == ".tar":
+            described.add(path.with_suffix(""))
+        if suffix == ".tar":
+            folders_of_archives.add(path.parent)
     tables = []
     for path in files:
-        about_pictures = path.with_suffix("") in pictures or path.stem.endswith("_stats")
-        if path.suffix.lower() in TABLE_SUFFIXES and not about_pictures:
+        suffix = path.suffix.lower()
+        is_about_others = path.with_suffix("") in described or path.stem.endswith("_stats")
+        lists_archives = suffix == ".json" and path.parent in folders_of_archives  # webdataset's own
+        if suffix == ".tar":
+            tables.append(path)
+        elif is_about_others or lists_archives:
+            continue
+        elif suffix in TABLE_SUFFIXES or is_token_file(path) or is_text_list(path):
             tables.append(path)
     return tables
 
 
+def is_text_list(path):
+    """Whether a .txt file is a table with a header, as Flickr8k's captions.txt is."""
+    if path.suffix.lower() != ".txt" or path.stem not in TABLE_STEMS:
+        return False
+    with open(path, errors="replace") as file:
+        header = file.readline()
+    names = header.split(choose_delimiter(header, ",", is_known))
+    return any(is_known(name, "image") for name in names) and any(is_known(name, "caption") for name in names)
+
+
 def are_one_corpus(tables):
-    """Whether tables are read together: each in a folder of its own, all named after splits, or all parts in parquet."""
+    """Whether tables are read together: each in a folder of its own, all named after splits, or all shards of one kind."""
     folders = {path.parent for path in tables}
     if len(tables) < 2 or len(folders) == len(tables):
         return True
-    if all(path.suffix.lower() == ".parquet" for path in tables):
+    suffixes = {path.suffix.lower() for path in tables}
+    if len(suffixes) == 1 and suffixes.issubset(SHARD_SUFFIXES):
         return True
     return all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables)
 
@@ -163,40 +193,91 @@ def names_from(root, paths):
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def read_tables(root, paths, image_column, caption_column):
-    """The Corpus of one or several tables."""
-    rows = []
-    notes = []
-    packed = []
-    several = len(paths) > 1
+class Asked(NamedTuple):
+    """The columns that flags name, None for those that are found."""
 
-    def is_known_or_asked(name, part=None):
-        asked = [image_column] if part == "image" else [image_column, caption_column]
+    image: str | None = None
+    caption: str | None = None
+
+    def is_known(self, name, part=None):
+        """Whether a column is asked for, or has a name that is read, as any part of a row or as this one."""
+        asked = [self.image] if part == "image" else [self.image, self.caption]
         return name in asked or is_known(name, part)
 
-    for path in paths:
-        table = read_table(path, is_known_or_asked)
+
+def read_tables(root, paths, asked):
+    """The Corpus of one or several tables."""
+    rows = []
+    paths_of_note = {}  # how tables were understood -> those that were
+    notes = []
+    several = len(paths) > 1
+    folder = root
+    for path in tqdm(paths, desc="tables", unit="file", disable=len(paths) < 10):
+        table = read_table(path, asked)
         if not table.records:
             raise BadInput(f"--data {path}: has no rows")
-        columns = choose_columns(path, table.records, image_column, caption_column)
+        columns = choose_columns(path, table.records, asked.image, asked.caption)
         found = rows_of_table(path, table, columns)
-        notes.append(f"{path.relative_to(root)}: {columns}{'; ' + table.note if table.note else ''}")
         notes += type_labels(path, found, table.class_names.get(columns.label))
         split = split_of_path(path.relative_to(root))
         if several and split and not columns.split:
             for row in found:
                 row["split"] = split
-        if table.packed:
-            packed.append(path)
         folder = find_root(path, found, root)
-        if several and not table.packed:
+        note = f"{columns}{'; ' + table.note if table.note else ''}"
+        if folder != path.parent:
+            note += f"; pictures in {os.path.relpath(folder, root)}"
+        paths_of_note.setdefault(note, []).append(path)
+        if several:
             prefix_images(found, os.path.relpath(folder, root))
         rows += found
-    if several:
-        folder, name = root, root.resolve().name
+    understood = [f"{names_from(root, like)}: {note}" for note, like in paths_of_note.items()]
+    if several or is_part(paths[0].stem):
+        name = root.resolve().name
     else:
         name = paths[0].resolve().parent.name if paths[0].stem in UNNAMED_STEMS else paths[0].stem
-    return Corpus(folder, name, rows, None, names_from(root, paths), tuple(notes), tuple(packed))
+    source = names_from(root, paths)
+    return Corpus(root if several else folder, name, rows, None, source, (*understood, *notes))
+
+
+def is_part(stem):
+    """Whether a file is named as a part of a table: 00000, train-00000-of-00004."""
+    return re.fullmatch(r"(.*-)?\d{3,}(-of-\d+)?", stem) is not None
+
+
+def read_table(path, asked) -> Table:
+    """The Table of a file. Raises BadInput, one line, if it cannot be read at all."""
+    check_regular(path)
+    try:
+        return read_records(path, asked)
+    except (BadInput, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # Arrow's word for a damaged file
+            raise BadInput(f"--data {path}: cannot be read: {error}") from None
+        raise
+    except (RecursionError, Exception) as error:  # json, csv and arrow raise types of their own
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"--data {path}: cannot be read: {line}") from None
+
+
+def read_records(path, asked):
+    """The Table of a file, by its kind."""
+    match path.suffix.lower():
+        case ".jsonl" | ".json":
+            return read_json_table(path, asked.is_known)
+        case ".parquet":
+            return read_parquet(path, asked.is_known)
+        case ".arrow":
+            return read_arrow(path, asked.is_known)
+        case ".tar":
+            return read_tar(path, asked.is_known, asked.image)
+    if is_token_file(path):
+        records, faults, note = token_records(path, read_text(path))
+        return Table(records, faults, note=note)
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return read_text_table(path, asked.is_known)
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
+        raise BadInput(f"--data {path}: is an archive; unpack it, and give what is in it (a folder or a table)")
+    raise BadInput(f"--data {path}: expected {' '.join(sorted(TABLE_SUFFIXES))} or a folder")
 
 
 def rows_of_table(path, table, columns):
@@ -224,20 +305,40 @@ def name_by_key(table, rows):
 def find_root(table, rows, root):
     """The folder that a table's image paths start from: where most of its pictures are.
 
-    Its own, or, as in LLaVA's layout, images/ beside it; the same of the folder that --data names.
+    Its own, or, as in LLaVA's layout, images/ beside it; the same of the folder that --data names. Where none of these has
+    any, another folder beside the table. Raises BadInput if several of these have some.
     """
     some = rows[:: max(1, len(rows) // 500)]
     images = [row["image"] for row in some if row["image"]]
-    best = table.parent
-    most = 0
+
+    def count_there(folder):
+        return sum(is_file(folder / image) for image in images)
+
+    usual = []
     for base in (table.parent, root):
-        for folder in (base, base / "images", base / "Images"):
-            if not folder.is_dir():
-                continue
-            there = sum(is_file(folder / image) for image in images)
-            if there > most:
-                best, most = folder, there
-    return best
+        usual += [base, base / "images", base / "Images"]
+    best = max(usual, key=count_there)  # the first of equals
+    if count_there(best):
+        return best
+    holding = [folder for folder in folders_beside(table, root) if count_there(folder)]
+    if len(holding) > 1:
+        raise BadInput(
+            f"--data {table}: its pictures may be those of {named(holding)}; write the folder into the paths of its pictures"
+        )
+    return holding[0] if holding else table.parent
+
+
+def folders_beside(table, root):
+    """The folders, at most 100, in which the pictures of a table may be: in its own, and in that around annotations/."""
+    around = {table.parent, root}
+    if ANNOTATION_FOLDER.fullmatch(table.parent.name):
+        around.add(table.parent.parent)
+    folders = []
+    for base in sorted(around):
+        for folder in sorted(base.iterdir()):
+            if folder.is_dir() and not folder.name.startswith(".") and folder.name.casefold() not in HIDDEN:
+                folders.append(folder)
+    return folders[:100]
 
 
 def prefix_images(rows, folder):

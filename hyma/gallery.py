@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import vlm
 from hyma.embeddings import unique
+from hyma.packed import containing_file, open_picture
 from hyma.pair_names import pair_name
 from hyma.tasks import image_inputs, text_inputs
 
@@ -185,9 +186,10 @@ def find_picture(picture, root, allowed):
     inside = []
     for base in (allowed, root):
         path = base / picture
-        if os.path.isfile(path) and lies_in(allowed, path):
+        file = containing_file(path)
+        if os.path.isfile(file) and lies_in(allowed, file):
             return path
-        if lies_in(allowed, path):
+        if lies_in(allowed, file):
             inside.append(path)
     return inside[0] if inside else None
 
@@ -203,8 +205,8 @@ def lies_in(folder, path):
 def small_jpeg(path):
     """A thumbnail's bytes, or None for a picture that is missing or unreadable."""
     try:
-        vlm.check_regular(path)
-        picture = vlm.open_image(path)
+        vlm.check_regular(containing_file(path))
+        picture = open_picture(path)
         picture.thumbnail((PIXELS, PIXELS))
         jpeg = io.BytesIO()
         picture.save(jpeg, "JPEG", quality=80)

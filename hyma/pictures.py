@@ -14,6 +14,7 @@ import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
+from hyma.packed import DamagedFile, containing_file, picture_size, read_picture
 from vlm import BadInput, open_image
 
 IMAGE_SUFFIXES = {
@@ -70,14 +71,16 @@ def scan_picture(root, image) -> Picture:
         if found is None:
             return Picture("missing file")
         path = root / found
-        size = os.stat(path).st_size
+        size = picture_size(path)
         if size > LARGEST_FILE:
             return Picture(
                 f"unreadable image: a file of {size / 2**20:,.0f} MiB; at most {LARGEST_FILE >> 20} are read"
             )
-        data = path.read_bytes()
+        data = read_picture(path)
     except FileNotFoundError:
         return Picture("missing file")
+    except DamagedFile as error:
+        return Picture(f"unreadable image: {error}")
     except OSError as error:
         raise BadInput(
             f"{root / image}: {error.strerror or error}; this says nothing about the picture, so the scan stops; fix it "
@@ -135,9 +138,10 @@ def spellings(image):
 
 
 def is_file(path):
-    """Whether there is a regular file. Raises OSError if that cannot be known now."""
+    """Whether there is a regular file, or one that the picture of an address is in. Raises OSError if that cannot be known
+    now."""
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        return stat.S_ISREG(os.stat(containing_file(path)).st_mode)
     except (ValueError, UnicodeError):
         return False
     except OSError as error:

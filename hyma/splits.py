@@ -34,8 +34,12 @@ def known_split(name):
 
 
 def split_of_file(stem):
-    """The split that the name of a table begins with: train.csv, train-00000-of-00002.parquet. None if there is none."""
-    return known_split(re.split(r"[-_.]", stem)[0])
+    """The split that a word of a table's name is: train.csv, cc3m-validation-0000.tar, captions_val2017.json.
+
+    None if there is none, or if there are two.
+    """
+    found = set(map(known_split, re.split(r"[-_.]", stem))) - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------- the split that embed.py makes

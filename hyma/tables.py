@@ -1,27 +1,19 @@
-"""Table files as records: text tables, JSON, parquet. What their columns mean is in `hyma/columns.py`.
+"""Table files as records: text tables and JSON. What their columns mean is in `hyma/columns.py`.
 
-A row of a file that cannot be read costs itself and no other row. To add a kind of table, extend TABLE_SUFFIXES and
-`read_table`.
+A row of a file that cannot be read costs itself and no other row.
 """
 
 import codecs
 import csv
-import hashlib
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.files import make_folder
-from hyma.pictures import format_of
-from vlm import BadInput, check_regular
+from hyma.annotations import published_records
+from vlm import BadInput
 
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
-ARCHIVE_SUFFIXES = {".tar", ".zip", ".gz", ".tgz", ".zst", ".7z", ".rar"}
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-PARQUET_ROWS = 256  # that are in memory at once: each may hold a picture
-SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 class Table(NamedTuple):
@@ -30,32 +22,7 @@ class Table(NamedTuple):
     records: list[dict]  # column -> value; empty where there is a fault
     faults: dict[int, str] = {}  # record's number -> why it cannot be used
     class_names: dict[str, list[str]] = {}  # column of numbers -> the names that they stand for
-    packed: bool = False  # whether pictures are in the file itself: see `unpack_pictures`
     note: str = ""  # how it was read, where that had to be found out
-
-
-def read_table(path, is_known) -> Table:
-    """The Table of a file. is_known(name): whether a column's name is one that a table of pictures has.
-
-    Raises BadInput if the file cannot be read at all.
-    """
-    check_regular(path)
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            return read_text_table(path, is_known)
-        if suffix in (".jsonl", ".json"):
-            return read_json_table(path, is_known)
-        if suffix == ".parquet":
-            return read_parquet(path)
-    except (BadInput, OSError):
-        raise
-    except (RecursionError, Exception) as error:  # json, csv and arrow raise types of their own
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"--data {path}: cannot be read: {line}") from None
-    if suffix in ARCHIVE_SUFFIXES:
-        raise BadInput(f"--data {path}: is an archive; unpack it, and give what is in it (a folder or a table)")
-    raise BadInput(f"--data {path}: expected {' '.join(sorted(TABLE_SUFFIXES))} or a folder")
 
 
 def read_text(path):
@@ -188,7 +155,7 @@ def read_json_table(path, is_known):
             raise BadInput(f"--data {path}: is not JSON: {error}") from None
         return read_json_lines(text)
     if isinstance(value, dict):
-        value, note = unwrap(path, value, is_known)
+        value, note = published_records(path, value) or unwrap(path, value, is_known)
     else:
         note = ""
     if not isinstance(value, list):
@@ -258,87 +225,3 @@ def kind_of(value):
         float: "a number",
     }
     return words.get(type(value), "nothing")
-
-
-# ----------------------------------------------------------------------------------------------------------- parquet
-
-
-def open_parquet(path):
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise BadInput(f"--data {path}: parquet files need pyarrow: pip install pyarrow") from None
-    return parquet.ParquetFile(path)
-
-
-def read_parquet(path):
-    """The Table of a parquet file. A picture in it becomes the name of the file that `unpack_pictures` writes."""
-    file = open_parquet(path)
-    records = []
-    packed = False
-    for batch in file.iter_batches(PARQUET_ROWS):
-        for record in batch.to_pylist():
-            for column, value in record.items():
-                data = picture_bytes(value)
-                if data:
-                    record[column] = packed_name(data)
-                    packed = True
-                elif isinstance(value, bytes):
-                    record[column] = value.decode()
-            records.append(record)
-    return Table(records, class_names=parquet_class_names(file.schema_arrow), packed=packed)
-
-
-def picture_bytes(value):
-    """The bytes of a picture that a cell holds, as bytes or as {bytes, path}, the form of the datasets library; else None.
-
-    Some writers store texts as bytes: what is UTF-8 without control characters is a text.
-    """
-    if isinstance(value, dict):
-        value = value.get("bytes")
-        return value if isinstance(value, bytes) else None
-    if not isinstance(value, bytes):
-        return None
-    try:
-        is_text = "\0" not in value.decode()
-    except UnicodeDecodeError:
-        is_text = False
-    return None if is_text else value
-
-
-def packed_name(data):
-    """The name of a packed picture's file: the digest of its bytes, so that none is written twice."""
-    return hashlib.sha256(data).hexdigest() + SUFFIX_OF_FORMAT.get(format_of(data), ".picture")
-
-
-def unpack_pictures(tables, out):
-    """Writes the pictures that parquet files hold to out/images, once. Returns that folder."""
-    folder = out / "images"
-    unfinished = out / ".images"  # renamed when all pictures are there
-    if folder.is_dir():
-        return folder
-    make_folder(unfinished)
-    for path in tables:
-        for batch in open_parquet(path).iter_batches(PARQUET_ROWS):
-            for record in batch.to_pylist():
-                for value in record.values():
-                    data = picture_bytes(value)
-                    if data:
-                        target = unfinished / packed_name(data)
-                        target.unlink(missing_ok=True)  # cut by a kill, or somebody's link
-                        target.write_bytes(data)
-    shutil.move(unfinished, folder)
-    return folder
-
-
-def parquet_class_names(schema):
-    """{column: names} of the columns that the datasets library has marked as numbers of classes."""
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {
-            column: feature["names"]
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}

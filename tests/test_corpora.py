@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from PIL import Image
 from hyma import pictures as pictures_on_disk
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
+from hyma.packed import read_picture
 from hyma.splits import give_splits, split_rows
 from vlm import BadInput
 
@@ -117,15 +119,21 @@ def test_bytes_that_are_not_utf8_cost_their_row(folder, embed):
 def test_tables_that_cannot_be_read_say_what_to_do(folder, refused):
     (folder / "nohead.csv").write_text("0.webp,a cat\n1.webp,a dog\n")
     refused("embed.py", *TINY, "--data", folder / "nohead.csv", says=["first line", "0.webp", "image,caption"])
-    (folder / "x.tar").write_bytes(b"0")
-    refused("embed.py", *TINY, "--data", folder / "x.tar", says=["archive", "unpack"])
+    (folder / "x.zip").write_bytes(b"0")
+    refused("embed.py", *TINY, "--data", folder / "x.zip", says=["archive", "unpack"])
     (folder / "shards").mkdir()
-    (folder / "shards" / "00000.tar").write_bytes(b"0")
-    refused("embed.py", *TINY, "--data", folder / "shards", says=["archives (00000.tar)", "unpack"])
+    (folder / "shards" / "00000.zip").write_bytes(b"0")
+    refused("embed.py", *TINY, "--data", folder / "shards", says=["archives (00000.zip)", "unpack"])
+    (folder / "x.tar").write_bytes(b"0")
+    refused("embed.py", *TINY, "--data", folder / "x.tar", says="is no tar archive")
+    (folder / "x.tar").write_bytes(gzip.compress(b"0"))
+    refused("embed.py", *TINY, "--data", folder / "x.tar", says="is compressed")
     os.mkfifo(folder / "pipe.csv")
     refused("embed.py", *TINY, "--data", folder / "pipe.csv", says="no regular file")
-    (folder / "coco.json").write_text('{"images": [{"id": 1}], "annotations": [{"id": 2}]}')
-    refused("embed.py", *TINY, "--data", folder / "coco.json", says=["several lists", "images, annotations"])
+    (folder / "lists.json").write_text('{"pictures": [{"id": 1}], "texts": [{"id": 2}]}')
+    refused("embed.py", *TINY, "--data", folder / "lists.json", says=["several lists", "pictures, texts"])
+    (folder / "boxes.json").write_text('{"images": [{"id": 1}], "annotations": [{"id": 2, "bbox": [0, 0, 1, 1]}]}')
+    refused("embed.py", *TINY, "--data", folder / "boxes.json", says=["are no captions", "captions_train2017.json"])
     (folder / "deep.json").write_text("[" * 100_000)
     refused("embed.py", *TINY, "--data", folder / "deep.json", says="deep.json")
     (folder / "broken.parquet").write_bytes(b"PAR1")
@@ -198,7 +206,8 @@ def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
     assert "in two splits" in next(iter(quarantine.values())) and "\\x" not in result.out
     _, rows, _ = embed(folder / "bytes.parquet", out="b")
     assert captions_of(rows) == ["a", "b", "c", "d"]
-    assert [(tmp_path / "b" / "images" / row["image"]).read_bytes() for row in rows] == data
+    assert [read_picture(folder / row["image"]) for row in rows] == data
+    assert not (tmp_path / "b" / "images").exists()
 
 
 def test_img2datasets_files(folder, embed):

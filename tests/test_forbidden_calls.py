@@ -32,7 +32,6 @@ EXCEPTIONS = {
     ("hyma/files.py", "lock_folder", "open to write"): "a lock, with O_NOFOLLOW; nothing is written into it",
     ("hyma/files.py", "save_tensors", "torch.save"): "into the atomic writer's file",
     ("hyma/scan.py", "scan_corpus", "open to write"): "a journal grows line by line; a line that was cut is dropped",
-    ("hyma/tables.py", "unpack_pictures", "write_bytes"): "a folder that gets its name when it is whole",
 }
 
 

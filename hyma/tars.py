@@ -1,0 +1,142 @@
+"""Tar archives of samples, as webdataset reads and img2dataset writes them, to records: key.jpg, key.txt, key.json, key.cls.
+
+The members of a sample have one name up to the first dot. Only headers and texts are read here; a picture becomes its
+address in the archive (`hyma/packed.py`), and nothing is extracted.
+"""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+from hyma.packed import tar_address
+from hyma.pictures import IMAGE_SUFFIXES
+from hyma.tables import Table
+from vlm import BadInput, read_json
+
+CAPTION_MEMBERS = ("txt", "text", "caption")
+LARGEST_TEXT = 2**24  # bytes of a text that is read
+
+
+def read_tar(path, is_known, image_column) -> Table:
+    """The Table of an archive: a record for each sample.
+
+    image_column: the ending of the picture's member, where a sample has several; None: a sample may have one. An archive
+    that is cut off costs its end, which the Table's note says.
+    """
+    members, is_whole = list_members(path)
+    samples = {}  # key -> {ending: member}
+    for member in members:
+        key, ending = split_name(member.name)
+        if key is not None:
+            samples.setdefault(key, {}).setdefault(ending, member)
+    if not samples:
+        raise BadInput(f"--data {path}: holds no files{'' if is_whole else '; it is cut off'}")
+    records = []
+    faults = {}
+    with open(path, "rb") as file:
+        for key, sample in samples.items():
+            try:
+                records.append(read_sample(path, file, sample, is_known, image_column))
+            except ValueError as error:
+                if isinstance(error, BadInput):
+                    raise
+                faults[len(records)] = f"broken sample: {key}: {error}"
+                records.append({"image": None})
+    endings = sorted({ending for sample in samples.values() for ending in sample})
+    note = f"samples of {' '.join('.' + ending for ending in endings[:8])}"
+    if not is_whole:
+        note += f"; CUT OFF after {len(records):,}{expected_samples(path)} samples: the rest is not there"
+    return Table(records, faults, note=note)
+
+
+def list_members(path):
+    """(the files in an archive, whether it is whole). A tar has two empty blocks at its end, so that a cut one is known."""
+    members = []
+    is_whole = False
+    try:
+        with tarfile.open(path, "r:") as archive:  # not compressed: a picture is reached by its place
+            size = os.fstat(archive.fileobj.fileno()).st_size
+            try:
+                for member in archive:
+                    archive.members = []  # which would grow with the archive
+                    if member.isfile() and not member.issparse() and member.offset_data + member.size <= size:
+                        members.append(member)
+                archive.fileobj.seek(archive.offset)
+                is_whole = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            except tarfile.ReadError:  # cut within a member
+                pass
+    except tarfile.ReadError as error:
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+            raise BadInput(
+                f"--data {path}: is compressed, so that no picture in it can be reached by its place; uncompress it first"
+            ) from None
+        raise BadInput(f"--data {path}: is no tar archive, or is cut off in its first file ({error})") from None
+    return members, is_whole
+
+
+def split_name(name):
+    """(key, ending) of a member, as webdataset has them: up to and after the first dot. (None, None) for hidden files."""
+    folder, _, file = name.removeprefix("./").rpartition("/")
+    key, _, ending = file.partition(".")
+    if not key or not ending or key.startswith("__") or "__MACOSX" in folder:
+        return None, None
+    return f"{folder}/{key}", ending.lower()
+
+
+def read_sample(path, file, sample, is_known, image_column):
+    """The record of a sample. Raises ValueError, a line, for a sample that cannot be read."""
+    record = {}
+    if "json" in sample:
+        value = json.loads(read_text_member(file, sample["json"]))
+        if not isinstance(value, dict):
+            raise ValueError("its .json is no object")
+        record |= {name: part for name, part in value.items() if is_known(name)}
+    record["image"] = find_picture(path, sample, image_column)
+    for ending in CAPTION_MEMBERS:
+        if ending in sample:
+            text = read_text_member(file, sample[ending])
+            # img2dataset writes the caption twice: in one, a line's end stands within a caption.
+            if record.get("caption") != text:
+                record["caption"] = [line for line in text.split("\n") if line.strip()] or None
+            break
+    if "cls" in sample:
+        record.setdefault("label", read_text_member(file, sample["cls"]).strip())
+    return record
+
+
+def find_picture(path, sample, image_column):
+    """The address of a sample's picture, None where it has none. Raises BadInput if it has several and none is named."""
+    endings = []
+    for ending in sample:
+        if "." + ending in IMAGE_SUFFIXES:
+            endings.append(ending)
+    if image_column is not None:
+        endings = [image_column.removeprefix(".")] if image_column.removeprefix(".") in sample else []
+    if len(endings) > 1:
+        raise BadInput(
+            f"--data {path}: {sample[endings[0]].name}: its sample has several pictures (.{', .'.join(endings)}); name one "
+            f"with --image-column {endings[0]}"
+        )
+    if not endings:
+        return None
+    member = sample[endings[0]]
+    return f"{path.name}/{tar_address(member.name.removeprefix('./'), member.offset_data, member.size)}"
+
+
+def read_text_member(file, member):
+    """The text of a member. What is not UTF-8 costs its own row: it is kept as surrogates."""
+    if member.size > LARGEST_TEXT:
+        raise ValueError(f"{Path(member.name).name} is a text of {member.size:,} bytes")
+    file.seek(member.offset_data)
+    return file.read(member.size).decode("utf-8-sig", errors="surrogateescape")
+
+
+def expected_samples(path):
+    """How many samples img2dataset says that it has written to an archive, for a message: "" where it does not."""
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if not stats.is_file():
+        return ""
+    return f" of {read_json(stats).get('successes', '?')}"
