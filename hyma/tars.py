@@ -42,7 +42,7 @@ def read_tar(path, is_known, image_column) -> Table:
                 if isinstance(error, BadInput):
                     raise
                 faults[len(records)] = f"broken sample: {key}: {error}"
-                records.append({"image": None})
+                records.append({})
     endings = sorted({ending for sample in samples.values() for ending in sample})
     note = f"samples of {' '.join('.' + ending for ending in endings[:8])}"
     if not is_whole:
@@ -94,7 +94,7 @@ def read_sample(path, file, sample, is_known, image_column):
         if not isinstance(value, dict):
             raise ValueError("its .json is no object")
         record |= {name: part for name, part in value.items() if is_known(name)}
-    record["image"] = find_picture(path, sample, image_column)
+    record[image_column or "image"] = find_picture(path, sample, image_column)
     for ending in CAPTION_MEMBERS:
         if ending in sample:
             text = read_text_member(file, sample[ending])
@@ -102,6 +102,7 @@ def read_sample(path, file, sample, is_known, image_column):
             if record.get("caption") != text:
                 record["caption"] = [line for line in text.split("\n") if line.strip()] or None
             break
+    record.setdefault("caption", None)
     if "cls" in sample:
         record.setdefault("label", read_text_member(file, sample["cls"]).strip())
     return record

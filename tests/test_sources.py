@@ -1,0 +1,296 @@
+"""Sources whose pictures lie in other files, and the caption files of published sets, through embed.py's command line."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+from helpers import TINY, write_csv
+
+import vlm
+from hyma.datasets import read_corpus
+from hyma.files import read_jsonl
+from hyma.packed import read_picture
+from hyma.pictures import scan_picture
+from vlm import BadInput
+
+
+@pytest.fixture
+def folder(pictures):
+    """A folder of 40 pictures 0.webp to 39.webp and no captions."""
+    return pictures[0]
+
+
+@pytest.fixture
+def embed(run, tmp_path):
+    """embed(data, *flags): the Result, the rows, {key: reason} and the vectors of a run into the folder `out`."""
+
+    def embed(data, *flags, out="e"):
+        result = run("embed.py", *TINY, "--data", data, "--out", out, *flags)
+        assert result.code == 0, result.err
+        rows = read_jsonl(tmp_path / out / "rows.jsonl")
+        quarantine = {row["key"]: row["reason"] for row in read_jsonl(tmp_path / out / "quarantine.jsonl")}
+        return result, rows, quarantine, vlm.load_tensors(tmp_path / out / "tiny.pt")
+
+    return embed
+
+
+def write_tar(path, members):
+    """A tar of {name: bytes or text}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            data = data.encode() if isinstance(data, str) else data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def samples(folder, numbers):
+    """Members as img2dataset writes them: picture, caption, and a JSON in which the caption is again."""
+    members = {}
+    for k in numbers:
+        members[f"{k:09}.webp"] = (folder / f"{k}.webp").read_bytes()
+        members[f"{k:09}.txt"] = f"caption {k}"
+        members[f"{k:09}.json"] = json.dumps({"caption": f"caption {k}", "key": f"{k:09}", "url": "u", "exif": "{}"})
+    return members
+
+
+def captions_of(rows):
+    return [row["caption"] for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------- tar archives
+
+
+def test_pictures_in_tars_give_the_vectors_of_their_files(folder, embed, tmp_path):
+    """Shards as img2dataset writes them, with the tables and statistics that lie beside them."""
+    write_csv(folder / "t.csv", [{"image": f"{k}.webp", "caption": f"caption {k}"} for k in range(6)])
+    shards = tmp_path / "shards"
+    for number in range(2):
+        write_tar(shards / f"0000{number}.tar", samples(folder, range(3 * number, 3 * number + 3)))
+        (shards / f"0000{number}_stats.json").write_text('{"successes": 3}')
+        (shards / f"0000{number}.parquet").write_bytes(b"about the archive, and not read")
+    result, rows, quarantine, vectors = embed(shards)
+    assert "00000.tar, 00001.tar: image 'image', caption 'caption'; samples of .json .txt .webp" in result.out
+    assert captions_of(rows) == [f"caption {k}" for k in range(6)] and not quarantine
+    assert all(row["image"].startswith(f"0000{k // 3}.tar/00000000{k}.webp@") for k, row in enumerate(rows))
+    assert vectors.equal(embed(folder / "t.csv", out="files")[3])
+    assert not list((tmp_path / "e").rglob("*.webp"))  # nothing is extracted
+
+
+def test_samples_of_a_tar(folder, tmp_path):
+    """Captions a line each, splits by the archive's name, samples without a part, members that are no files."""
+    members = {
+        "a/x.y.jpg": b"picture",  # the ending starts at the first dot
+        "a/x.txt": "of another sample",
+        "./b.JPG": b"picture",
+        "b.txt": "one\n\ntwo\n",
+        "c.txt": "no picture",
+        "d.png": b"picture",
+        "e.webp": b"picture",
+        "e.json": '{"caption": "a\\nb", "label": "cat", "image": "/etc/passwd"}',
+        "e.txt": "a\nb",
+        "f.webp": b"picture",
+        "f.json": "{",
+        "._g.webp": b"\0\5\x16\7",
+        "g.cls": "7",
+    }
+    write_tar(tmp_path / "in" / "cc3m-train-0000.tar", members)
+    write_tar(tmp_path / "in" / "cc3m-validation-0000.tar", {"k.jpg": b"p", "k.txt": "k"})
+    rows = read_corpus(tmp_path / "in").rows
+    found = [(row["image"].partition("@")[0].partition("/")[2], row["caption"], row.get("fault")) for row in rows]
+    assert found == [
+        ("", None, "no image path"),  # x.y is no picture's ending
+        ("b.JPG", "one", None),
+        ("b.JPG", "two", None),
+        ("", None, "no image path"),
+        ("d.png", None, "empty caption"),
+        ("e.webp", "a\nb", None),
+        ("", None, found[6][2]),
+        ("", None, "no image path"),
+        ("k.jpg", "k", None),
+    ]
+    assert found[6][2].startswith("broken sample: /f: ") and rows[5]["label"] == "cat"
+    assert {row["split"] for row in rows[:8]} == {"train"} and rows[8]["split"] == "val"
+
+
+def test_a_sample_of_several_pictures_is_not_guessed(tmp_path, refused):
+    path = write_tar(tmp_path / "t.tar", {"a.jpg": b"p", "a.png": b"q", "a.txt": "caption"})
+    refused("embed.py", *TINY, "--data", path, says=["several pictures (.jpg, .png)", "--image-column jpg"])
+    (row,) = read_corpus(path, image_column="png").rows
+    assert read_picture(tmp_path / row["image"]) == b"q"
+
+
+@pytest.mark.parametrize("cut", ["between members", "in a header", "in a picture", "in a caption"])
+def test_a_cut_archive_costs_its_end_and_says_so(folder, embed, tmp_path, cut):
+    path = write_tar(tmp_path / "s" / "00000.tar", samples(folder, range(8)))
+    with tarfile.open(path) as archive:
+        picture, caption = archive.getmember("000000005.webp"), archive.getmember("000000005.txt")
+    place = {
+        "between members": picture.offset,
+        "in a header": picture.offset + 100,
+        "in a picture": picture.offset_data + picture.size // 2,
+        "in a caption": caption.offset_data + 2,
+    }[cut]
+    path.write_bytes(path.read_bytes()[:place])
+    (tmp_path / "s" / "00000_stats.json").write_text('{"successes": 8}')
+    result, rows, quarantine, _ = embed(path, "--allow-bad", "0.2")
+    assert captions_of(rows) == [f"caption {k}" for k in range(5)]
+    found = 6 if cut == "in a caption" else 5
+    assert f"CUT OFF after {found} of 8 samples: the rest is not there" in result.out
+    assert list(quarantine.values()) == ["empty caption"] * (found - 5)
+
+
+def test_archives_that_end_and_begin_with_one_name_are_not_mixed(folder, tmp_path):
+    write_tar(tmp_path / "s" / "0.tar", {"a.webp": b"p"})
+    write_tar(tmp_path / "s" / "1.tar", {"a.txt": "another"})
+    rows = read_corpus(tmp_path / "s").rows
+    assert [(bool(row["image"]), row.get("fault")) for row in rows] == [(True, "empty caption"), (False, "no image path")]
+
+
+def test_an_address_reaches_nothing_but_its_file(tmp_path):
+    """Names of members are shown and not followed; what is not in the archive is refused."""
+    (tmp_path / "secret.txt").write_text("secret")
+    path = write_tar(tmp_path / "t.tar", {"../../secret.webp": b"p" * 600, "x.webp": b"q", "../../secret.txt": "caption"})
+    row = read_corpus(path).rows[0]
+    assert row["image"].startswith("t.tar/../../secret.webp@") and read_picture(tmp_path / row["image"]) == b"p" * 600
+    for image in ("t.tar/x@0+99999999", "t.tar/x@7", "t.tar/x@99999999999999999999+1"):
+        assert "unreadable image: t.tar" in scan_picture(tmp_path, image).reason
+    assert scan_picture(tmp_path, "none.tar/x@0+1").reason == "missing file"
+    assert "a file of" in scan_picture(tmp_path, f"t.tar/x@0+{2**40}").reason
+    (tmp_path / "d.tar").mkdir()
+    shutil.copy(path, tmp_path / "d.tar" / "x@0+1")  # a folder of that name is a folder
+    assert read_picture(tmp_path / "d.tar" / "x@0+1") == path.read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------- parquet and arrow
+
+
+def save_arrow(path, table):
+    import pyarrow
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def test_a_folder_that_the_datasets_library_saved(folder, embed, refused, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    cells = [{"bytes": (folder / f"{k}.webp").read_bytes(), "path": None} for k in range(6)] + [None]
+    labels = [0, 1, 0, 1, 0, 1, 0]
+    table = arrow.table({"image": cells, "caption": [f"caption {k}" for k in range(7)], "label": labels})
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    saved = tmp_path / "saved"
+    for split, parts in {"train": [(0, 2), (2, 2)], "test": [(4, 3)]}.items():
+        names = [f"data-{number:05}-of-{len(parts):05}.arrow" for number in range(len(parts))]
+        for name, (start, count) in zip(names, parts):
+            save_arrow(saved / split / name, table.slice(start, count))
+        save_arrow(saved / split / "cache-123.arrow", table)
+        (saved / split / "dataset_info.json").write_text("{}")
+        (saved / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    _, rows, quarantine, _ = embed(saved, "--allow-bad", "0.2")
+    assert captions_of(rows) == [f"caption {k}" for k in range(6)] and quarantine == {"row 7": "no image path"}
+    assert [row["label"] for row in rows] == ["cat", "dog"] * 3
+    assert rows[3]["image"] == "train/data-00001-of-00002.arrow/image@1"
+    assert [row["split"] for row in rows[4:]] == ["test", "test"]
+    assert [read_picture(saved / row["image"]) for row in rows] == [cell["bytes"] for cell in cells[:6]]
+    assert len(read_corpus(saved / "test").rows) == 3  # one split by itself
+    (saved / "test" / "state.json").write_text('{"_data_files": [{"filename": "../train/x.arrow"}]}')
+    refused("embed.py", *TINY, "--data", saved, says=["state.json", "no file beside it"])
+
+
+def test_cells_are_read_in_any_order(tmp_path):
+    """Also of row groups that are larger than what is kept in memory, with and without statistics."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    cells = [{"bytes": b"\xff%d" % k, "path": f"{k}.jpg"} for k in range(1000)]
+    cells[7] = None
+    cells[8] = {"bytes": None, "path": "8.jpg"}
+    table = arrow.table({"image": cells, "text": [str(k) for k in range(1000)]})
+    for statistics in (True, False):
+        parquet.write_table(table, tmp_path / "t.parquet", row_group_size=600, write_statistics=statistics)
+        rows = read_corpus(tmp_path / "t.parquet").rows
+        assert rows[7]["fault"] == "no image path" and rows[8]["image"] == "8.jpg"
+        for k in (*range(9, 1000), 999, 9, 650, 10, 599, 600):
+            assert read_picture(tmp_path / rows[k]["image"]) == b"\xff%d" % k
+    assert "has no row 1000" in scan_picture(tmp_path, "t.parquet/image@1000").reason
+    assert "unreadable image: t.parquet" in scan_picture(tmp_path, "t.parquet/nothing@1").reason
+
+
+# ---------------------------------------------------------------------------------------------------- published files
+
+
+def place(folder, target, names, first=0):
+    """Puts pictures, from <first>.webp on, into a folder under these names."""
+    target.mkdir(parents=True, exist_ok=True)
+    for k, name in enumerate(names, start=first):
+        shutil.copy(folder / f"{k}.webp", target / name)
+
+
+def test_cocos_captions_are_data_to_train_on(folder, embed, tmp_path):
+    coco = tmp_path / "coco"
+    for number, split in enumerate(("train2017", "val2017")):
+        names = [f"{number}{k:011}.jpg" for k in range(3)]
+        place(folder, coco / split, names, 3 * number)
+        images = [{"id": k, "file_name": name} for k, name in enumerate(names)]
+        notes = [{"id": 9 - k, "image_id": k % 3, "caption": f"{split} {k}"} for k in range(6)]
+        notes.append({"id": 10, "image_id": 77, "caption": "of no picture"})
+        (coco / "annotations").mkdir(exist_ok=True)
+        table = coco / "annotations" / f"captions_{split}.json"
+        table.write_text(json.dumps({"info": {}, "images": images, "annotations": notes}))
+        (coco / "annotations" / f"instances_{split}.json").write_text('{"images": [], "annotations": []}')
+    result, rows, _, _ = embed(coco)
+    assert [(row["caption"], row["split"]) for row in rows[:2]] == [("train2017 3", "train"), ("train2017 0", "train")]
+    assert rows[0]["image"] == "train2017/000000000000.jpg" and len(rows) == 12
+    assert "1 captions are of pictures that it does not list; pictures in train2017" in result.out
+    corpus = read_corpus(coco / "annotations" / "captions_val2017.json")
+    assert corpus.root.resolve() == (coco / "val2017").resolve() and len(corpus.rows) == 6
+
+
+def test_karpathys_json_is_data_to_train_on(folder, embed, tmp_path):
+    coco = tmp_path / "coco"
+    place(folder, coco / "val2014", [f"{k}.jpg" for k in range(4)])
+    images = []
+    for k, split in enumerate(("train", "restval", "val", "test")):
+        sentences = [{"raw": f"a {k}"}, {"raw": f"b {k}"}]
+        images.append({"filepath": "val2014", "filename": f"{k}.jpg", "split": split, "sentences": sentences})
+    (coco / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    _, rows, _, _ = embed(coco)
+    assert captions_of(rows) == ["a 0", "b 0", "a 1", "b 1", "a 2", "b 2", "a 3", "b 3"]
+    assert [row["split"] for row in rows[::2]] == ["train", "train", "val", "test"]
+
+
+def test_flickrs_files_are_data_to_train_on(folder, embed, tmp_path):
+    base = tmp_path / "flickr"
+    place(folder, base / "Flicker8k_Dataset", [f"{k}.jpg" for k in range(4)])
+    place(folder, base / "text", ())
+    lines = [f"{k // 2}.jpg#{k % 2}\tA dog , {k} ." for k in range(8)]
+    (base / "text" / "Flickr8k.token.txt").write_text("\n".join([*lines, "broken line"]) + "\n")
+    (base / "text" / "Flickr8k.lemma.token.txt").write_text("0.jpg#0\tdog\n")
+    for name, image in {"train": "0.jpg", "dev": "1.jpg", "test": "2.jpg"}.items():
+        (base / "text" / f"Flickr_8k.{name}Images.txt").write_text(f"{image}\n")
+    result, rows, quarantine, _ = embed(base, "--allow-bad", "0.2")
+    assert captions_of(rows) == [f"A dog , {k} ." for k in range(8)]
+    assert [row["split"] for row in rows[::2]] == ["train", "val", "test", "in no list"]
+    assert quarantine == {"row 9": "no line of picture.jpg#0, a tab and a caption"}
+    assert "Flickr's captions; splits of the lists beside it; pictures in Flicker8k_Dataset" in result.out
+
+    (base / "results.csv").write_text("image_name| comment_number| comment\n0.jpg| 0| A dog , one .\n1.jpg| 0| Two\n")
+    assert captions_of(embed(base / "results.csv", out="results")[1]) == ["A dog , one .", "Two"]
+    (base / "results.csv").unlink()
+    (base / "captions.txt").write_text('image,caption\n0.jpg,"A dog , one ."\n1.jpg,Two\n')
+    assert captions_of(embed(base, out="kaggle")[1]) == ["A dog , one .", "Two"]
+
+
+def test_pictures_that_may_lie_in_several_folders_are_not_guessed(folder, tmp_path):
+    for name in ("a", "b"):
+        place(folder, tmp_path / "in" / name, ["0.jpg"])
+    write_csv(tmp_path / "in" / "captions.csv", [{"image": "0.jpg", "caption": "x"}])
+    with pytest.raises(BadInput, match="its pictures may be those of .*in/a, .*in/b"):
+        read_corpus(tmp_path / "in")
