@@ -39,7 +39,7 @@ from hyma.costs import flop_counter
 from hyma.datasets import read_corpus
 from hyma.embeddings import FORMAT_VERSION, has_unit_rows, hash_keys
 from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
-from hyma.packed import read_picture
+from hyma.packed import picture_bytes
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
 from hyma.sealing import (
     PartialShard,
@@ -400,7 +400,7 @@ def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
 def load_pixels(encoder, path, sha256):
     """Pixels [3, H, W] of a picture that the scan could read, whose bytes are still those of the scan."""
     try:
-        data = read_picture(path)
+        data = picture_bytes(path)
         pixels = encoder.transform(vlm.open_image(io.BytesIO(data)))
     except Exception as error:  # nothing else may take its place: the rows are fixed
         raise BadInput(f"{path}: was readable in the scan and is not now ({error}); restore it") from None

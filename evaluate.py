@@ -35,6 +35,7 @@ from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import run_script
 from hyma.gallery import make_gallery
 from hyma.machine import provenance
+from hyma.merging import Folders, as_folders, open_embeddings
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name
@@ -59,7 +60,8 @@ def parse_flags():
     add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help=about)
     about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
     add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
-    add("--data", type=Path, metavar="FOLDER", help="the runs' embedding folder, where it has moved")
+    about = "the runs' embedding folder, or folders, where they have moved"
+    add("--data", nargs="+", type=Path, action=Folders, metavar="FOLDER", help=about)
     about = "where the gallery's pictures lie (default: where the embedding folder's manifest says)"
     add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")
@@ -145,19 +147,18 @@ def encoders_of(pairs):
     return unique(names)
 
 
-def open_embeddings(runs, flags) -> Embeddings:
+def open_data(runs, flags) -> Embeddings:
     """The embeddings that all the runs were trained on. Raises BadInput if they differ or have changed since."""
     trained_on = [run.data for run in trained_runs(runs)]
     if not (flags.data or trained_on or flags.task):
         raise BadInput(
             f"{runs[0].folder}: holds connectors alone; name embeddings to score them on: --task NAME=FOLDER"
         )
-    if trained_on and not flags.data and not Path(trained_on[0]).is_dir():
-        raise BadInput(
-            f"{trained_on[0]}: no such folder from here; name the folder of the runs' embeddings: --data FOLDER"
-        )
+    for folder in as_folders(trained_on[0]) if trained_on and not flags.data else []:
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder from here; name the folder of the runs' embeddings: --data FOLDER")
     candidates = [*trained_on, *flags.task.values()]
-    data = Embeddings(flags.data or candidates[0])
+    data = open_embeddings(flags.data or candidates[0])
     digests = {}  # encoder -> sha256 of its file, by the first run that has it
     for run in runs:
         for name in encoders_of(run.ranks):
@@ -202,8 +203,8 @@ def open_all_tasks(flags, runs, data):
     seeds = sorted({run.seed for run in trained_runs(runs)})
     splits = {row.get("split") for row in data.rows or []}
     tasks, warnings = [], []
-    for name, folder in (flags.task or {None: data.folder}).items():
-        is_own = seeds and os.path.realpath(folder) == os.path.realpath(data.folder)
+    for name, folder in (flags.task or {None: data.folders}).items():
+        is_own = seeds and set(map(os.path.realpath, as_folders(folder))) == set(map(os.path.realpath, data.folders))
         if is_own and "test" not in splits:
             if len(seeds) > 1 and not any(splits):
                 message = f"has no split column, so that seeds {' and '.join(map(str, seeds))} set other rows aside"
@@ -308,7 +309,7 @@ def main():
     folders = run_demo(flags.device) if flags.demo else flags.runs or [newest_finished_run()]
     runs = read_runs([*folders, *flags.oracle])
     oracle_folders = set(map(os.path.normpath, flags.oracle))
-    data = open_embeddings(runs, flags)
+    data = open_data(runs, flags)
     pairs = pairs_to_compare(data, runs, oracle_folders)
     methods = group_runs(runs, pairs, oracle_folders)
     oracle, primary, warnings = choose_oracle(methods, oracle_folders)

@@ -34,6 +34,7 @@ class Embeddings:
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.folders = [self.folder]  # several where `hyma/merging.py` takes them as one
         if not self.folder.is_dir():
             raise BadInput(f"{folder}: no such embedding folder; make one with: python embed.py --out {folder}")
         if (self.folder / "manifest.json").is_file():

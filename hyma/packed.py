@@ -4,7 +4,7 @@
     train-00000-of-00004.parquet/image@17      the column image of row 17, counted from 0
 
 An address stands in a row where the path of a picture would. Nothing is extracted: no name in an archive becomes a path,
-and `read_picture` takes a path and an address alike.
+and `picture_bytes` takes a path and an address alike.
 """
 
 import functools
@@ -72,7 +72,7 @@ def picture_size(path):
     return address.size or 0
 
 
-def read_picture(path):
+def picture_bytes(path):
     """The bytes of a picture, packed or in a file of its own. Raises DamagedFile if they are not in the file it names."""
     address = find_address(path)
     if address is None:
@@ -87,7 +87,7 @@ def read_picture(path):
 
 def open_picture(path):
     """The PIL image of a picture, packed or in a file of its own."""
-    return open_image(io.BytesIO(read_picture(path)))
+    return open_image(io.BytesIO(picture_bytes(path)))
 
 
 def read_member(address):

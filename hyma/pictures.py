@@ -14,7 +14,7 @@ import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.packed import DamagedFile, containing_file, picture_size, read_picture
+from hyma.packed import DamagedFile, containing_file, picture_bytes, picture_size
 from vlm import BadInput, open_image
 
 IMAGE_SUFFIXES = {
@@ -76,7 +76,7 @@ def scan_picture(root, image) -> Picture:
             return Picture(
                 f"unreadable image: a file of {size / 2**20:,.0f} MiB; at most {LARGEST_FILE >> 20} are read"
             )
-        data = read_picture(path)
+        data = picture_bytes(path)
     except FileNotFoundError:
         return Picture("missing file")
     except DamagedFile as error:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 import vlm
-from hyma.embeddings import Embeddings
 from hyma.gallery import find_picture
+from hyma.merging import as_folders, open_embeddings
 from hyma.pair_names import pair_name
 from hyma.prompts import TEMPLATES
 from hyma.search_index import VectorIndex
@@ -179,9 +179,10 @@ def open_data(run, folder):
     folder = folder or run.data
     if folder is None:
         raise BadInput(f"{run.folder}: holds connectors alone; name the embedding folder to search: --data FOLDER")
-    if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such folder from here; name the run's embedding folder: --data FOLDER")
-    return Embeddings(folder)
+    for each in as_folders(folder):
+        if not each.is_dir():
+            raise BadInput(f"{each}: no such folder from here; name the run's embedding folder: --data FOLDER")
+    return open_embeddings(folder)
 
 
 def first_rows(rows, part):

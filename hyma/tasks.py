@@ -18,6 +18,7 @@ from torch import Tensor
 import vlm
 from hyma.datasets import draw_distractors
 from hyma.embeddings import Embeddings, check_same_encoder, unique
+from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
 from hyma.prompts import RecordedEncoder, load_prompts, read_templates
 from hyma.splits import split_rows
@@ -71,7 +72,7 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
     of the run that was trained on this folder, None for a folder that the run has not seen: all rows of a folder without
     a test split are then evaluated. Raises BadInput if the rows allow no task.
     """
-    data = Embeddings(folder)
+    data = open_embeddings(folder)
     if name is None:
         name = data.manifest["dataset"] if data.manifest else data.folder.name
     rows_description, rows = choose_rows(data, run_seed)

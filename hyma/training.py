@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hyma.brackets import brackets
-from hyma.embeddings import SAMPLE, Embeddings
+from hyma.embeddings import SAMPLE
+from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
@@ -46,7 +47,7 @@ class Generator(Protocol):
 
 def open_data(flags):
     """(the embedding folder, the pairs) of the flags."""
-    data = Embeddings(flags.data or SAMPLE)
+    data = open_embeddings(flags.data or SAMPLE)
     return data, choose_pairs(data, flags.pairs)
 
 

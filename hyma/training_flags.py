@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hyma.embeddings import SAMPLE
+from hyma.merging import Folders, as_folders
 from hyma.runs import interrupted_run
 from vlm import BadInput, read_json
 
@@ -16,7 +17,8 @@ def add_training_flags(parser, name):
     add = parser.add_argument
     about = "all, vit_l16:mpnet, wildcards, or several of these (default: all)"
     add("--pairs", nargs="+", default=["all"], metavar="IMAGE:TEXT", help=about)
-    add("--data", type=Path, help="embedding folder (default: the sample's)")
+    about = "embedding folder, or several that hold encoders of the same rows (default: the sample's)"
+    add("--data", nargs="+", type=Path, action=Folders, metavar="FOLDER", help=about)
     add("--out", type=Path, help=f"run folder (default: runs/{name}-<date>-<time>)")
     add(
         "--resume",
@@ -98,8 +100,15 @@ def recorded_flags(flags):
     recorded = {}
     for name, value in vars(flags).items():
         if name != "resume":
-            recorded[RECORDED_NAMES.get(name, name)] = str(value) if isinstance(value, Path) else value
+            recorded[RECORDED_NAMES.get(name, name)] = as_recorded(value)
     return recorded
+
+
+def as_recorded(value):
+    """A flag's value as JSON has it: paths are texts."""
+    if isinstance(value, tuple):
+        return list(map(as_recorded, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse_with_defaults(parser, recorded):
@@ -110,7 +119,8 @@ def parse_with_defaults(parser, recorded):
             defaults[name] = defaults.pop(recorded_name)
     parser.set_defaults(**defaults)
     flags = parser.parse_args()
-    flags.data = Path(flags.data)
+    folders = as_folders(flags.data)
+    flags.data = folders[0] if len(folders) == 1 else tuple(folders)
     return flags
 
 

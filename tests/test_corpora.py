@@ -18,7 +18,7 @@ from PIL import Image
 from hyma import pictures as pictures_on_disk
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
-from hyma.packed import read_picture
+from hyma.packed import picture_bytes
 from hyma.splits import give_splits, split_rows
 from vlm import BadInput
 
@@ -206,7 +206,7 @@ def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
     assert "in two splits" in next(iter(quarantine.values())) and "\\x" not in result.out
     _, rows, _ = embed(folder / "bytes.parquet", out="b")
     assert captions_of(rows) == ["a", "b", "c", "d"]
-    assert [read_picture(folder / row["image"]) for row in rows] == data
+    assert [picture_bytes(folder / row["image"]) for row in rows] == data
     assert not (tmp_path / "b" / "images").exists()
 
 

@@ -59,6 +59,7 @@ HYMA = [
     "packed",
     "splits",
     "sealing",
+    "merging",
     "embeddings",
     "pair_names",
     "seeds",

@@ -11,7 +11,7 @@ from helpers import TINY, write_csv
 import vlm
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
-from hyma.packed import read_picture
+from hyma.packed import picture_bytes
 from hyma.pictures import scan_picture
 from vlm import BadInput
 
@@ -121,7 +121,7 @@ def test_a_sample_of_several_pictures_is_not_guessed(tmp_path, refused):
     path = write_tar(tmp_path / "t.tar", {"a.jpg": b"p", "a.png": b"q", "a.txt": "caption"})
     refused("embed.py", *TINY, "--data", path, says=["several pictures (.jpg, .png)", "--image-column jpg"])
     (row,) = read_corpus(path, image_column="png").rows
-    assert read_picture(tmp_path / row["image"]) == b"q"
+    assert picture_bytes(tmp_path / row["image"]) == b"q"
 
 
 @pytest.mark.parametrize("cut", ["between members", "in a header", "in a picture", "in a caption"])
@@ -156,14 +156,14 @@ def test_an_address_reaches_nothing_but_its_file(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     path = write_tar(tmp_path / "t.tar", {"../../secret.webp": b"p" * 600, "x.webp": b"q", "../../secret.txt": "caption"})
     row = read_corpus(path).rows[0]
-    assert row["image"].startswith("t.tar/../../secret.webp@") and read_picture(tmp_path / row["image"]) == b"p" * 600
+    assert row["image"].startswith("t.tar/../../secret.webp@") and picture_bytes(tmp_path / row["image"]) == b"p" * 600
     for image in ("t.tar/x@0+99999999", "t.tar/x@7", "t.tar/x@99999999999999999999+1"):
         assert "unreadable image: t.tar" in scan_picture(tmp_path, image).reason
     assert scan_picture(tmp_path, "none.tar/x@0+1").reason == "missing file"
     assert "a file of" in scan_picture(tmp_path, f"t.tar/x@0+{2**40}").reason
     (tmp_path / "d.tar").mkdir()
     shutil.copy(path, tmp_path / "d.tar" / "x@0+1")  # a folder of that name is a folder
-    assert read_picture(tmp_path / "d.tar" / "x@0+1") == path.read_bytes()
+    assert picture_bytes(tmp_path / "d.tar" / "x@0+1") == path.read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------- parquet and arrow
@@ -198,7 +198,7 @@ def test_a_folder_that_the_datasets_library_saved(folder, embed, refused, tmp_pa
     assert [row["label"] for row in rows] == ["cat", "dog"] * 3
     assert rows[3]["image"] == "train/data-00001-of-00002.arrow/image@1"
     assert [row["split"] for row in rows[4:]] == ["test", "test"]
-    assert [read_picture(saved / row["image"]) for row in rows] == [cell["bytes"] for cell in cells[:6]]
+    assert [picture_bytes(saved / row["image"]) for row in rows] == [cell["bytes"] for cell in cells[:6]]
     assert len(read_corpus(saved / "test").rows) == 3  # one split by itself
     (saved / "test" / "state.json").write_text('{"_data_files": [{"filename": "../train/x.arrow"}]}')
     refused("embed.py", *TINY, "--data", saved, says=["state.json", "no file beside it"])
@@ -218,7 +218,7 @@ def test_cells_are_read_in_any_order(tmp_path):
         rows = read_corpus(tmp_path / "t.parquet").rows
         assert rows[7]["fault"] == "no image path" and rows[8]["image"] == "8.jpg"
         for k in (*range(9, 1000), 999, 9, 650, 10, 599, 600):
-            assert read_picture(tmp_path / rows[k]["image"]) == b"\xff%d" % k
+            assert picture_bytes(tmp_path / rows[k]["image"]) == b"\xff%d" % k
     assert "has no row 1000" in scan_picture(tmp_path, "t.parquet/image@1000").reason
     assert "unreadable image: t.parquet" in scan_picture(tmp_path, "t.parquet/nothing@1").reason
 
