@@ -39,6 +39,7 @@ from hyma.costs import flop_counter
 from hyma.datasets import read_corpus
 from hyma.embeddings import FORMAT_VERSION, has_unit_rows, hash_keys
 from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.folder_jobs import add_folder_flags, run_folder_job
 from hyma.packed import picture_bytes
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
 from hyma.sealing import (
@@ -71,7 +72,6 @@ def parse_flags():
     add(
         "--encoder",
         nargs="+",
-        required=True,
         metavar="NAME",
         help="short names, wildcards, all | images | texts (the paper's), timm or sentence-transformers names, NAME=SPEC",
     )
@@ -115,6 +115,7 @@ def parse_flags():
         help="threads that read pictures (default: %(default)s)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
+    add_folder_flags(parser)
     return parser.parse_args()
 
 
@@ -131,6 +132,8 @@ def resolve_flags(flags):
     index, _, count = flags.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise BadInput(f"--shard {flags.shard}: expected I/N with 0 <= I < N, such as 0/4")
+    if not flags.encoder:
+        raise BadInput("--encoder: name the encoders to embed with, or all")
     encoders = choose_encoders(flags.encoder)
     resolved = {
         "encoders": encoders,
@@ -468,7 +471,10 @@ def count_truncated(encoder, rows):
 
 
 def main():
-    flags = resolve_flags(parse_flags())
+    flags = parse_flags()
+    if run_folder_job(flags, None if flags.data is SAMPLE else flags.data):
+        return
+    flags = resolve_flags(flags)
     fixed = open_folder(flags)
     out = fixed.out
     print(f"{out}: {len(fixed.rows)} rows; {fixed.quarantined} more are in quarantine.jsonl")

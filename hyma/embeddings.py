@@ -69,6 +69,9 @@ class Embeddings:
             if isinstance(error, BadInput):
                 raise
             raise BadInput(f"{path}: is damaged ({error} is missing or wrong); {MAKE_AGAIN}") from None
+        if keys_sha256 is None:  # adopted, and nobody knows what its rows are
+            self.rows = None
+            return
         path = self.folder / "rows.jsonl"
         self.rows = read_jsonl(path)
         if len(self.rows) != self.row_count:

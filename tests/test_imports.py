@@ -11,6 +11,13 @@ from helpers import ROOT
 HYMA = [
     "sharing",
     "commands",
+    "folder_jobs",
+    "fetching",
+    "exporting",
+    "adopting",
+    "verifying",
+    "row_order",
+    "vector_files",
     "serving",
     "results_page",
     "searching",
