@@ -79,8 +79,8 @@ def parse_flags():
         "--data",
         type=Path,
         default=SAMPLE,
-        help="table of image path and caption (.csv .tsv .jsonl .parquet), LLaVA .json, a folder, or NAME:FOLDER of a "
-        f"standard set's files: {' '.join(STANDARD_SETS)} (default: the sample)",
+        help="table of image and caption (.csv .tsv .jsonl .parquet .arrow), .tar of samples, LLaVA's, COCO's or Karpathy's "
+        f".json, a folder, or NAME:FOLDER of a standard set's files: {' '.join(STANDARD_SETS)} (default: the sample)",
     )
     add("--out", type=Path, help="embedding folder (default: embeddings/<dataset>)")
     add("--image-column", help="column of the image path (default: the first known name)")
