@@ -6,6 +6,7 @@ Here they are data like any other, to train on too. As test sets, with their pro
 import re
 from collections import defaultdict
 
+from hyma.remote import find_remote
 from vlm import BadInput
 
 SPLIT_LIST = re.compile(r".*\.(?P<split>train|dev|test)Images\.txt", re.I)  # Flickr_8k.trainImages.txt, and so on
@@ -58,7 +59,7 @@ def is_token_file(path):
 def token_records(path, text):
     """(records, a note) of lines `picture.jpg#0<tab>caption`, with the splits of the lists that lie beside the file."""
     split_of_image = {}
-    for file in sorted(path.parent.iterdir()):
+    for file in [] if find_remote(path) else sorted(path.parent.iterdir()):
         found = SPLIT_LIST.fullmatch(file.name)
         if found and file.is_file():
             for image in file.read_text(errors="surrogateescape").split():

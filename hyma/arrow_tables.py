@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hyma.columns import KEY_COLUMN, NUMBERED_CAPTION
 from hyma.packed import cell_address, import_arrow, open_arrow
+from hyma.remote import open_file
 from hyma.tables import Table
 from vlm import BadInput, read_json
 
@@ -17,7 +18,7 @@ ROWS_AT_ONCE = 256  # of a table, in memory: each may hold a picture where these
 def read_parquet(path, is_known) -> Table:
     """The Table of a parquet file: its known columns, or all of them where none is known."""
     arrow = import_arrow(path)
-    file = arrow.parquet.ParquetFile(path, pre_buffer=False)
+    file = arrow.parquet.ParquetFile(open_file(path), pre_buffer=False)
     names = choose_names(file.schema_arrow, is_known)
     records = []
     for group in range(file.num_row_groups):

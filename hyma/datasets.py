@@ -25,6 +25,7 @@ from hyma.annotations import is_token_file, token_records
 from hyma.arrow_tables import find_saved_dataset, read_arrow, read_parquet
 from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
+from hyma.remote import find_remote, list_remote, open_file, open_source
 from hyma.splits import known_split, split_of_file
 from hyma.tables import Table, choose_delimiter, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
@@ -56,6 +57,8 @@ class Corpus(NamedTuple):
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
     asked = Asked(image_column, caption_column)
+    if open_source(data):
+        return read_remote(data, asked)
     if not data.exists():
         raise BadInput(f"--data {data}: no such file or folder")
     if data.is_file():
@@ -74,6 +77,15 @@ def read_corpus(data, image_column=None, caption_column=None):
     else:
         corpus = read_folder(data, files)
     return corpus._replace(notes=(*notes, *corpus.notes))
+
+
+def read_remote(data, asked):
+    """The Corpus of a table or a folder behind a URL."""
+    files = list_remote(data)
+    if files == [data]:
+        return read_tables(data.parent, files, asked)
+    tables = find_tables(data, [path for path in files if path.parent == data]) or find_tables(data, files)
+    return read_tables(data, tables, asked) if tables else read_folder(data, files)
 
 
 # ----------------------------------------------------------------------------------------------- which files are read
@@ -168,8 +180,8 @@ def is_text_list(path):
     """Whether a .txt file is a table with a header, as Flickr8k's captions.txt is."""
     if path.suffix.lower() != ".txt" or path.stem not in TABLE_STEMS:
         return False
-    with open(path, errors="replace") as file:
-        header = file.readline()
+    with open_file(path) as file:
+        header = file.readline().decode(errors="replace")
     names = header.split(choose_delimiter(header, ",", is_known))
     return any(is_known(name, "image") for name in names) and any(is_known(name, "caption") for name in names)
 
@@ -247,7 +259,8 @@ def is_part(stem):
 
 def read_table(path, asked) -> Table:
     """The Table of a file. Raises BadInput, one line, if it cannot be read at all."""
-    check_regular(path)
+    if not find_remote(path):
+        check_regular(path)
     try:
         return read_records(path, asked)
     except (BadInput, OSError) as error:
@@ -308,7 +321,8 @@ def find_root(table, rows, root):
     Its own, or, as in LLaVA's layout, images/ beside it; the same of the folder that --data names. Where none of these has
     any, another folder beside the table. Raises BadInput if several of these have some.
     """
-    some = rows[:: max(1, len(rows) // 500)]
+    few = 4 if find_remote(table) else 500  # over a network each takes a while
+    some = rows[:: max(1, len(rows) // few)]
     images = [row["image"] for row in some if row["image"]]
 
     def count_there(folder):
@@ -334,7 +348,7 @@ def folders_beside(table, root):
     if ANNOTATION_FOLDER.fullmatch(table.parent.name):
         around.add(table.parent.parent)
     folders = []
-    for base in sorted(around):
+    for base in [] if find_remote(table) else sorted(around):
         for folder in sorted(base.iterdir()):
             if folder.is_dir() and not folder.name.startswith(".") and folder.name.casefold() not in HIDDEN:
                 folders.append(folder)

@@ -11,13 +11,13 @@ import functools
 import io
 import os
 import re
-import stat
 import threading
 import urllib.parse
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+from hyma.remote import find_remote, is_file, open_file, read_bytes
 from vlm import BadInput, open_image
 
 ADDRESS = re.compile(r"(?P<file>.*?\.(?P<kind>tar|parquet|arrow))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I)
@@ -65,10 +65,10 @@ def containing_file(path):
 
 
 def picture_size(path):
-    """How many bytes a picture has, as far as that is known before it is read: 0 for a cell."""
+    """How many bytes a picture has, as far as that is known before it is read: 0 for a cell and for a file behind a URL."""
     address = find_address(path)
     if address is None:
-        return os.stat(path).st_size
+        return 0 if find_remote(path) else os.stat(path).st_size
     return address.size or 0
 
 
@@ -76,8 +76,8 @@ def picture_bytes(path):
     """The bytes of a picture, packed or in a file of its own. Raises DamagedFile if they are not in the file it names."""
     address = find_address(path)
     if address is None:
-        return Path(path).read_bytes()
-    if not stat.S_ISREG(os.stat(address.file).st_mode):
+        return read_bytes(path)
+    if not is_file(address.file):
         raise FileNotFoundError(address.file)
     if address.kind == "tar":
         return read_member(address)
@@ -94,11 +94,12 @@ def read_member(address):
     """The bytes of a tar's member."""
     if address.size is None:
         raise DamagedFile(f"{address.file.name}: no such member: {address.name}")
-    with open(address.file, "rb") as file:
-        if address.start + address.size > os.fstat(file.fileno()).st_size:
-            raise DamagedFile(f"{address.file.name} is cut off")
-        file.seek(address.start)
-        return file.read(address.size)
+    data = b""
+    if address.start < 2**63:  # a place that a file can have
+        data = read_bytes(address.file, address.start, address.start + address.size)
+    if len(data) < address.size:
+        raise DamagedFile(f"{address.file.name} is cut off")
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------- parquet and arrow
@@ -117,10 +118,9 @@ def import_arrow(path):
 
 def read_cell(address):
     """The bytes of the picture that a cell holds, as bytes or as {bytes, path}, the form of the datasets library."""
-    status = os.stat(address.file)
     column = urllib.parse.unquote(address.name)
     try:
-        file = open_cells(address.file, address.kind, column, status.st_mtime_ns, status.st_size)
+        file = open_cells(address.file, address.kind, column, *file_version(address.file))
         value = file.read(address.start)
     except (ValueError, KeyError, IndexError) as error:  # Arrow's own errors are of these
         raise DamagedFile(f"{address.file.name}: {str(error).splitlines()[0][:160]}") from None
@@ -132,6 +132,14 @@ def read_cell(address):
     if not isinstance(data, bytes):
         raise DamagedFile(f"{address.file.name}: no picture in {column} of row {address.start}")
     return data
+
+
+def file_version(path):
+    """What tells a file from what it was. What is open behind a URL belongs to the process that has opened it."""
+    if find_remote(path):
+        return (os.getpid(),)
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -153,6 +161,8 @@ class ArrowCells:
 def open_arrow(path):
     """The table of an arrow file: the stream that the datasets library saves, or a file with an index."""
     arrow = import_arrow(path)
+    if find_remote(path):
+        raise BadInput(f"--data {path}: arrow files are read from the disk alone; copy them here")
     source = arrow.memory_map(str(path))
     try:
         return arrow.ipc.open_stream(source).read_all()
@@ -169,7 +179,7 @@ class ParquetCells:
 
     def __init__(self, path, column):
         # pre_buffer would read a row group whole
-        self.file = import_arrow(path).parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        self.file = import_arrow(path).parquet.ParquetFile(open_file(path), pre_buffer=False, buffer_size=2**20)
         self.column = column
         self.first_rows = [0]  # of the row groups, and the number of all rows
         for group in range(self.file.num_row_groups):

@@ -8,12 +8,12 @@ import errno
 import hashlib
 import io
 import os
-import stat
 import unicodedata
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
+from hyma import remote
 from hyma.packed import DamagedFile, containing_file, picture_bytes, picture_size
 from vlm import BadInput, open_image
 
@@ -141,7 +141,7 @@ def is_file(path):
     """Whether there is a regular file, or one that the picture of an address is in. Raises OSError if that cannot be known
     now."""
     try:
-        return stat.S_ISREG(os.stat(containing_file(path)).st_mode)
+        return remote.is_file(containing_file(path))
     except (ValueError, UnicodeError):
         return False
     except OSError as error:
@@ -195,6 +195,6 @@ def format_of(data):
 
 def holds_picture(path):
     """Whether a file, whatever its name, begins as a picture does."""
-    with open(path, "rb") as file:
+    with remote.open_file(path) as file:
         name = format_of(file.read(64))
     return name in READ_FORMATS or name == "HEIC"

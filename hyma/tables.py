@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyma.annotations import published_records
+from hyma.remote import read_bytes
 from vlm import BadInput
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -30,7 +31,7 @@ def read_text(path):
 
     A byte that is not UTF-8 must cost its own row and not the file: it is kept as a surrogate, and the row is refused.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
     return data.decode("utf-8-sig", errors="surrogateescape")

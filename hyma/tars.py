@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hyma.packed import tar_address
 from hyma.pictures import IMAGE_SUFFIXES
+from hyma.remote import open_file
 from hyma.tables import Table
 from vlm import BadInput, read_json
 
@@ -34,7 +35,7 @@ def read_tar(path, is_known, image_column) -> Table:
         raise BadInput(f"--data {path}: holds no files{'' if is_whole else '; it is cut off'}")
     records = []
     faults = {}
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for key, sample in samples.items():
             try:
                 records.append(read_sample(path, file, sample, is_known, image_column))
@@ -55,19 +56,21 @@ def list_members(path):
     members = []
     is_whole = False
     try:
-        with tarfile.open(path, "r:") as archive:  # not compressed: a picture is reached by its place
-            size = os.fstat(archive.fileobj.fileno()).st_size
+        # not compressed: a picture is reached by its place
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(archive.offset)
             try:
                 for member in archive:
                     archive.members = []  # which would grow with the archive
                     if member.isfile() and not member.issparse() and member.offset_data + member.size <= size:
                         members.append(member)
-                archive.fileobj.seek(archive.offset)
-                is_whole = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                file.seek(archive.offset)
+                is_whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
             except tarfile.ReadError:  # cut within a member
                 pass
     except tarfile.ReadError as error:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(6)
         if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
             raise BadInput(

@@ -64,6 +64,7 @@ HYMA = [
     "annotations",
     "pictures",
     "packed",
+    "remote",
     "splits",
     "sealing",
     "merging",

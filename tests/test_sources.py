@@ -4,11 +4,13 @@ import io
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 from helpers import TINY, write_csv
 
 import vlm
+from hyma import remote
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
@@ -221,6 +223,54 @@ def test_cells_are_read_in_any_order(tmp_path):
             assert picture_bytes(tmp_path / rows[k]["image"]) == b"\xff%d" % k
     assert "has no row 1000" in scan_picture(tmp_path, "t.parquet/image@1000").reason
     assert "unreadable image: t.parquet" in scan_picture(tmp_path, "t.parquet/nothing@1").reason
+
+
+# ------------------------------------------------------------------------------------------------------ behind a URL
+
+
+@pytest.fixture
+def bucket():
+    """A bucket of fsspec's own file system in memory, and nothing that earlier tests have opened."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    remote.ROOTS.clear()
+    yield system
+    system.store.clear()
+    remote.ROOTS.clear()
+
+
+def test_what_lies_behind_a_url_gives_the_vectors_of_its_files(folder, embed, refused, bucket, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    rows = [{"image": f"{k}.webp", "caption": f"caption {k}"} for k in range(6)]
+    table = write_csv(folder / "t.csv", rows)
+    for row in rows:
+        bucket.pipe(f"/b/files/{row['image']}", (folder / row["image"]).read_bytes())
+    bucket.pipe("/b/files/t.csv", table.read_bytes())
+    for number in range(2):
+        part = samples(folder, range(3 * number, 3 * number + 3))
+        bucket.pipe(f"/b/tars/0000{number}.tar", write_tar(tmp_path / "t.tar", part).read_bytes())
+    cells = [{"bytes": (folder / row["image"]).read_bytes(), "path": None} for row in rows]
+    parquet.write_table(arrow.table({"image": cells, "text": [row["caption"] for row in rows]}), tmp_path / "t.parquet")
+    bucket.pipe("/b/parquet/t.parquet", (tmp_path / "t.parquet").read_bytes())
+    expected = embed(table, out="local")[3]
+    for source in ("files/t.csv", "tars", "parquet"):
+        _, found, quarantine, vectors = embed(f"memory://b/{source}", out=source.partition("/")[0])
+        assert captions_of(found) == captions_of(rows) and not quarantine and vectors.equal(expected)
+    refused("embed.py", *TINY, "--data", "memory://b/none", says="memory://b/none: no such file")
+    refused("embed.py", *TINY, "--data", "nobody://b/none", says="nobody://b/none: cannot be reached")
+
+
+def test_only_what_the_user_names_is_fetched(folder, embed, bucket, tmp_path):
+    """A table of the disk may name a URL in any spelling: it is a file that is missing."""
+    bucket.pipe("/b/secret.webp", (folder / "0.webp").read_bytes())
+    bucket.pipe("/b/in/t.csv", b"image,caption\n../secret.webp,x\n/memory:/b/secret.webp,x\n")
+    for name in ("memory://b/secret.webp", "memory:/b/secret.webp", "x/memory:/b/secret.webp"):
+        assert scan_picture(tmp_path, name).reason == "missing file"
+    corpus = read_corpus(Path("memory://b/in/t.csv"))
+    assert [scan_picture(corpus.root, row["image"]).reason for row in corpus.rows] == ["missing file"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- published files

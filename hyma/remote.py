@@ -1,0 +1,109 @@
+"""Files behind a URL: s3://, gs://, hf://, https:// and whatever else fsspec has a file system for.
+
+`open_source` takes the URL that --data names. From then on a path below it, as pathlib writes it (s3:/bucket/00000.tar), is
+read over the network by the functions here, and any other path from the disk. So only what the user has named is reached: no
+row of a table, and no manifest, can make a program fetch something else.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+
+from vlm import BadInput
+
+ROOTS = set()  # of this process: URLs of folders, as pathlib writes them
+
+
+def open_source(data):
+    """Makes the files of a URL readable. Returns whether `data`, a Path, is one. Raises BadInput if it cannot be reached."""
+    protocol, colon, _ = str(data).partition(":/")
+    if not colon or not protocol.isalnum() or len(protocol) < 2 or data.exists():
+        return False
+    try:
+        import fsspec
+
+        system = fsspec.core.url_to_fs(as_url(data))[0]
+        if not system.exists(as_url(data)):
+            raise BadInput(f"--data {as_url(data)}: no such file or folder")
+        folder = data if system.isdir(as_url(data)) else data.parent
+    except BadInput:
+        raise
+    except Exception as error:  # an unknown protocol, a file system that is not installed, a network, a login
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"--data {as_url(data)}: cannot be reached: {reason[:200]}") from None
+    ROOTS.add(str(folder))
+    return True
+
+
+def find_remote(path):
+    """(file system, URL) of a path below an opened source, None for any other."""
+    for root in ROOTS:
+        before, found, after = str(path).partition(root)
+        if found and (before == "" or before.endswith("/")) and ".." not in after.split("/"):
+            import fsspec
+
+            # fsspec keeps the file system, one for each process: most cannot be used after a fork
+            return fsspec.core.url_to_fs(as_url(found + after))[0], as_url(found + after)
+    return None
+
+
+def as_url(path):
+    """The URL that pathlib has written with one slash."""
+    protocol, _, rest = str(path).partition(":/")
+    return f"{protocol}://{rest}"
+
+
+def list_remote(data):
+    """The files below an opened source, sorted."""
+    system, url = find_remote(data)
+    top = system._strip_protocol(url).rstrip("/")
+    files = []
+    for name in system.find(url):
+        files.append(data / name[len(top) :].lstrip("/") if name != top else data)
+    return sorted(files)
+
+
+def is_file(path):
+    """Whether there is a regular file. Raises OSError if that cannot be known now."""
+    remote = find_remote(path)
+    if remote is None:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    with network_errors(remote[1]):
+        return remote[0].isfile(remote[1])
+
+
+def open_file(path):
+    """A file to read from, in which one can seek."""
+    remote = find_remote(path)
+    if remote is None:
+        return open(path, "rb")
+    with network_errors(remote[1]):
+        return remote[0].open(remote[1], "rb")
+
+
+def read_bytes(path, start=None, end=None):
+    """The bytes of a file, or some of them."""
+    remote = find_remote(path)
+    if remote is not None:
+        with network_errors(remote[1]):
+            return remote[0].cat_file(remote[1], start=start, end=end)
+    if start is None:
+        return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        end = min(end, os.fstat(file.fileno()).st_size)  # whatever somebody has written into an address
+        file.seek(start)
+        return file.read(max(0, end - start))
+
+
+@contextlib.contextmanager
+def network_errors(url):
+    """What a file system raises becomes an OSError with a number: the machine's fault, and no row's. A missing file is one."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(errno.EIO, reason[:200], url) from error
