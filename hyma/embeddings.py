@@ -11,6 +11,7 @@ How it is made is in `hyma/sealing.py`, which of its rows train and which choose
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class Embeddings:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.folders = [self.folder]  # several where `hyma/merging.py` takes them as one
+        self.digests = {}  # encoder -> sha256 of its file, once it is known
         if not self.folder.is_dir():
             raise BadInput(f"{folder}: no such embedding folder; make one with: python embed.py --out {folder}")
         if (self.folder / "manifest.json").is_file():
@@ -120,13 +122,13 @@ class Embeddings:
         expected = (self.row_count, self.encoders[name].dim)
         if tuple(embeddings.shape) != expected:
             raise BadInput(f"{path}: has shape {tuple(embeddings.shape)}; expected {expected}")
-        for start in range(0, self.row_count, 65536):
-            norms = embeddings[start : start + 65536].float().norm(dim=1)  # [rows]; NaN and Inf survive the sum
-            bad = (~(norms.isfinite() & (norms > 0))).nonzero()
-            if len(bad):
-                row = start + bad[0].item()
-                raise BadInput(f"{path}: row {row} is zero, NaN or infinite; {MAKE_AGAIN}")
-        if self.manifest and sha256_file(path) != self.manifest["encoders"][name]["file_sha256"]:
+        with ThreadPoolExecutor(1) as other:  # both read the file together, so it comes from the disk once
+            digest = other.submit(sha256_file, path)
+            row = first_bad_row(embeddings)
+            self.digests[name] = digest.result()
+        if row is not None:
+            raise BadInput(f"{path}: row {row} is zero, NaN or infinite; {MAKE_AGAIN}")
+        if self.manifest and self.digests[name] != self.manifest["encoders"][name]["file_sha256"]:
             raise BadInput(f"{path}: differs from the file that was sealed (sha256); {MAKE_AGAIN}")
         return embeddings
 
@@ -134,7 +136,9 @@ class Embeddings:
         """What a run's embeddings are recognised by later: {encoder: sha256 of its file}."""
         digests = {}
         for name in names:
-            digests[name] = self.record(name).get("file_sha256") or sha256_file(self.folder / f"{name}.pt")
+            if name not in self.digests:
+                self.digests[name] = self.record(name).get("file_sha256") or sha256_file(self.folder / f"{name}.pt")
+            digests[name] = self.digests[name]
         return digests
 
     def record(self, name):
@@ -192,6 +196,19 @@ def is_row(row):
         if not isinstance(row.get(part), str):
             return False
     return all(isinstance(row.get(part, ""), str) for part in ("label", "split", "question", "answer"))
+
+
+def first_bad_row(vectors):
+    """The number of the first row of vectors [rows, dim] that is zero, NaN or infinite, None if there is none."""
+    start = 0
+    for block in vectors.split(2048):  # stays in the processor's cache
+        block = block.float()
+        squares = torch.linalg.vecdot(block, block)  # [rows]; NaN and Inf survive the sum
+        bad = (~(squares.isfinite() & (squares > 0))).nonzero()
+        if len(bad):
+            return start + bad[0].item()
+        start += len(block)
+    return None
 
 
 def has_unit_rows(vectors, shape):
