@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hyma.batches import Batches
 from hyma.costs import step_flops
 from hyma.embeddings import RowStore
 from hyma.files import run_script, write_jsonl
@@ -44,16 +45,16 @@ from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (
-    draw_rows,
-    leading_pair,
+    StepLosses,
+    check_weights,
     learning_rate,
-    mean_loss,
     mean_recall10,
     metrics_line,
     open_data,
     open_run_folder,
     pair_losses,
     print_results,
+    progress_line,
     resumed_line,
     split_for_training,
     training_dtype,
@@ -188,7 +189,13 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     surviving = surviving_pairs(pairs, state, rungs)
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
+    batches = Batches(store, seed, train_rows, flags.batch_size)
+    step_losses = StepLosses(state["losses"])
+
     def save_checkpoint():
+        step_losses.read()
+        check_weights(connectors.state_dict(), state["step"])
+        state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
         tensors = {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoints.save({"done": saved["done"], "state": state} | tensors)
         lines = []
@@ -196,13 +203,15 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             lines += group["metrics"]
         write_jsonl(flags.out / "metrics.jsonl", lines)
 
-    progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step")
+    shown = progress_line(state)
+    progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step", postfix=shown)
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
             # A batch of rows, every pair's connector, a loss each.
-            rows = draw_rows(step, seed, train_rows, flags.batch_size)  # [B]
+            rows = batches.rows_of(step)  # [B]
             losses = pair_losses(connectors, store, rows, surviving, dtype, flags.logit_scale)  # [P]
-            state["losses"].append(mean_loss(losses, surviving, step))
+            if step_losses.add(step, surviving, losses):
+                progress.set_postfix(progress_line(state), refresh=False)
 
             # The update: each pair is clipped by its own gradient norm.
             optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
@@ -219,7 +228,6 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
                 state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1
             state["seconds"] = time.perf_counter() - started
-            state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
             progress.update()
 
             # Validation: each pair's best state is kept, and halving drops half of the pairs. A checkpoint is saved then,
@@ -230,6 +238,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
                     save_checkpoint()
                     signals.leave_if_asked()
                 continue
+            step_losses.read()
             recalls = validate(connectors, store, retrieval, surviving)
             epoch = round((step + 1) / steps_per_epoch, 3)
             card_info = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
@@ -238,16 +247,12 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             state["seconds"] = time.perf_counter() - started
             line = metrics_line(state, epoch, lr, mean_recall10(recalls), recalls)
             state["metrics"].append(line)
-            state["losses"] = []
-            progress.set_postfix(
-                best=leading_pair(recalls),
-                loss=f"{line['loss']:.3f}",
-                val_R10=f"{line['val_recall10']:.1%}",
-                pairs=len(surviving),
-            )
+            state["losses"].clear()
+            progress.set_postfix(progress_line(state))
             save_checkpoint()
             signals.leave_if_asked()
             surviving = surviving_pairs(pairs, state, rungs)
+    batches.close()
     return state
 
 

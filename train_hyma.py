@@ -30,6 +30,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from hyma import closed_form
+from hyma.batches import Batches
 from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
 from hyma.files import run_script, write_jsonl
@@ -44,16 +45,16 @@ from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.signals import Signals
 from hyma.training import (
-    draw_rows,
-    leading_pair,
+    StepLosses,
+    check_weights,
     learning_rate,
-    mean_loss,
     mean_recall10,
     metrics_line,
     open_data,
     open_run_folder,
     pair_losses,
     print_results,
+    progress_line,
     resumed_line,
     split_for_training,
     training_dtype,
@@ -73,7 +74,7 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as several steps
+VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
 
 
 def parse_flags():
@@ -310,14 +311,23 @@ def main():
     # Not before: the closed form needs float32.
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
-    progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step")
+    batches = Batches(vectors, flags.seed, train_rows, flags.batch_size)
+    step_losses = StepLosses(state["losses"])
+
+    def save_checkpoint(**more):
+        step_losses.read()
+        check_weights(generator.state_dict(), state["step"])
+        checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | more)
+
+    progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
             # A batch of rows and of pairs, their connectors, their mean loss.
-            rows = draw_rows(step, flags.seed, train_rows, flags.batch_size)  # [B]
+            rows = batches.rows_of(step)  # [B]
             batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
             losses = pair_losses(generator, store, rows, batch_pairs, dtype, flags.logit_scale)  # [P]
-            state["losses"].append(mean_loss(losses, batch_pairs, step))
+            if step_losses.add(step, batch_pairs, losses):
+                progress.set_postfix(progress_line(state), refresh=False)
 
             # The update.
             optimizer.zero_grad(set_to_none=True)
@@ -338,9 +348,10 @@ def main():
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
             if not is_validation:
                 if checkpoints.due() or signals.arrived():
-                    checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
+                    save_checkpoint()
                     signals.leave_if_asked()
                 continue
+            step_losses.read()
             recalls = validate(generator, store, retrieval, pairs.scored)
             of_trained = {name: recalls[name] for name in must_match["pairs"]}  # pairs of --predict choose nothing
             score = mean_recall10(of_trained)
@@ -352,11 +363,12 @@ def main():
             state["seconds"] = time.perf_counter() - started
             line = metrics_line(state, epoch, lr, score, recalls)
             state["metrics"].append(line)
-            state["losses"] = []
-            progress.set_postfix(best=leading_pair(recalls), loss=f"{line['loss']:.3f}", val_R10=f"{score:.1%}")
-            checkpoints.save(checkpoint_of(generator, optimizer, moments, state))
+            state["losses"].clear()
+            progress.set_postfix(progress_line(state))
+            save_checkpoint()
             write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
             signals.leave_if_asked()
+    batches.close()
 
     # The pair that ranks first, trained further by itself. Its cost is part of the run's.
     generator.load_state_dict(state["best"]["weights"])
@@ -366,11 +378,12 @@ def main():
     if flags.refine_steps and pair_name(chosen) not in state["refined"]:
         layers, recalls = generator.predict(*chosen), state["best"]["recalls"][pair_name(chosen)]
 
-        def save_checkpoint(refinement, force):
+        def save_refinement(refinement, force):
             if force or checkpoints.due():
-                checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | {"refinement": refinement})
+                check_weights(refinement["connectors"], refinement["state"]["step"])
+                save_checkpoint(refinement=refinement)
 
-        refined = refine(flags, chosen, layers, recalls, vectors, retrieval, train_rows, refinement, save_checkpoint)
+        refined = refine(flags, chosen, layers, recalls, vectors, retrieval, train_rows, refinement, save_refinement)
         for key in COSTS:
             state[key] += refined[key]
         state["step"] += refined["step"]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hyma.files import read_jsonl, sha256_file
+from hyma.machine import bytes_for_copies, bytes_for_files
 from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, is_encoder_name, read_json
 
 FORMAT_VERSION = 1
@@ -219,7 +220,11 @@ def has_unit_rows(vectors, shape):
 
 
 class RowStore:
-    """The embeddings of several encoders, on the device if half its memory holds them, to take batches of rows from."""
+    """The embeddings of several encoders, to take batches of rows from.
+
+    Resident where they fit: on a GPU a copy of them, on a CPU the mapped files in the system's page cache. Where they do not,
+    `Batches` reads the rows of many steps at a time into a window, and a step takes its rows from there.
+    """
 
     def __init__(self, data, names, device):
         self.device = device
@@ -231,13 +236,21 @@ class RowStore:
             self.tensors[name] = tensor
             self.dims[name] = tensor.shape[1]
             size += tensor.nbytes
-        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        on_gpu = device.type == "cuda"
+        self.is_resident = size < (bytes_for_copies(device) if on_gpu else bytes_for_files())
+        if on_gpu and self.is_resident:
             for name, tensor in self.tensors.items():
                 self.tensors[name] = tensor.to(device)
+        self.window = {}  # encoder -> [rows of the window, dim], on the device
+        self.batch = None  # the rows of the step that the window is used for
+        self.places = None  # where these are in the window
 
     def take(self, name, rows):
         """Unit vectors [len(rows), dim], float32, on the device."""
-        tensor = self.tensors[name]
+        if rows is self.batch and name in self.window:
+            tensor, rows = self.window[name], self.places
+        else:
+            tensor = self.tensors[name]
         return F.normalize(tensor[rows.to(tensor.device)].to(self.device).float(), dim=1)
 
 

@@ -1,4 +1,5 @@
-"""What is recorded of the machine that a result was made on: versions, device, commit, the most memory held."""
+"""The machine that a result is made on: how much memory may be used, and what is recorded: versions, device, commit, the
+most memory held."""
 
 import importlib.metadata as metadata
 import os
@@ -34,6 +35,26 @@ def provenance(device) -> dict:
         "commit": commit,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+COPIES_BYTES = 2**31  # on a CPU, of copies that a run makes of embeddings beside the files that are mapped
+
+
+def bytes_for_copies(device) -> int:
+    """How much memory copies of embeddings may take: half of what a GPU has free; on a CPU a fixed part."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return COPIES_BYTES
+
+
+def bytes_for_files() -> int:
+    """How much of the files that this process maps can stay in memory: what the system has available, its page cache
+    included."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        return 1024 * int(meminfo.partition("MemAvailable:")[2].split()[0])
+    except (OSError, ValueError, IndexError):  # not on Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def peak_bytes(device) -> int:

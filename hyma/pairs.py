@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,21 +39,26 @@ def draw_pairs(step, seed, pairs, pairs_per_step):
     A round is as many steps as it takes to draw every pair once. The pairs of a step have the same text encoder, whose part
     of the connectors is then computed once for all of them.
     """
-    groups = list(group_by_text(pairs).values())
     steps_per_round = 0
-    for group in groups:
+    for group in group_by_text(pairs).values():
         steps_per_round += math.ceil(len(group) / pairs_per_step)
     round_index, place = divmod(step, steps_per_round)
+    return draw_round(round_index, seed, tuple(pairs), pairs_per_step)[place]
 
+
+@lru_cache(maxsize=1)
+def draw_round(round_index, seed, pairs, pairs_per_step):
+    """The pairs of each step of a round."""
+    groups = group_by_text(pairs).values()
     random = seeded_generator("pairs", seed, round_index)
-    steps = []  # of the round, the pairs of each
+    steps = []
     for group in groups:
         order = torch.randperm(len(group), generator=random)
         shuffled = [group[k] for k in order]
         for start in range(0, len(group), pairs_per_step):
             steps.append(shuffled[start : start + pairs_per_step])
     order = torch.randperm(len(steps), generator=random)
-    return steps[order[place]]
+    return [steps[k] for k in order]
 
 
 # ----------------------------------------------------------------------------------------- the pairs of train_hyma.py

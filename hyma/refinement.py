@@ -11,12 +11,13 @@ import time
 import torch
 from tqdm import tqdm
 
+from hyma.batches import Batches
 from hyma.costs import step_flops
 from hyma.free_connectors import FreeConnectors
 from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
-from hyma.training import draw_rows, learning_rate, mean_loss, pair_losses, training_dtype, validate
+from hyma.training import StepLosses, learning_rate, pair_losses, training_dtype, validate
 
 VALIDATIONS = 4  # of the pair, at equal distances
 MOST_SHARE = 1 / 50  # of the updates that training every pair over the whole schedule takes
@@ -52,12 +53,15 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
     validation_period = math.ceil(steps / VALIDATIONS)
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
+    batches = Batches(store, f"{flags.seed}, refinement", train_rows, flags.batch_size)
+    step_losses = StepLosses([])
+
     progress = tqdm(total=steps, initial=state["step"], desc=f"refine {name}", unit="step")
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
-            rows = draw_rows(step, f"{flags.seed}, refinement", train_rows, flags.batch_size)  # [B]
+            rows = batches.rows_of(step)  # [B]
             losses = pair_losses(connectors, store, rows, pairs, dtype, flags.logit_scale)  # [1]
-            mean_loss(losses, pairs, step)
+            step_losses.add(step, pairs, losses)
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             connectors.clip_each(pairs, flags.clip_norm)
@@ -72,10 +76,12 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
 
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
             if is_validation:
+                step_losses.read()
                 six = validate(connectors, store, retrieval, pairs)[name]
                 keep_best(state, name, six, connectors.predict(*pair), {"refinement_steps": step + 1}, key=sum)
             state["seconds"] = time.perf_counter() - started
             refinement = {"state": state, "connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(refinement, force=is_validation or signals.arrived())
             signals.leave_if_asked()
+    batches.close()
     return state

@@ -1,4 +1,4 @@
-"""What both trainers share: data, the schedule, batches, the loss of a step, validation, what is printed at the end.
+"""What both trainers share: data, the schedule, the loss of a step, validation, what is printed at the end.
 
 A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free connectors of
 train_grid.py. Its protocol is `Generator`, below; what a hypernetwork has besides is in `hyma.hypernetworks`.
@@ -18,7 +18,7 @@ from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import create_run, reopen_run, run_of_same_command
-from hyma.seeds import seeded_generator
+from hyma.settled import leader, leads_since
 from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
 from kernels import Layer, clip_loss, connector_mlp
@@ -94,7 +94,7 @@ def resumed_line(out, step, steps):
     return f"resumed: {out} at step {step} of {steps}"
 
 
-# ---------------------------------------------------------------------------------------------- schedule and batches
+# --------------------------------------------------------------------------------------------------------- the schedule
 
 
 def learning_rate(step, steps, peak, warmup_steps):
@@ -102,14 +102,6 @@ def learning_rate(step, steps, peak, warmup_steps):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
-def draw_rows(step, seed, rows, batch_size):
-    """The rows of a step, a pure function of (seed, step). Each epoch is a new order of all rows, cut into batches; what is
-    left after the last whole batch is dropped."""
-    epoch, place = divmod(step, len(rows) // batch_size)
-    order = torch.randperm(len(rows), generator=seeded_generator("rows", seed, epoch))
-    return rows[order[place * batch_size : (place + 1) * batch_size]]  # [B]
 
 
 def training_dtype(precision):
@@ -146,16 +138,47 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     return losses
 
 
-def mean_loss(losses, pairs, step):
-    """The mean of the pairs' losses [P], a number. Raises BadInput, before any update, where one is not finite."""
-    mean = losses.mean().item()
-    if not math.isfinite(mean):
-        worst = losses.isfinite().long().argmin().item()
-        raise BadInput(
-            f"step {step}: the loss of {pair_name(pairs[worst])} is {losses[worst].item()}; stopped before the update; try a "
-            "lower --lr"
-        )
-    return mean
+class StepLosses:
+    """The losses of the last steps, which stay on the device: reading them makes the host wait for it."""
+
+    READ_EVERY = 16  # steps
+
+    def __init__(self, means):
+        """means: a list that gets the mean loss of each step, a number, once it is read."""
+        self.means = means
+        self.unread = []  # (step, its pairs, their losses [P], the mean of these)
+
+    def add(self, step, pairs, losses):
+        """Keeps the losses [P] of a step. Returns whether it was time to read them."""
+        losses = losses.detach()
+        self.unread.append((step, pairs, losses, losses.mean()))
+        if len(self.unread) < self.READ_EVERY:
+            return False
+        self.read()
+        return True
+
+    def read(self):
+        """Reads what has not been read. Raises BadInput at the first loss that is not finite: every update since is lost, and
+        so nothing may be saved before this."""
+        for step, pairs, losses, mean in self.unread:
+            mean = mean.item()
+            if not math.isfinite(mean):
+                worst = losses.isfinite().long().argmin().item()
+                raise BadInput(
+                    f"step {step}: the loss of {pair_name(pairs[worst])} is {losses[worst].item()}; what was saved before is "
+                    "kept; try a lower --lr"
+                )
+            self.means.append(mean)
+        self.unread.clear()
+
+
+def check_weights(weights, step):
+    """Raises BadInput if an update has made weights that are not finite: to call before they are saved. weights: a state_dict."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise BadInput(
+                f"step {step}: the update made {name} not finite; what was saved before is kept; try a lower --lr"
+            )
 
 
 def cast_layers(layers, dtype):
@@ -217,11 +240,19 @@ def mean_recall10(recalls):
     return total / len(recalls)
 
 
-def leading_pair(recalls):
-    """The pair of the best mean R@10, with that score, for a progress bar. recalls: of `validate`."""
-    scores = {pair: mean_recalls(six)[2] for pair, six in recalls.items()}
-    best = max(scores, key=scores.get)
-    return f"{best} {scores[best]:.1%}"
+def progress_line(state):
+    """What a progress bar shows beside steps a second and the time left: the last loss that was read, the mean R@10 of the
+    last validation, its best pair and since which step that leads."""
+    shown = {}
+    if state["losses"]:
+        shown["loss"] = f"{state['losses'][-1]:.3f}"
+    if state["metrics"]:
+        line = state["metrics"][-1]
+        best, score = leader(line["recalls"])
+        shown.setdefault("loss", f"{line['loss']:.3f}")
+        shown["val_R10"] = f"{line['val_recall10']:.1%}"
+        shown["best"] = f"{best} {score:.1%} since step {leads_since(state['metrics'])}"
+    return shown
 
 
 def metrics_line(state, epoch, lr, val_recall10, recalls):

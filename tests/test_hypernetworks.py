@@ -120,8 +120,8 @@ def test_flops_of_samples_grow_with_the_batch_and_those_of_steps_do_not(hidden_l
         assert (of_steps > 0) == isinstance(generator, HyperNetwork)
 
 
-def test_pictures_along_axes_have_the_products_that_training_compares(initialise):
-    """cos(axes @ y, x) is that of y with axes.T @ x: the rows that a run uses, once and for all."""
+def test_pictures_along_axes_have_the_products_that_training_compares(initialise, monkeypatch):
+    """cos(axes @ y, x) is that of y with axes.T @ x: of the rows that a run uses, once, or of each batch where they are many."""
     found = initialise(0)
     rows = torch.cat([found.rows, found.val_rows])
     targets = found.generator.project_images(found.store, ["efflite1"], rows)
@@ -129,6 +129,10 @@ def test_pictures_along_axes_have_the_products_that_training_compares(initialise
     torch.testing.assert_close(targets.take("efflite1", rows[:7]), found.store.take("efflite1", rows[:7]) @ axes)
     assert targets.dims["efflite1"] == 64 and targets.dims["mpnet"] == 768
     torch.testing.assert_close(targets.take("mpnet", rows[:7]), found.store.take("mpnet", rows[:7]))
+    monkeypatch.setattr("hyma.hypernetworks.bytes_for_copies", lambda device: 1000)
+    of_batches = found.generator.project_images(found.store, ["efflite1"], rows)
+    assert targets.coordinates and not of_batches.coordinates and of_batches.dims == targets.dims
+    torch.testing.assert_close(of_batches.take("efflite1", rows[:7]), targets.take("efflite1", rows[:7]))
     paper = HyperNetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
     assert paper.project_images(found.store, ["efflite1"], rows) is found.store
 

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU
 
+from hyma.batches import BLOCK_ROWS, WINDOW_ROWS, Batches, draw_rows, epoch_order
 from hyma.embeddings import Embeddings, RowStore
 from hyma.metrics import Retrieval
 from hyma.splits import split_rows
 from hyma.training import (
-    draw_rows,
-    leading_pair,
+    StepLosses,
+    check_weights,
     learning_rate,
-    mean_loss,
     mean_recall10,
     pair_losses,
     print_ranking,
+    progress_line,
     separate_layers,
     training_dtype,
     validate,
@@ -76,6 +77,48 @@ def test_seeds_draw_other_rows():
     rows = torch.arange(100)
     dealt = [torch.cat([draw_rows(step, seed, rows, 10) for step in range(20)]) for seed in range(20)]
     assert len({tuple(each.tolist()) for each in dealt}) == 20
+
+
+def test_many_rows_are_dealt_in_shuffled_blocks():
+    """Each once an epoch, and those of a window from few blocks, so that a disk reads them in one go."""
+    rows = torch.arange(3 * WINDOW_ROWS + 1000)
+    steps = len(rows) // 512
+    dealt = [draw_rows(step, 0, rows, 512) for step in range(2 * steps)]
+    for epoch in (dealt[:steps], dealt[steps:]):
+        assert len(torch.cat(epoch).unique()) == steps * 512
+        window = torch.cat(epoch[: WINDOW_ROWS // 512])
+        blocks = (window // BLOCK_ROWS).unique()
+        assert len(blocks) <= WINDOW_ROWS // BLOCK_ROWS + 1 and blocks.diff().max() > 1
+        assert epoch[0].diff().abs().median() > BLOCK_ROWS  # and not in their order
+    assert not torch.equal(dealt[0], dealt[steps])
+
+
+@pytest.mark.parametrize("batch_size", [100, 7])
+def test_rows_that_do_not_fit_are_read_ahead_to_the_same_batches(planted, monkeypatch, batch_size):
+    """Windows of 256 rows, over two epochs, and once more from the middle of one, as a resumed run has them."""
+    monkeypatch.setattr("hyma.batches.WINDOW_ROWS", 256)
+    monkeypatch.setattr("hyma.batches.BLOCK_ROWS", 32)
+    epoch_order.cache_clear()
+    data, rows, names = Embeddings(planted), torch.arange(10, 860), ["efflite0", "mpnet"]
+    resident = RowStore(data, names, CPU)
+    monkeypatch.setattr("hyma.embeddings.bytes_for_files", lambda: 1000)
+    streamed = RowStore(data, names, CPU)
+    assert resident.is_resident and not streamed.is_resident
+    steps = 2 * (850 // batch_size)
+    for first in (0, steps // 3):
+        one, two = Batches(resident, 3, rows, batch_size), Batches(streamed, 3, rows, batch_size)
+        for step in range(first, steps):
+            of_one, of_two = one.rows_of(step), two.rows_of(step)
+            assert torch.equal(of_one, of_two) and torch.equal(of_one, draw_rows(step, 3, rows, batch_size))
+            for name in names:
+                assert torch.equal(resident.take(name, of_one), streamed.take(name, of_two))
+            assert streamed.window["mpnet"].shape[0] <= 256
+        streamed.tensors = {}  # a step takes nothing from the files
+        streamed.take("mpnet", of_two)
+        with pytest.raises(KeyError):
+            streamed.take("mpnet", of_two.clone())
+        streamed = RowStore(data, names, CPU)
+    epoch_order.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------- the loss of a step
@@ -138,9 +181,26 @@ def test_the_loss_is_symmetric_info_nce(small):
 
 def test_a_loss_that_is_not_finite_names_its_pair():
     pairs = [("a", "t"), ("b", "t")]
-    assert mean_loss(torch.tensor([1.0, 3.0]), pairs, 7) == 2.0
-    with pytest.raises(BadInput, match="step 7: the loss of b:t is inf; stopped before the update"):
-        mean_loss(torch.tensor([1.0, torch.inf]), pairs, 7)
+    means = []
+    losses = StepLosses(means)
+    losses.add(6, pairs, torch.tensor([1.0, 3.0]))
+    assert means == []  # nothing has waited for the device
+    losses.read()
+    assert means == [2.0]
+    losses.add(7, pairs, torch.tensor([1.0, torch.inf]))
+    losses.add(8, pairs, torch.tensor([torch.nan, torch.nan]))
+    with pytest.raises(BadInput, match="step 7: the loss of b:t is inf; what was saved before is kept"):
+        losses.read()
+    for step in range(StepLosses.READ_EVERY - 3):
+        losses.add(step, pairs, torch.zeros(2))
+    with pytest.raises(BadInput, match="step 7"):
+        losses.add(9, pairs, torch.zeros(2))
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    check_weights({"a": torch.ones(3)}, 7)
+    with pytest.raises(BadInput, match="step 7: the update made b not finite; what was saved before is kept"):
+        check_weights({"a": torch.ones(3), "b": torch.tensor([1.0, torch.inf])}, 7)
 
 
 def test_lower_precision_has_nearly_the_same_loss(small):
@@ -186,6 +246,20 @@ def test_the_ranking_leads_with_the_score_that_ranks_and_brackets_what_chance_ca
     assert "The 2 pairs in the bracket cannot be told apart on 900 validation pictures." in out
 
 
-def test_the_leading_pair_is_the_best_of_both_directions():
-    assert leading_pair({"a:t": [0, 0, 0.5, 0, 0, 0.1], "b:t": [0, 0, 0.3, 0, 0, 0.4]}) == "b:t 35.0%"
-    assert leading_pair({"a:t": [0.0] * 6}) == "a:t 0.0%"
+def validation(step, **scores):
+    """A line of metrics.jsonl. scores: R@10 of each pair, from text to image; the other direction has 0.1 less."""
+    recalls = {f"{image}:t": [0, 0, score, 0, 0, score - 0.1] for image, score in scores.items()}
+    return {"step": step, "loss": 2.5, "val_recall10": 0.3, "recalls": recalls}
+
+
+def test_the_progress_shows_the_loss_the_best_pair_and_how_long_it_has_led():
+    state = {"losses": [], "metrics": []}
+    assert progress_line(state) == {}
+    state["losses"] = [4.0, 3.0]
+    assert progress_line(state) == {"loss": "3.000"}
+    for line in (validation(10, a=0.2, b=0.1), validation(20, a=0.2, b=0.4), validation(30, a=0.3, b=0.4)):
+        state["metrics"].append(line)
+    state["losses"] = []
+    assert progress_line(state) == {"loss": "2.500", "val_R10": "30.0%", "best": "b:t 35.0% since step 20"}
+    state["metrics"].append(validation(40, a=0.3, b=0.2))
+    assert progress_line(state)["best"] == "a:t 25.0% since step 40"
