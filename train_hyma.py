@@ -43,6 +43,7 @@ from hyma.pairs import arrange_pairs, draw_pairs, images_of
 from hyma.ranking import expected_recall10, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
+from hyma.settled import is_settled
 from hyma.signals import Signals
 from hyma.training import (
     StepLosses,
@@ -75,6 +76,7 @@ from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
 VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
+VALIDATIONS_TO_STOP = 10  # the same with --stop-when-stable
 
 
 def parse_flags():
@@ -99,6 +101,8 @@ def parse_flags():
     add("--lr", type=float, help="peak learning rate (default: factored 1e-3, less below 16,384 rows; mlp 1e-3)")
     about = "steps that the pair ranked first is trained further by itself, 0 for none (default: half the schedule, or fewer)"
     add("--refine-steps", type=int, metavar="N", help=about)
+    about = "end the search once three of its ten validations rank the pairs alike (default: train every epoch)"
+    add("--stop-when-stable", action="store_true", help=about)
     add("--add-encoder", metavar="NAME", help="train only this encoder's part and add it to the finished run in --from")
     add("--from", dest="from_run", metavar="RUN", help="the run that --add-encoder adds to; its flags are used")
     add(
@@ -177,6 +181,7 @@ def new_state(pairs):
         "losses": [],  # of the steps since the last validation
         "metrics": [],  # lines of metrics.jsonl
         "best": None,  # the best validation: score, epoch, recalls, weights
+        "settled_at": None,  # the step at which --stop-when-stable has ended the search
         "refined": pairs.base_state["refined"] if pairs.base_state else {},  # connectors of the base run, see `refine`
     }
 
@@ -291,7 +296,8 @@ def main():
     # The schedule.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
-    validation_period = math.ceil(flags.epochs / VALIDATIONS) * steps_per_epoch
+    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else VALIDATIONS
+    validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
     # Where training starts: at the closed form, at random weights, or at a checkpoint.
     checkpoints = Checkpoints(flags.out)
@@ -321,7 +327,7 @@ def main():
 
     progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
     with progress, Signals() as signals:
-        for step in range(state["step"], steps):
+        for step in range(state["step"], state["settled_at"] or steps):
             # A batch of rows and of pairs, their connectors, their mean loss.
             rows = batches.rows_of(step)  # [B]
             batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
@@ -365,9 +371,16 @@ def main():
             state["metrics"].append(line)
             state["losses"].clear()
             progress.set_postfix(progress_line(state))
+            if flags.stop_when_stable and step + 1 < steps and is_settled(state["metrics"]):
+                state["settled_at"] = step + 1
             save_checkpoint()
             write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
             signals.leave_if_asked()
+            if state["settled_at"]:
+                progress.write(
+                    f"epoch {epoch}: the ranking has settled; {steps - step - 1} of {steps} steps are left out"
+                )
+                break
     batches.close()
 
     # The pair that ranks first, trained further by itself. Its cost is part of the run's.

@@ -195,6 +195,8 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
         "peak_bytes": state["peak_bytes"],
         "trainable_parameters": state["trainable_parameters"],
     }
+    if state.get("settled_at"):
+        ledger["settled_at"] = state["settled_at"]  # the step at which the search has ended, its ranking being settled
     write_json(out / "ledger.json", ledger)
     return paths
 

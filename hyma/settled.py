@@ -1,6 +1,11 @@
-"""Which pair leads the validations, and since when."""
+"""When a ranking has settled: what ends a run of train_hyma.py --stop-when-stable before its last step."""
+
+from scipy.stats import spearmanr
 
 from hyma.metrics import mean_recalls
+
+ALIKE = 3  # validations that must agree
+LEAST_SPEARMAN = 0.98  # between each of them and the next
 
 
 def leader(recalls):
@@ -19,3 +24,17 @@ def leads_since(metrics):
             break
         since = line["step"]
     return since
+
+
+def is_settled(metrics):
+    """Whether the same pair leads the last validations, and all pairs are in nearly the same order in each."""
+    last = metrics[-ALIKE:]
+    if len(last) < ALIKE or leads_since(metrics) > last[0]["step"]:
+        return False
+    for line, next_line in zip(last, last[1:]):
+        scores = []
+        for recalls in (line["recalls"], next_line["recalls"]):
+            scores.append([mean_recalls(six)[2] for six in recalls.values()])
+        if len(scores[0]) > 1 and not spearmanr(*scores).statistic >= LEAST_SPEARMAN:  # NaN: all are equal
+            return False
+    return True

@@ -210,6 +210,20 @@ def test_collapse_to_chance_is_reported(run, planted, tmp_path):
     assert float(read_ranking(tmp_path / "y")[0]["val_recall10"]) >= max(scores)
 
 
+def test_a_settled_ranking_ends_the_search(run, planted, tmp_path):
+    """The planted order is clear from the first validation on, so the third of ten is the last; what follows is as always."""
+    flags = ("--data", planted, *QUICK, "--epochs", "10", "--pairs", "*:minilm_l6", "--stop-when-stable")
+    result = run("train_hyma.py", *flags, "--out", "x")
+    assert result.code == 0 and "the ranking has settled; 42 of 60 steps are left out" in result.out + result.err
+    ledger, metrics = read_ledger(tmp_path / "x"), read_jsonl(tmp_path / "x" / "metrics.jsonl")
+    refinement = vlm.read_json(tmp_path / "x" / "config.json")["flags"]["refine_steps"]
+    assert ledger["settled_at"] == 18 and ledger["steps"] == 18 + refinement and len(metrics) == 3
+    for name in ("ledger.json", "ranking.csv"):
+        (tmp_path / "x" / name).unlink()
+    again = run("train_hyma.py", *flags, "--out", "x")  # from its last checkpoint, which is of the refinement
+    assert again.code == 0 and read_ledger(tmp_path / "x")["steps"] == ledger["steps"]
+
+
 # ------------------------------------------------------------------------------------------------------- added encoders
 
 

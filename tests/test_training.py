@@ -11,6 +11,7 @@ from helpers import CPU
 from hyma.batches import BLOCK_ROWS, WINDOW_ROWS, Batches, draw_rows, epoch_order
 from hyma.embeddings import Embeddings, RowStore
 from hyma.metrics import Retrieval
+from hyma.settled import is_settled
 from hyma.splits import split_rows
 from hyma.training import (
     StepLosses,
@@ -263,3 +264,18 @@ def test_the_progress_shows_the_loss_the_best_pair_and_how_long_it_has_led():
     assert progress_line(state) == {"loss": "2.500", "val_R10": "30.0%", "best": "b:t 35.0% since step 20"}
     state["metrics"].append(validation(40, a=0.3, b=0.2))
     assert progress_line(state)["best"] == "a:t 25.0% since step 40"
+
+
+def test_a_ranking_settles_when_three_validations_agree():
+    alike = [
+        validation(10, a=0.2, b=0.3, c=0.4),
+        validation(20, a=0.3, b=0.4, c=0.5),
+        validation(30, a=0.1, b=0.3, c=0.6),
+    ]
+    assert is_settled(alike) and not is_settled(alike[:2])
+    assert not is_settled([*alike, validation(40, a=0.3, b=0.2, c=0.6)])  # the same pair leads, others change places
+    assert not is_settled([*alike, validation(40, a=0.7, b=0.6, c=0.5)])
+    others = [validation(10, a=0.9, b=0.3, c=0.4), validation(20, a=0.3, b=0.4, c=0.5), *alike[2:]]
+    assert not is_settled(others) and is_settled([*others, *alike[2:]])
+    assert not is_settled([validation(step, a=0.2, b=0.2) for step in (10, 20, 30)])  # nothing tells them apart
+    assert is_settled([validation(step, a=0.2) for step in (10, 20, 30)])
