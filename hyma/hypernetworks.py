@@ -320,6 +320,7 @@ class HyperNetwork(nn.Module):
         self.register_buffer("head", torch.randn(self.size, width + 1) / width**0.5)
         self.head[:, -1] = 0
         self.outer = None  # (grad of the output [rows, size], input [rows, width + 1]) of the last backward pass
+        self.indices = {}  # of sets of pairs, see `encoder_indices`
 
     def shapes(self, image, text):
         """[(out, in)] of the pair's layers."""
@@ -327,10 +328,8 @@ class HyperNetwork(nn.Module):
 
     def weights(self, pairs):
         """The connectors of P pairs: of each pair, (weight [out, in], bias [out]) of each layer."""
-        image_names, text_names = list(self.image_dims), list(self.text_dims)
-        device, depth = self.head.device, self.hidden_layers + 1
-        image_indices = torch.tensor([image_names.index(image) for image, _ in pairs], device=device)  # [P]
-        text_indices = torch.tensor([text_names.index(text) for _, text in pairs], device=device)  # [P]
+        depth = self.hidden_layers + 1
+        image_indices, text_indices = self.encoder_indices(tuple(pairs))  # [P] each
         pair_codes = torch.cat([self.image_codes(image_indices), self.text_codes(text_indices)], dim=1)  # [P, 2 code]
         pair_codes = pair_codes.repeat_interleave(depth, dim=0)  # [P * depth, 2 code]
         layer_codes = self.layer_codes.weight.repeat(len(pairs), 1)  # [P * depth, code]
@@ -344,6 +343,15 @@ class HyperNetwork(nn.Module):
                 layers.append(cut_layer(row, out, into))
             connectors.append(layers)
         return connectors
+
+    def encoder_indices(self, pairs):
+        """The places of the pairs' encoders among all of their kind, [P] of images and [P] of texts: copied to the device once."""
+        if pairs not in self.indices:
+            image_names, text_names = list(self.image_dims), list(self.text_dims)
+            images = [image_names.index(image) for image, _ in pairs]
+            texts = [text_names.index(text) for _, text in pairs]
+            self.indices[pairs] = torch.tensor([images, texts], device=self.head.device).unbind()
+        return self.indices[pairs]
 
     def forward(self, features, pairs):
         """The texts [B, D_t] as they are, and the predicted layers of each pair."""
