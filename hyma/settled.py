@@ -32,9 +32,18 @@ def is_settled(metrics):
     if len(last) < ALIKE or leads_since(metrics) > last[0]["step"]:
         return False
     for line, next_line in zip(last, last[1:]):
-        scores = []
-        for recalls in (line["recalls"], next_line["recalls"]):
-            scores.append([mean_recalls(six)[2] for six in recalls.values()])
-        if len(scores[0]) > 1 and not spearmanr(*scores).statistic >= LEAST_SPEARMAN:  # NaN: all are equal
+        if not are_alike(line["recalls"], next_line["recalls"]):
             return False
     return True
+
+
+def are_alike(recalls, next_recalls):
+    """Whether all pairs are in nearly the same order in two validations. One pair always is; equal scores have no order."""
+    if len(recalls) == 1:
+        return True
+    scores = []
+    for of_pairs in (recalls, next_recalls):
+        scores.append([mean_recalls(six)[2] for six in of_pairs.values()])
+        if len(set(scores[-1])) == 1:
+            return False
+    return spearmanr(*scores).statistic >= LEAST_SPEARMAN
