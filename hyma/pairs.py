@@ -54,11 +54,11 @@ def draw_round(round_index, seed, pairs, pairs_per_step):
     steps = []
     for group in groups:
         order = torch.randperm(len(group), generator=random)
-        shuffled = [group[k] for k in order]
+        shuffled = [group[k] for k in order.tolist()]
         for start in range(0, len(group), pairs_per_step):
             steps.append(shuffled[start : start + pairs_per_step])
     order = torch.randperm(len(steps), generator=random)
-    return [steps[k] for k in order]
+    return [steps[k] for k in order.tolist()]
 
 
 # ----------------------------------------------------------------------------------------- the pairs of train_hyma.py
