@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Rows, make_embedding_folder
+from helpers import Rows, make_embedding_folder, unit_vectors
 
 import vlm
-from hyma.embeddings import Embeddings
+from hyma import embeddings
+from hyma.embeddings import Embeddings, first_bad_row
 from hyma.files import write_json
 from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
 from hyma.seeds import seeded_generator
@@ -99,6 +100,28 @@ def test_a_published_folder_without_a_manifest_is_opened(tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------- splits and pairs
+
+
+def test_a_bad_row_is_found_in_any_block():
+    vectors = unit_vectors(5000, 8).half()
+    assert first_bad_row(vectors) is None
+    for row, value in ((0, 0), (2048, torch.inf), (4999, torch.nan)):
+        bad = vectors.clone()
+        bad[row] = value
+        assert first_bad_row(bad) == row
+
+
+def test_a_file_is_hashed_once(planted, monkeypatch):
+    """Without a manifest too, where every connector's card names the digests."""
+    hashed = []
+    sha256_file = embeddings.sha256_file
+    monkeypatch.setattr(embeddings, "sha256_file", lambda path: hashed.append(path.stem) or sha256_file(path))
+    data = Embeddings(planted)
+    data.load("mpnet")
+    digests = data.fingerprint(["mpnet", "control"])
+    assert hashed == ["mpnet", "control"]
+    assert data.fingerprint(["control", "mpnet"]) == digests and hashed == ["mpnet", "control"]
+    assert digests["mpnet"] == sha256_file(planted / "mpnet.pt")
 
 
 def test_splits_keep_the_captions_of_a_picture_together():
