@@ -31,10 +31,7 @@ def is_settled(metrics):
     last = metrics[-ALIKE:]
     if len(last) < ALIKE or leads_since(metrics) > last[0]["step"]:
         return False
-    for line, next_line in zip(last, last[1:]):
-        if not are_alike(line["recalls"], next_line["recalls"]):
-            return False
-    return True
+    return all(are_alike(line["recalls"], next_line["recalls"]) for line, next_line in zip(last, last[1:]))
 
 
 def are_alike(recalls, next_recalls):
