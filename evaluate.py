@@ -41,7 +41,7 @@ from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weigh
 from hyma.pair_names import choose_pairs, pair_name
 from hyma.prompts import OtherWeights
 from hyma.report import save_report
-from hyma.runs import newest_finished_run, read_run
+from hyma.runs import check_same_split, newest_finished_run, read_run
 from hyma.scoring import headline_first, load_connector, runs_of, score_runs
 from hyma.selectors import run_selectors, selector_rows
 from hyma.splits import split_rows
@@ -171,6 +171,7 @@ def open_data(runs, flags) -> Embeddings:
             if digest and data.fingerprint([name])[name] != digest:
                 message = f"is not what {run.folder} was trained on (sha256); train again"
                 raise BadInput(f"{data.folder}/{name}.pt: {message}")
+        check_same_split(str(run.folder), run.config, data)
     return data
 
 

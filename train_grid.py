@@ -283,7 +283,11 @@ def main():
     opened = []  # every seed's folder before the first trains, so that --resume finds them all
     seeds = flags.seeds
     for (flags, resumed_config), seed in zip(runs, seeds):
-        must_match = {"pairs": [pair_name(pair) for pair in pairs], "embeddings": embeddings}
+        must_match = {
+            "pairs": [pair_name(pair) for pair in pairs],
+            "embeddings": embeddings,
+            "split": data.split_sha256(),
+        }
         if resumed_config:
             must_match |= {"seed": resumed_config["seed"], "steps": resumed_config["steps"]}
         else:

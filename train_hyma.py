@@ -278,6 +278,7 @@ def main():
     must_match = {
         "pairs": [pair_name(pair) for pair in pairs.trained],
         "embeddings": data.fingerprint(pairs.image_names + pairs.text_names),
+        "split": data.split_sha256(),
     }
     run_info = describe_run(flags, f"hyma {flags.generator}", False, train_rows, val_rows) | {"seed": flags.seed}
     lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)  # noqa: F841  held until the end

@@ -142,6 +142,11 @@ class Embeddings:
             digests[name] = self.digests[name]
         return digests
 
+    def split_sha256(self):
+        """What a run's split is recognised by later; None where rows have no split and a run's seed decides."""
+        splits = [row.get("split") for row in self.rows or []]
+        return hashlib.sha256(json.dumps(splits).encode()).hexdigest() if any(splits) else None
+
     def record(self, name):
         """What the manifest records of an encoder of the folder: {} without a manifest."""
         return self.manifest["encoders"][name] if self.manifest else {}

@@ -10,7 +10,7 @@ import torch
 
 from hyma.embeddings import unique
 from hyma.pair_names import choose_pairs, pair_name, pair_of_name
-from hyma.runs import Checkpoints
+from hyma.runs import Checkpoints, check_same_split
 from hyma.seeds import seeded_generator
 from vlm import BadInput, read_json
 
@@ -107,7 +107,9 @@ def arrange_added_encoder(name, run, data):
         raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")
     if name in image_names + text_names:
         raise BadInput(f"--add-encoder {name}: is in {run} already")
-    trained_on = read_json(run / "config.json")["embeddings"]
+    config = read_json(run / "config.json")
+    check_same_split(f"--from {run}", config, data)
+    trained_on = config["embeddings"]
     for encoder, digest in data.fingerprint(image_names + text_names).items():
         if digest != trained_on[encoder]:
             raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")

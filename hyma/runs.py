@@ -33,8 +33,8 @@ def create_run(out, flags, typed, must_match, run_info, device, wait=False):
     """Makes the folder of a new run and writes its config.json. Returns the lock that keeps other processes out.
 
     flags: {name: value}, resolved. typed: the same before that, by which the same command is recognised.
-    must_match: what a resumed run must find unchanged, {"pairs": [...], "embeddings": {encoder: sha256 of its file}} and
-    whatever else decides the result.
+    must_match: what a resumed run must find unchanged, {"pairs": [...], "embeddings": {encoder: sha256 of its file},
+    "split": which row is in which} and whatever else decides the result.
     run_info: {"method": a name for tables, "recipe": the flags that define the method (runs that share it differ in their
     seed alone), "full_grid": whether every pair was trained from nothing, with the whole budget, on all rows,
     "hidden_layers", "rows": how many were used to train and to choose, "starts_from": another run whose cost is not in
@@ -65,10 +65,22 @@ def check_run_folder(out):
 def reopen_run(out, resumed_config, must_match, wait=False):
     """Locks the folder of an interrupted run. Raises BadInput if its pairs or embeddings are no longer the same."""
     for key, value in must_match.items():
+        if key == "split" and key not in resumed_config:  # of an earlier version
+            continue
         if resumed_config.get(key) != value:
             data = resumed_config["flags"]["data"]
-            raise BadInput(f"--resume: the embeddings in {data} are no longer those that {out} was started with")
+            what = "splits" if key == "split" else "embeddings"
+            raise BadInput(f"--resume: the {what} in {data} are no longer those that {out} was started with")
     return lock_folder(out, wait)
+
+
+def check_same_split(what, config, data):
+    """Raises BadInput if the run of this configuration was trained with another split of the rows than `data` has. `what`
+    begins the message. A run of an earlier version has recorded none."""
+    if config.get("split", data.split_sha256()) != data.split_sha256():
+        raise BadInput(
+            f"{what}: was trained with another split than {data.folder} has: rows that choose or test now may have trained it"
+        )
 
 
 def run_of_same_command(out, typed):

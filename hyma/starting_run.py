@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hyma.pairs import images_of, texts_of
+from hyma.runs import check_same_split
 from vlm import BadInput, connector_name, read_connector, read_json
 
 KEPT_FLAGS = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
@@ -49,8 +50,8 @@ def check_same_data(run, data, pairs, seeds):
     for name, digest in data.fingerprint(images_of(pairs) + texts_of(pairs)).items():
         if config["embeddings"].get(name, digest) != digest:
             raise BadInput(f"--from {run}: was trained on another {name}.pt than {data.folder} holds (sha256)")
-    has_split = any(row.get("split") for row in data.rows or [])
-    if not has_split and set(seeds) != {config["seed"]}:
+    check_same_split(f"--from {run}", config, data)
+    if data.split_sha256() is None and set(seeds) != {config["seed"]}:
         raise BadInput(
             f"--seeds {' '.join(map(str, seeds))}: {data.folder} has no split column, so another seed than {config['seed']} "
             f"would choose by rows that {run} was trained on"

@@ -7,7 +7,18 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, QUICK, count_lines, kill_when, read_connectors, read_ledger, read_ranking, recall10
+from helpers import (
+    CPU,
+    QUICK,
+    count_lines,
+    kill_when,
+    make_embedding_folder,
+    read_connectors,
+    read_ledger,
+    read_ranking,
+    recall10,
+    unit_vectors,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
@@ -412,6 +423,29 @@ def test_from_takes_the_data_and_the_split_of_its_run(run, refused, planted, tmp
     for part in ("seed", "flags", "embeddings"):
         write_json(tmp_path / "x" / "config.json", config | {part: []})
         refused("train_grid.py", *refine, "--out", "z", says="x/config.json: is no configuration of a run")
+
+
+def test_a_run_meets_no_other_split_of_its_rows(run, refused, tmp_path):
+    """Else rows that it was trained on would choose or test, and nothing would say so."""
+    vectors = {
+        "efflite0": unit_vectors(120, 1280),
+        "efflite1": unit_vectors(120, 1280),
+        "mpnet": unit_vectors(120, 768),
+    }
+    for name, order in (("e", ("train", "val", "test")), ("other", ("test", "train", "val"))):
+        make_embedding_folder(tmp_path / name, [{"split": order[k % 3]} for k in range(120)], **vectors)
+    pair, flags = ("--pairs", "efflite0:mpnet"), ("--device", "cpu", "--out", "x")
+    grid = ("--epochs", "1", "--batch-size", "16")
+    assert run("train_hyma.py", "--data", "e", *grid, *pair, "--connector", "mlp0", *flags).code == 0
+    refused(
+        "train_grid.py", "--from", "x", "--data", "other", *pair, "--out", "y", says=["another split than other has"]
+    )
+    refused("evaluate.py", "x", "--data", "other", says=["x: was trained with another split"])
+    added = ("--from", "x", "--add-encoder", "efflite1", "--data", "other", "--out", "z")
+    refused("train_hyma.py", *added, says="another split than other has")
+    for file in ("rows.jsonl", "manifest.json"):
+        shutil.copy(tmp_path / "other" / file, tmp_path / "e" / file)
+    refused("train_hyma.py", "--resume", "--out", "x", says="the splits in e are no longer those")
 
 
 def test_a_budget_that_is_no_number_is_refused(run, refused, planted, tmp_path):
