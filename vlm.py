@@ -274,8 +274,8 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self):
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the weights are; a bag of words has none."""
+        return self.model.device
 
     @torch.no_grad()
     def encode_text(self, sentences, batch_size=32):

@@ -458,3 +458,20 @@ def test_all_missing_weights_of_a_pair_are_named_with_the_commands_that_bring_th
     text = "hf download sentence-transformers/all-mpnet-base-v2 --local-dir weights/mpnet"
     assert f"{image} && {text}; then add --weights vit_s16=weights/vit_s16 mpnet=weights/mpnet" in message
     assert "weights={'vit_s16': 'weights/vit_s16', 'mpnet': 'weights/mpnet'}" in message
+
+
+@pytest.mark.parametrize("kind", ["a bag of words", "static"])
+def test_text_models_that_are_no_transformers(tmp_path, kind):
+    """They have no tokenizer of transformers, no longest sentence, and a bag of words has not even weights."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import BoW, StaticEmbedding
+    from tokenizers import Tokenizer, models
+
+    if kind == "static":
+        module = StaticEmbedding(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")), embedding_dim=8)
+    else:
+        module = BoW(vocab=["a", "of", "the"])
+    SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path / "words"))
+    encoder = vlm.TextEncoder(f"words={tmp_path / 'words'}", device="cpu")
+    vectors = encoder.encode_text(["a house", "the end of a day"])
+    assert vectors.shape == (2, encoder.embed_dim) and torch.allclose(vectors.norm(dim=1), torch.ones(2))
