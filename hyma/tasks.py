@@ -153,13 +153,14 @@ def make_retrieval(name, data, rows, rows_description, flags):
     if min(pictures, captions) < 2:
         raise TaskNotPossible(f"{pictures} pictures and {captions} captions leave nothing to find")
     counted = "different captions"
+    merged = "; equal captions count once, in CLIP_benchmark each" if captions < len(rows) else ""
     if not merge_captions:
-        captions, counted = len(rows), "captions, equal ones counted apart as in CLIP_benchmark"
+        captions, counted, merged = len(rows), "captions, equal ones counted apart as in CLIP_benchmark", ""
     retrieval = Retrieval(data, rows, flags.device, merge_captions=merge_captions)
     chance = retrieval.chance[2]
     protocol = (
         f"{rows_description}; {pictures} pictures, {captions} {counted}, {in_range(captions_of_picture)} a picture; text "
-        f"to image and image to text, any caption of the picture is right; chance R@10 {chance:.2%}"
+        f"to image and image to text, any caption of the picture is right{merged}; chance R@10 {chance:.2%}"
     )
     return Task(name, "retrieval", protocol, chance, data, rows, retrieval)
 

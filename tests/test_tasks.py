@@ -99,6 +99,7 @@ def test_retrieval_against_scipy(tmp_path):
     task = tasks_of(make_embedding_folder(tmp_path / "e", rows))["retrieval"]
     pictures = max(picture) + 1
     assert f"{pictures} pictures, 119 different captions, 1 to 5 a picture" in task.protocol
+    assert "equal captions count once, in CLIP_benchmark each" in task.protocol
     images = unit_vectors(pictures, 16)[picture]
     texts = images + 2.5 * unit_vectors(120, 16, seed=1)
     texts[40] = texts[3]
