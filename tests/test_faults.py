@@ -14,9 +14,10 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from fault_injection.damage import damage, damage_problem
+from fault_injection.damage import damage, damage_problem, targets
 from fault_injection.fuzz import fuzz
 from fault_injection.kills import kills
+from fault_injection.known_faults import FAULTS, Parts, Tests
 from fault_injection.processes import Done
 from fault_injection.results import difference, undisturbed
 from fault_injection.signals import signals
@@ -69,6 +70,17 @@ def test_a_damaged_file_is_named_or_costs_nothing(bench, part, cases):
 def test_fuzzed_inputs_end_in_a_value_or_in_one_line(bench):
     counts = fuzz(bench, 400)
     assert counts.tried == 400 and not problems(counts)
+
+
+def test_the_list_of_faults_names_tests_and_parts_that_there_are(bench):
+    parts = {f"{kind}-{stage}" for kind in ("kills", "signals") for stage in bench.stages} | targets(bench).keys()
+    for fault in FAULTS:
+        if isinstance(fault.shown_by, Parts):
+            assert set(fault.shown_by.names) <= parts, fault.name
+        if isinstance(fault.shown_by, Tests):
+            for name in fault.shown_by.names:
+                path, _, test = name.partition("::")
+                assert not test or f"def {test}(" in (ROOT / path).read_text(), name
 
 
 def test_the_harness_notices_a_bit_that_differs(bench, tmp_path):

@@ -179,10 +179,28 @@ FAULTS = [
         Tests("test_train_grid.py::test_from_takes_the_data_and_the_split_of_its_run"),
     ),
     Fault("A3 a stray quote", "no row is lost unsaid", data.stray_quote),
+    Fault(
+        "A4 tables and captions below the folder",
+        "read, with the folder's split",
+        Tests("test_corpora.py::test_tables_below_the_folder", "test_corpora.py::test_captions_in_another_folder"),
+    ),
+    Fault(
+        "A5 folders of splits in other spellings",
+        "no classes",
+        Tests(
+            "test_corpora.py::test_folders_of_splits_are_no_classes",
+            "test_corpora.py::test_a_folder_around_the_classes_is_no_class",
+        ),
+    ),
     Fault("A6 the first record lacks a column", "the others keep it", data.late_split),
     Fault("A7 other names of splits", "known or named", data.unknown_split),
     Fault("A8 several captions in a record", "a row each", data.lists_of_captions),
     Fault("A9 a picture under several paths", "one picture", data.spellings_of_a_picture),
+    Fault(
+        "A10 hidden files, links, other formats in folders",
+        "skipped, followed, named",
+        Tests("test_corpora.py::test_hidden_files_links_and_other_formats"),
+    ),
     Fault("A11 labels of several types", "one class, NaN is none", data.labels_of_several_types),
     Fault("D labels and splits that are not UTF-8", "read or quarantined", data.odd_labels),
     Fault("A12 errors of the machine", "stop", data.open_file_limit),
@@ -191,6 +209,33 @@ FAULTS = [
         "A14 connectors that are not finite",
         "refused",
         Tests("test_evaluate.py::test_a_connector_that_is_not_finite_is_named"),
+    ),
+    Fault(
+        "A14b a ledger and a configuration that no run has",
+        "refused",
+        Tests(
+            "test_runs.py::test_a_damaged_run_is_refused",
+            "test_train_grid.py::test_from_takes_the_data_and_the_split_of_its_run",
+        ),
+    ),
+    Fault(
+        "A15 another picture, another split, another text model",
+        "refused",
+        Tests(
+            "test_corpora.py::test_a_row_is_bound_to_its_picture",
+            "test_embed.py::test_a_picture_exchanged_after_the_scan_stops_the_run",
+            "test_train_grid.py::test_a_run_meets_no_other_split_of_its_rows",
+        ),
+    ),
+    Fault(
+        "A17 answers of other spellings, bad questions, a set that is not whole",
+        "one answer, one row, said",
+        Tests("test_corpora.py::test_answers_are_normalised_and_bad_questions_cost_one_row", "test_standard_sets.py"),
+    ),
+    Fault(
+        "A18 a picture twice in the sample",
+        "once",
+        Tests("test_corpora.py::test_the_sample_keeps_one_of_two_equal_pictures"),
     ),
     Fault(
         "A19 an encoder's file lost after sealing",
@@ -205,13 +250,41 @@ FAULTS = [
         "refused",
         Tests("test_vlm.py::test_a_thin_picture_is_refused_before_it_fills_the_memory"),
     ),
+    Fault(
+        "C signals while torch is imported",
+        "130 in one line, ignored, 143",
+        Tests("test_files.py::test_signals_while_torch_is_imported_show_no_traceback"),
+    ),
+    Fault(
+        "C a text model without tokenizer or weights",
+        "embedded",
+        Tests("test_vlm.py::test_text_models_that_are_no_transformers"),
+    ),
     Fault("C prompts without their encoder", "said before the scoring, or left out", folders.prompts_without_encoder),
     Fault("D odd values of flags", "one line", folders.bad_values),
     Fault("D odd run folders", "refused", folders.odd_run_folders),
     Fault(
         "D degenerate data",
         "a ranking or one line",
-        Tests("test_train_hyma.py::test_degenerate_data_end_with_a_ranking_or_one_line"),
+        Tests(
+            "test_train_hyma.py::test_degenerate_data_end_with_a_ranking_or_one_line",
+            "test_selectors.py::test_a_constant_encoder_agrees_with_nothing",
+        ),
+    ),
+    Fault(
+        "E tables of every separator, encoding and heading",
+        "read, or what to do",
+        Tests(
+            "test_corpora.py::test_other_delimiters",
+            "test_corpora.py::test_other_encodings",
+            "test_corpora.py::test_tables_that_cannot_be_read_say_what_to_do",
+        ),
+    ),
+    Fault("E paths of other machines", "read", Tests("test_corpora.py::test_paths_as_other_machines_write_them")),
+    Fault(
+        "E several encoders missing",
+        "each named, the others embedded",
+        Tests("test_embed.py::test_encoders_that_can_be_loaded_are_embedded_beside_those_that_cannot"),
     ),
 ]
 
