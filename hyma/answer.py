@@ -184,7 +184,7 @@ def describe_failures(result):
     sentences = []
     for place, task in enumerate(result.tasks):
         regret = regret_of_primary(result, place)
-        if result.primary is not result.oracle and is_no_better_than_random(regret):
+        if is_no_better_than_random(regret):
             sentences.append(
                 f"On {task.name} the choice is no better than a random one: its regret is {describe_interval(regret)}, that "
                 f"of a random choice {regret.random:.2f}."

@@ -11,6 +11,7 @@ import sys
 import matplotlib.figure
 import pytest
 import torch
+from browser import Browser, find_chromium
 from helpers import ROOT, SAMPLE, make_embedding_folder, read_csv
 
 import vlm
@@ -122,6 +123,35 @@ def test_the_pointer_finds_every_pair_and_method_on_the_page(evaluation):
         assert any(text.startswith(f"{row['image']}:{row['text']}, true score in %") for text in shown)
     for row in read_csv(evaluation.folder / "selectors.csv"):
         assert any(text.startswith(f"{row['method']}: regret") for text in shown), row["method"]
+
+
+@pytest.mark.skipif(not find_chromium(), reason="needs Chromium")
+def test_the_page_in_a_browser(evaluation, tmp_path):
+    """Tables sort and filter, figures answer to the pointer, a phone cuts nothing off, and nothing is loaded from elsewhere."""
+    with Browser(tmp_path / "profile", (evaluation.folder / "report.html").absolute().as_uri()) as page:
+        page.wait_for("document.readyState == 'complete'")
+        page.value("for (const part of document.querySelectorAll('details')) part.open = true")
+        scores = "[...document.querySelectorAll('table.pairs tbody tr')].map(row => +row.cells[3].dataset.value)"
+        best_first = page.value(scores)
+        page.value("document.querySelectorAll('table.pairs th button')[3].click()")
+        assert page.value(scores) == sorted(best_first) != best_first
+        page.value("document.querySelectorAll('table.pairs th button')[3].click()")
+        assert page.value(scores) == sorted(best_first, reverse=True)
+
+        page.value("window.field = document.querySelector('.filter'); field.value = 'CONTROL'")
+        page.value("field.dispatchEvent(new Event('input'))")
+        shown = "[...document.querySelectorAll('table.pairs tbody tr')].filter(row => !row.hidden).map(row => row.cells[1].innerText)"
+        assert set(page.value(shown)) == {"control"}
+
+        page.value("window.part = document.querySelector('svg .tip'); part.scrollIntoView({block: 'center'})")
+        place = page.value("(({x, y, width, height}) => [x + width / 2, y + height / 2])(part.getBoundingClientRect())")
+        page.send("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+        page.wait_for("getComputedStyle(document.querySelector('.note')).display == 'block'")
+        assert re.search(r"\d", page.value("document.querySelector('.note').textContent"))
+
+        page.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        assert page.value("document.documentElement.scrollWidth") == 390
+        assert [address for address in page.asked if not address.startswith(("file:", "data:"))] == []
 
 
 def test_a_name_is_never_markup_in_a_figure():
