@@ -27,7 +27,7 @@ from planted_embeddings import planted_encoders, true_order, write_planted_embed
 from hyma.files import run_script, write_json
 from hyma.pair_names import pair_name
 from hyma.runs import read_run
-from vlm import read_json
+from vlm import BadInput, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_ROWS = 558_128  # of the paper's corpus
@@ -98,7 +98,9 @@ def measure(search, work, threads):
     record = work / "record.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "timed_run.py"), str(record), search.script]
     command += [*search.flags, "--data", str(data), "--out", str(out), "--device", "cpu"]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise BadInput(f"{search.name()}: has failed, see above; what was measured before is in the results")
     return describe(search, read_json(record), read_run(out), true_order(encoders), threads)
 
 
