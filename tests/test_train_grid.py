@@ -391,7 +391,7 @@ def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     refused("train_hyma.py", "--resume", "--out", "x", says="was not made by train_hyma.py")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(refused, planted, tmp_path):
+def test_a_loss_that_is_not_finite_saves_nothing_of_it(refused, planted, tmp_path):
     flags = ("--lr", "1e30", "--warmup-steps", "0", "--clip-norm", "1e9")
     refused("train_grid.py", "--data", planted, "--out", "x", *QUICK, *flags, says=["the loss of", "nan", "--lr"])
     assert not read_connectors(tmp_path / "x")

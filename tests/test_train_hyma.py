@@ -193,7 +193,7 @@ def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(refused, planted, tmp_path):
+def test_a_loss_that_is_not_finite_saves_nothing_of_it(refused, planted, tmp_path):
     flags = ("--lr", "1e30", "--warmup-steps", "0", "--epochs", "3", "--clip-norm", "1e9")
     refused("train_hyma.py", "--data", planted, "--out", "x", *QUICK, *flags, says=["the loss of", "nan", "--lr"])
     assert not read_connectors(tmp_path / "x")

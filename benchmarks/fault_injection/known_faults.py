@@ -127,13 +127,13 @@ FAULTS = [
     Fault("36 a third of the pictures missing", "stops", data.many_missing),
     Fault(
         "37 a loss that is not finite",
-        "stops before the update",
-        Tests("test_train_hyma.py::test_a_loss_that_is_not_finite_stops_before_the_update"),
+        "stops, nothing of it is saved",
+        Tests("test_train_hyma.py::test_a_loss_that_is_not_finite_saves_nothing_of_it"),
     ),
     Fault(
         "38 one pair's loss is not finite",
         "the pair is named",
-        Tests("test_train_grid.py::test_a_loss_that_is_not_finite_stops_before_the_update"),
+        Tests("test_train_grid.py::test_a_loss_that_is_not_finite_saves_nothing_of_it"),
     ),
     Fault("39 a row of length zero", "finite", KERNELS),
     Fault("40 scale at its limit, one row, equal pairs", "finite", KERNELS),
