@@ -190,7 +190,7 @@ def test_a_choice_that_is_no_better_than_random_is_reported_as_plainly_as_a_good
 def test_the_ways_of_choosing_are_printed_with_the_least_regret_first(evaluation):
     table = evaluation.out.partition("regret, points (95 %)")[2].partition("\n\n")[0]
     regrets = [float(line.split()[0]) for line in table.splitlines()[1:]]
-    assert len(regrets) == 12 and regrets == sorted(regrets)
+    assert len(regrets) == 14 and regrets == sorted(regrets)
 
 
 def test_a_run_on_some_rows_is_no_oracle_and_embeds_less(run, graded, runs, tmp_path):
