@@ -19,9 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import dense, reference
 
-__all__ = ["Layer", "connector_mlp", "clip_loss", "adamw_outer", "outer_grad_norm_sq", "true_rank", "triton_runs"]
+__all__ = [
+    "Layer",
+    "connector_mlp",
+    "clip_loss",
+    "adamw_outer",
+    "padded_rows",
+    "outer_grad_norm_sq",
+    "true_rank",
+    "triton_runs",
+]
+
+SECTOR = 16  # rows that begin on multiples of so many numbers are read as vectors
 
 
 class Layer(NamedTuple):
@@ -32,20 +43,25 @@ class Layer(NamedTuple):
     wiring: Sequence[tuple[int, int]]  # (input, weight) of each output; inputs and weights may be shared
 
 
-def connector_mlp(features: Sequence[Tensor], layers: Sequence[Layer], *, impl=None) -> tuple[Tensor, Tensor]:
+def connector_mlp(features: Sequence[Tensor], layers: Sequence[Layer], *, impl=None) -> tuple[Tensor, Tensor | None]:
     """All connectors at once. features: [B, D_t] per text encoder, never expanded over the pairs that share them.
 
     Layer 0's inputs are the features, layer l's the outputs of layer l - 1; ReLU after every layer but the last, whose
-    outputs are the pairs in order. Returns z [B, sum D_p], pair after pair, NOT normalised, and sumsq [P, B] float32,
-    the sum of squares of each pair's row, for `clip_loss`. sumsq carries no gradient: `clip_loss` differentiates
-    through the normalisation itself. Gradients flow to weights, biases and those features that ask for one.
+    outputs are the pairs in order. Returns z [B, sum D_p], pair after pair, NOT normalised, and what `clip_loss` takes as
+    sumsq: from plain torch [P, B] float32, the sum of squares of each pair's row, and None from the kernels, whose loss has
+    no use for it. sumsq carries no gradient: `clip_loss` differentiates through the normalisation itself. Gradients flow to
+    weights, biases and those features that ask for one.
 
-    Predicted connectors: wiring (text of p, p), then (p, p). Factored: (t, t), then (text of p, image of p).
+    Predicted connectors: wiring (text of p, p), then (p, p). Factored: (t, t), then (text of p, image of p): few inputs, of
+    which impl=None makes one product of torch's each, and impl="triton" a ragged launch all the same.
     """
     _check_connector(features, layers)
     tensors = [*features, *(t for layer in layers for t in (*layer.weights, *layer.biases))]
     if _use_triton(impl, tensors):
-        from kernels.connector import connector_mlp as run
+        if impl is None and dense.is_dense(features, layers):
+            run = dense.connector_mlp
+        else:
+            from kernels.connector import connector_mlp as run
     else:
         run = reference.connector_mlp
     return run(features, layers)
@@ -58,17 +74,19 @@ def clip_loss(
     logit_scale,
     *,
     sumsq: Tensor | None = None,
+    counts: bool = False,
     budget_bytes: int = 2**30,
     impl=None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Symmetric InfoNCE of every pair: the mean of both cross entropies of logit_scale * z^_p @ images.T.
 
     z [B, sum D_p] as `connector_mlp` returns it, normalised here; images: unit rows [B, D_i] per image encoder, or shorter
     rows, such as coordinates of unit vectors along orthonormal axes, no gradient; image_of_pair: P indices into images;
     logit_scale: a float from 1 to 150, or for impl="torch" a 0-dim tensor, which may require a gradient. sumsq [P, B] saves
-    a pass over z. Scratch memory stays within budget_bytes (or one row of tiles of logits). Returns loss [P] float32 and
-    correct [P, 2] int64: how many texts rank their own image first, and how many images their own text; a tie is not first.
-    A row of zeros has finite loss and gradient.
+    plain torch a pass over z. Scratch memory stays within budget_bytes (or one row of tiles of logits). Returns loss [P] float32 and,
+    with counts, correct [P, 2] int64: how many texts rank their own image first, and how many images their own text; a tie
+    is not first. Without counts, which cost the kernels a search for the best of each row and column, correct is None.
+    A row of zeros has finite loss and gradient. The gradient itself cannot be differentiated.
     """
     _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes)
     run_triton = _use_triton(impl, [z, *images])
@@ -81,7 +99,7 @@ def clip_loss(
         from kernels.contrastive import clip_loss as run
     else:
         run = reference.clip_loss
-    return run(z, images, tuple(image_of_pair), logit_scale, sumsq, budget_bytes)
+    return run(z, images, tuple(image_of_pair), logit_scale, sumsq, budget_bytes, counts)
 
 
 def adamw_outer(
@@ -101,7 +119,8 @@ def adamw_outer(
 ) -> None:
     """One step of torch.optim.AdamW, in place, on a weight [O, K] whose gradient is clip * grad_out.T @ inputs.
 
-    weight, exp_avg and exp_avg_sq share dtype and device, and so do the factors, which may be shorter than the weight.
+    weight, exp_avg and exp_avg_sq share dtype and device, and so do the factors, which may be shorter than the weight. The
+    kernel needs all three contiguous, or all three from `padded_rows`.
     grad_out [R, O] and inputs [R, K] are all there is of the gradient: it never exists in memory. step counts from 1;
     clip is a 0-dim float32 tensor on the same device, for instance min(1, limit / sqrt(outer_grad_norm_sq + rest)).
     """
@@ -112,6 +131,29 @@ def adamw_outer(
         run = reference.adamw_outer
     with torch.no_grad():
         run(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, betas, eps, weight_decay, clip)
+
+
+def padded_rows(matrix: Tensor) -> Tensor:
+    """The matrix in rows that begin on multiples of 16 numbers, with zeros between them: how `adamw_outer` reads a weight and its
+    moments fastest whose K is no such multiple. A copy of the same shape, or the matrix itself if it lies so already."""
+    if has_padded_rows(matrix):
+        return matrix
+    rows, columns = matrix.shape
+    whole = matrix.new_zeros(rows, padded_length(columns))
+    whole[:, :columns] = matrix
+    return whole[:, :columns]
+
+
+def has_padded_rows(matrix):
+    """Whether it lies in memory as `padded_rows` leaves it, the padding of the last row included."""
+    length = padded_length(matrix.shape[1])
+    end = (matrix.storage_offset() + len(matrix) * length) * matrix.element_size()
+    return matrix.stride() == (length, 1) and end <= matrix.untyped_storage().nbytes()
+
+
+def padded_length(columns):
+    """The next multiple of 16."""
+    return -(-columns // SECTOR) * SECTOR
 
 
 def outer_grad_norm_sq(grad_out: Tensor, inputs: Tensor) -> Tensor:

@@ -22,22 +22,23 @@ import triton.language as tl
 
 from kernels import launch
 from kernels.launch import field, grouped
+from kernels.reference import refuse_second_derivative
 
 GROUP = 8
 
 
 @triton.jit(do_not_specialize=["m_tiles", "n_tiles"])
 def linear_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, sumsq_ptr, tiles_ptr, batch, x_stride, y_stride, m_tiles, n_tiles,
-    RELU: tl.constexpr, SUMSQ: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, tiles_ptr, batch, x_stride, y_stride, m_tiles, n_tiles,
+    RELU: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x @ W.T + b) for one tile, and the sums of squares of its rows."""
+    """y = act(x @ W.T + b) for one tile."""
     m, t = grouped(tl.program_id(0), m_tiles, n_tiles, GROUP)
-    tile = tiles_ptr + t * 8
+    tile = tiles_ptr + t * 7
     x_col, width_in, w_start = field(tile, 0, ALIGNED), field(tile, 1, ALIGNED), field(tile, 2, ALIGNED)
     y_col, width_out, n0 = field(tile, 3, ALIGNED), field(tile, 4, ALIGNED), field(tile, 5, ALIGNED)
-    bias_start, slot = field(tile, 6, False), field(tile, 7, False)
+    bias_start = field(tile, 6, False)
     rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = n0 + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -57,12 +58,8 @@ def linear_fwd_kernel(
     acc += tl.load(bias_ptr + bias_start + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0)
-    y = acc.to(y_ptr.dtype.element_ty)
-    y_mask = row_mask[:, None] & col_mask[None, :]
-    tl.store(y_ptr + rows[:, None] * y_stride + (y_col + cols)[None, :], y, mask=y_mask)
-    if SUMSQ:
-        y = tl.where(y_mask, y.to(tl.float32), 0.0)  # of the rounded numbers: those are what the loss normalises
-        tl.store(sumsq_ptr + slot * batch + rows, tl.sum(y * y, 1), mask=row_mask)
+    y_ptrs = y_ptr + rows[:, None] * y_stride + (y_col + cols)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["m_tiles", "n_tiles"])
@@ -187,14 +184,13 @@ class Plan:
 
     @lru_cache(maxsize=8)  # noqa: B019 - plans live as long as the cache of `plan`
     def fwd_tiles(self, tile, device):
-        """The tiles, and the most tiles of one output."""
-        most = triton.cdiv(max(self.widths_out), tile.n)
+        """The tiles of all outputs."""
         tiles = []
         for o, (a, k) in enumerate(self.wiring):
-            for i, n0 in enumerate(range(0, self.widths_out[o], tile.n)):
+            for n0 in range(0, self.widths_out[o], tile.n):
                 tiles.append((self.x_cols[a], self.widths_in[a], self.w_starts[k], self.y_cols[o], self.widths_out[o],
-                              n0, self.bias_starts[k], o * most + i))  # fmt: skip
-        return launch.table(tuple(tiles), device), most
+                              n0, self.bias_starts[k]))  # fmt: skip
+        return launch.table(tuple(tiles), device)
 
     @lru_cache(maxsize=8)  # noqa: B019
     def dx_tiles(self, tile, device):
@@ -227,20 +223,19 @@ class Plan:
 plan_of = lru_cache(maxsize=64)(Plan)
 
 
-def linear_fwd(plan, x, weights, biases, relu, sumsq):
-    """y [B, columns], and with sumsq its row sums of squares [P, B]."""
+def linear_fwd(plan, x, weights, biases, relu):
+    """y [B, columns]."""
     tile, batch = launch.choose("forward", x), x.shape[0]
-    tiles, most = plan.fwd_tiles(tile, x.device)
+    tiles = plan.fwd_tiles(tile, x.device)
     y = x.new_empty(batch, sum(plan.widths_out))
-    squares = torch.zeros(len(plan.wiring), most, batch, device=x.device) if sumsq else biases
     m_tiles = triton.cdiv(batch, tile.m)
     launch.run(
-        linear_fwd_kernel, (m_tiles * len(tiles),), x, weights, biases, y, squares, tiles,
-        batch, x.stride(0), y.stride(0), m_tiles, len(tiles), launch=tile, RELU=relu, SUMSQ=sumsq,
+        linear_fwd_kernel, (m_tiles * len(tiles),), x, weights, biases, y, tiles,
+        batch, x.stride(0), y.stride(0), m_tiles, len(tiles), launch=tile, RELU=relu,
         ALIGNED=plan.aligned, WIDEN=launch.widen(x), PRECISION=launch.precision(x),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
     )  # fmt: skip
-    return y, squares.sum(1) if sumsq else None
+    return y
 
 
 def linear_dx(plan, dy, weights, x, relu):
@@ -287,15 +282,15 @@ class ConnectorMLP(torch.autograd.Function):
             plan, last = plan_of(widths, shapes, wiring), depth == len(wirings) - 1
             packed = launch.end_to_end(weights), launch.end_to_end(biases)
             saved += [x, *packed]
-            x, sumsq = linear_fwd(plan, x, *packed, relu=not last, sumsq=last)
+            x = linear_fwd(plan, x, *packed, relu=not last)
             widths = plan.widths_out
             ctx.plans.append(plan)
         ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(sumsq)
-        return x, sumsq
+        return x
 
     @staticmethod
-    def backward(ctx, dy, _):
+    def backward(ctx, dy):
+        refuse_second_derivative("connector_mlp")
         dy, saved, grads, needs = dy.contiguous(), ctx.saved_tensors, [], list(ctx.needs_input_grad[2:])
         for depth in reversed(range(len(ctx.plans))):
             plan, (x, weights, biases) = ctx.plans[depth], saved[3 * depth : 3 * depth + 3]
@@ -320,6 +315,7 @@ def layer_gradients(plan, dy, x, weights, biases, needs):
     return [grad if need else None for grad, need in zip(grads, needs)]
 
 
+@torch.compiler.disable
 def connector_mlp(features, layers):
     """The Triton path of `kernels.connector_mlp`."""
     wirings = []
@@ -329,4 +325,4 @@ def connector_mlp(features, layers):
         wirings.append(tuple((int(a), int(k)) for a, k in layer.wiring))
         counts.append(len(layer.weights))
         tensors += [*layer.weights, *layer.biases]
-    return ConnectorMLP.apply(wirings, counts, *tensors)
+    return ConnectorMLP.apply(wirings, counts, *tensors), None

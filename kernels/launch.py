@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import interpreted
+from kernels import SECTOR, interpreted
 
 
 class Launch(NamedTuple):
@@ -21,28 +21,29 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# Not yet measured on a GPU: chosen so that nothing spills, 16-bit products on Hopper use wgmma, and shared memory fits
-# (227 KiB on Hopper, 99 KiB for "ampere", which is every older chip). tests/test_kernels_aot.py holds all of it.
-# "logits" and both "gradient" share M, and their K divides the logits' N: one tile's exponent shift serves both.
+# Not yet measured on a GPU: chosen so that nothing spills, products on Hopper use wgmma and do not wait for one another,
+# and shared memory fits (227 KiB on Hopper, 99 KiB for "ampere", which is every older chip). kernels/aot.json has what
+# the compiler makes of each, and tests/test_kernels_aot.py holds it.
+# "logits" and both "gradient" share M, and their K divides the logits' N: a stripe is one row of tiles of either.
 TABLE = {
     ("hopper", 2): {
-        "forward": Launch(128, 256, 64, 8, 3),
+        "forward": Launch(128, 128, 64, 8, 3),
         "input": Launch(128, 256, 64, 8, 3),
         "weight": Launch(128, 256, 64, 8, 3),
         "logits": Launch(128, 128, 64, 8, 3),
         "gradient": Launch(128, 128, 64, 8, 3),
-        "gradient_stored": Launch(128, 256, 64, 8, 3),
+        "gradient_stored": Launch(128, 128, 64, 4, 3),
         "adamw": Launch(64, 64, 64, 8, 2),
         "rank": Launch(128, 128, 64, 8, 3),
     },
     ("hopper", 4): {
-        "forward": Launch(128, 128, 32, 8, 3),
+        "forward": Launch(128, 256, 32, 8, 3),
         "input": Launch(128, 128, 32, 8, 3),
         "weight": Launch(128, 128, 32, 8, 3),
         "logits": Launch(128, 128, 32, 8, 3),
         "gradient": Launch(128, 128, 32, 8, 3),
         "gradient_stored": Launch(128, 128, 32, 8, 3),
-        "adamw": Launch(64, 64, 32, 8, 2),
+        "adamw": Launch(64, 32, 32, 4, 2),
         "rank": Launch(64, 64, 32, 4, 3),
     },
     ("ampere", 2): {
@@ -62,19 +63,21 @@ TABLE = {
         "logits": Launch(128, 128, 16, 8, 3),
         "gradient": Launch(128, 128, 16, 8, 3),
         "gradient_stored": Launch(128, 128, 16, 8, 3),
-        "adamw": Launch(64, 64, 32, 8, 2),
+        "adamw": Launch(64, 64, 16, 8, 2),
         "rank": Launch(64, 64, 32, 4, 3),
     },
 }
 INTERPRETER = Launch(32, 64, 32, 1, 1)  # small, so that modest tests still cross the borders of tiles
 
-SECTOR = 16  # widths that are multiples of this load as vectors; others still work, slower, and may spill
-
 
 def choose(kernel, tensor):
     """The launch of a kernel for tensors like this one."""
-    generation = chip(tensor.device)
-    return INTERPRETER if generation is None else TABLE[generation, tensor.element_size()][kernel]
+    generation, size = chip(tensor.device), tensor.element_size()
+    if generation is None:
+        return INTERPRETER
+    if size == 4 and precision(tensor) == "ieee":  # which no tensor core multiplies, on no chip
+        generation = "ampere"
+    return TABLE[generation, size][kernel]
 
 
 @lru_cache
@@ -107,6 +110,7 @@ def starts(sizes):
 
 
 def aligned(*sizes):
+    """Whether all are multiples that load as vectors. Others still work, slower, and may spill."""
     return all(size % SECTOR == 0 for size in sizes)
 
 
@@ -126,11 +130,33 @@ def end_to_end(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-@lru_cache(maxsize=256)
+captured_tables = []  # that a CUDA graph reads whenever it is replayed: never freed
+
+
 def table(rows, device):
-    """A tuple of equally long tuples of integers as an int64 tensor on the device, copied without a wait."""
+    """A tuple of equally long tuples of integers as an int64 tensor on the device, the same one at each call."""
+    found = upload(rows, device)
+    if capturing(device):
+        captured_tables.append(found)
+    return found
+
+
+@lru_cache(maxsize=256)
+def upload(rows, device):
+    """The table, copied without a wait."""
+    if capturing(
+        device
+    ):  # the copy would be part of the graph, and each replay would read memory of the host that is gone
+        raise RuntimeError(
+            "kernels: run the same step once before a CUDA graph captures it, so that its tables are uploaded"
+        )
     host = torch.tensor(rows, dtype=torch.int64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def capturing(device):
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @triton.jit

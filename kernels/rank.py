@@ -59,7 +59,9 @@ def true_rank_kernel(
     tl.store(rank_ptr + split * n_queries + rows, rank, mask=row_mask)
 
 
+@torch.compiler.disable
 def true_rank(queries, targets, match, block_bytes):
+    """The Triton path of `kernels.true_rank`."""
     queries, targets, match = queries.contiguous(), targets.contiguous(), match.contiguous()
     tile = launch.choose("rank", queries)
     n_queries, n_targets = len(queries), len(targets)

@@ -26,13 +26,21 @@ def connector_mlp(features, layers):
     return torch.cat(activations, dim=1), sumsq
 
 
+def refuse_second_derivative(name):
+    """In a backward pass that is itself to be differentiated: the gradient was not made by autograd and would count as a
+    constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: its gradient cannot be differentiated again, which create_graph=True asks for")
+
+
 def row_dot(a, b):
     dtype = accumulator(a.dtype)
     return torch.linalg.vecdot(a.to(dtype), b.to(dtype))  # [B]
 
 
-def clip_loss(z, images, image_of_pair, logit_scale, sumsq, budget_bytes):
-    return ClipLoss.apply(z, torch.as_tensor(logit_scale), images, image_of_pair, sumsq, budget_bytes)
+def clip_loss(z, images, image_of_pair, logit_scale, sumsq, budget_bytes, counts):
+    loss, correct = ClipLoss.apply(z, torch.as_tensor(logit_scale), images, image_of_pair, sumsq, budget_bytes)
+    return loss, correct if counts else None
 
 
 class ClipLoss(torch.autograd.Function):
@@ -76,6 +84,7 @@ class ClipLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
+        refuse_second_derivative("clip_loss")
         dz, dscale = ctx.saved_tensors
         grad = torch.empty_like(dz) if ctx.needs_input_grad[0] else None  # [B, sum D]
         if grad is not None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import Layer, reference
+from kernels import Layer, dense, reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -123,9 +124,13 @@ def leaves(features, layers, dtype, needs=lambda i: True):
 
 def run_connector(impl, features, layers, dtype, needs=lambda i: True):
     features, layers, inputs = leaves(features, layers, dtype, needs)
-    z, sumsq = kernels.connector_mlp(features, layers, impl=impl)
-    dz = torch.cos(torch.arange(z.numel(), device=DEVICE)).view_as(z).to(features[0].dtype)
-    return [z.detach(), sumsq, *torch.autograd.grad(z, inputs, dz)]
+    z, _ = kernels.connector_mlp(features, layers, impl=impl)
+    return [z.detach(), *gradients_of(z, inputs)]
+
+
+def gradients_of(z, inputs):
+    dz = torch.cos(torch.arange(z.numel(), device=DEVICE)).view_as(z).to(z.dtype)
+    return torch.autograd.grad(z, inputs, dz)
 
 
 CONNECTORS = [
@@ -156,9 +161,9 @@ def test_connector(case, dtype):
 @runs
 def test_connector_gradients_one_at_a_time():
     problem = connector(torch.float32, 17, [20, 33], [40], [16, 9], "factored")
-    every = run_connector("triton", *problem, torch.float32)[2:]
+    every = run_connector("triton", *problem, torch.float32)[1:]
     for i, grad in enumerate(every):
-        (alone,) = run_connector("triton", *problem, torch.float32, needs=lambda j, i=i: i == j)[2:]
+        (alone,) = run_connector("triton", *problem, torch.float32, needs=lambda j, i=i: i == j)[1:]
         assert torch.equal(alone, grad), i
 
 
@@ -178,6 +183,29 @@ def test_connector_takes_any_strides_and_packs_only_what_is_scattered():
     assert torch.equal(launch.end_to_end([flat[5:15], flat[16:30]]), torch.cat([flat[5:15], flat[16:30]]))
 
 
+@pytest.mark.parametrize("case", [*CONNECTORS, (5, [6, 4], [7, 3], [8, 9], "factored")])
+def test_dense_products_are_the_reference(case):
+    features, layers, inputs = leaves(*connector(torch.float64, *case), torch.float64)
+    z, _ = dense.connector_mlp(features, layers)
+    truth, _ = reference.connector_mlp(features, layers)
+    torch.testing.assert_close((z, *gradients_of(z, inputs)), (truth, *gradients_of(truth, inputs)))
+
+
+def test_dense_products_are_chosen_where_a_layer_has_few_inputs(monkeypatch):
+    """On a GPU: what belongs to encoders, and a single pair, and nothing else unless Triton is asked for."""
+    monkeypatch.setattr(kernels, "_use_triton", lambda impl, tensors: True)
+    monkeypatch.setattr(dense, "connector_mlp", lambda features, layers: "dense")
+    monkeypatch.setitem(sys.modules, "kernels.connector", SimpleNamespace(connector_mlp=lambda *problem: "ragged"))
+
+    def chosen(texts, images, kind, impl=None):
+        return kernels.connector_mlp(*connector(torch.float32, 3, texts, [6], images, kind), impl=impl)
+
+    assert chosen([4, 5], [7, 8, 9], "factored") == "dense"
+    assert chosen([4, 5], [7, 8, 9], "factored", "triton") == "ragged"
+    assert chosen([4, 5], [7, 8, 9], "each") == "ragged"
+    assert chosen([4], [7], "each") == "dense"
+
+
 # ------------------------------------------------------------------------------------------------ clip_loss
 
 
@@ -186,11 +214,17 @@ def contrast(dtype, batch, widths, image_of_pair, regime):
     images = [F.normalize(tensor(g, batch, d, dtype=torch.float32) + 0.3, dim=1).to(dtype) for d in widths]
     noise = [tensor(g, batch, widths[i], dtype=torch.float32) for i in image_of_pair]
     matched = [images[i].float() for i in image_of_pair]
-    if regime == "converged":
+    if regime == "collapsed":  # all logits are as large as they can be
+        for y in images:
+            y[:] = y[:1].clone()
+        blocks = [images[i].float() for i in image_of_pair]
+    elif regime == "converged":
         blocks = [3 * y + 0.1 * n for y, n in zip(matched, noise)]
     elif regime == "opposed":  # the first rows point away from all images, the rest have converged
         away = (torch.arange(batch, device=DEVICE) < batch // 3)[:, None]
         blocks = [torch.where(away, -y.mean(0), y) + 0.01 * n for y, n in zip(matched, noise)]
+    elif regime == "averse":  # each row points away from its own image, and is far from the others
+        blocks = [0.01 * n - y for y, n in zip(matched, noise)]
     else:
         blocks = noise
     if regime == "duplicates":
@@ -205,7 +239,9 @@ def contrast(dtype, batch, widths, image_of_pair, regime):
 def run_clip(impl, z, images, dtype, image_of_pair, scale, budget, sumsq=None):
     z = z.detach().to(dtype).requires_grad_()
     images = [y.to(dtype) for y in images]
-    loss, correct = kernels.clip_loss(z, images, image_of_pair, scale, sumsq=sumsq, budget_bytes=budget, impl=impl)
+    loss, correct = kernels.clip_loss(
+        z, images, image_of_pair, scale, sumsq=sumsq, counts=True, budget_bytes=budget, impl=impl
+    )
     weights = torch.linspace(0.5, 2, len(image_of_pair), device=DEVICE, dtype=loss.dtype)
     return loss.detach(), correct, torch.autograd.grad((loss * weights).sum(), z)[0]
 
@@ -224,6 +260,11 @@ CONTRASTS = [
     (123, [16], [0, 0, 0], 20.0, "untrained", 20000),  # less than one pair: blocks
     (65, [16], [0, 0, 0], 20.0, "untrained", 60000),  # one or two pairs at a time
     (33, [507, 1280], [1, 0], 14.0, "untrained", 2**30),
+    (64, [256], [0], 150.0, "averse", 2**30),  # r' is close to 0, and far from s_ii and from r - s_ii
+    (100, [128], [0], 1.0, "averse", 2**30),  # nearly all of du is radial
+    (40, [64], [0], 82.0, "averse", 2**30),  # exp(logit) from 2^-118 to 2^118: about all that goes without a shift
+    (40, [64], [0], 82.0, "collapsed", 2**30),
+    (40, [64], [0], 84.0, "averse", 2**30),  # and just beyond
 ]
 
 
@@ -259,8 +300,83 @@ def test_clip_loss_takes_sums_of_squares_and_views_and_needs_no_gradient():
     torch.testing.assert_close((loss, dz), (given[0], given[2]))
     views = torch.stack([z, z], 2)[..., 0], [torch.stack([y, y], 2)[..., 0] for y in images]
     assert torch.equal(run_clip("triton", *views, torch.float32, *args)[2], dz)
-    alone = kernels.clip_loss(z, images, *args[:2], impl="triton")
-    assert torch.equal(alone[0], loss) and torch.equal(alone[1], correct)
+    for counts in (False, True):
+        alone = kernels.clip_loss(z, images, *args[:2], counts=counts, impl="triton")
+        assert torch.equal(alone[0], loss)
+        assert torch.equal(alone[1], correct) if counts else alone[1] is None
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=runs)])
+def test_a_second_derivative_is_refused(impl):
+    """It would be a constant in silence."""
+    z, images = contrast(torch.float32, 9, [5], [0], "untrained")
+    z.requires_grad_()
+    loss, _ = kernels.clip_loss(z, images, [0], 20.0, impl=impl)
+    with pytest.raises(RuntimeError, match="clip_loss: .*create_graph"):
+        torch.autograd.grad(loss.sum(), z, create_graph=True)
+
+
+@runs
+def test_a_second_derivative_of_ragged_connectors_is_refused():
+    features, layers, inputs = leaves(*connector(torch.float32, 9, [5], [6], [7, 8], "each"), torch.float32)
+    z, _ = kernels.connector_mlp(features, layers, impl="triton")
+    with pytest.raises(RuntimeError, match="connector_mlp: .*create_graph"):
+        torch.autograd.grad(z.sum(), inputs, create_graph=True)
+
+
+@runs
+def test_partials_of_more_tiles_than_reduce_takes_at_once(monkeypatch):
+    from kernels import contrastive
+
+    z, images = contrast(torch.float32, 123, [16, 16], [0, 1], "untrained")  # four tiles high, two wide
+    at_once = run_clip("triton", z, images, torch.float32, [0, 1], 20.0, 2**30)
+    monkeypatch.setattr(contrastive, "REDUCE", contrastive.REDUCE._replace(n=1))
+    for one_by_one, together in zip(run_clip("triton", z, images, torch.float32, [0, 1], 20.0, 2**30), at_once):
+        torch.testing.assert_close(one_by_one, together)
+
+
+@runs
+def test_launches_whose_tiles_do_not_fit_are_refused(monkeypatch):
+    from kernels import launch
+
+    z, images = contrast(torch.bfloat16, 9, [5], [0], "untrained")
+    for other in (launch.INTERPRETER._replace(m=64), launch.INTERPRETER._replace(k=128)):
+        choices = {"gradient_stored": other}
+        monkeypatch.setattr(launch, "choose", lambda name, x, c=choices: c.get(name, launch.INTERPRETER))
+        with pytest.raises(AssertionError):
+            kernels.clip_loss(z.requires_grad_(), images, [0], 20.0, impl="triton")
+
+
+@runs
+def test_tables_are_uploaded_before_a_graph_is_captured_and_kept_for_it(monkeypatch):
+    from kernels import launch
+
+    monkeypatch.setattr(launch, "captured_tables", [])
+    z, images = contrast(torch.float32, 9, [5, 6], [1, 0], "untrained")
+    launch.upload.cache_clear()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="run the same step once"):
+        kernels.clip_loss(z, images, [1, 0], 20.0, impl="triton")
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    kernels.clip_loss(z, images, [1, 0], 20.0, impl="triton")
+    assert not launch.captured_tables
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    kernels.clip_loss(z, images, [1, 0], 20.0, impl="triton")
+    assert len(launch.captured_tables) == 1
+
+
+@runs
+def test_torch_compile_leaves_the_launches_alone():
+    z, images = contrast(torch.float32, 9, [5], [0], "untrained")
+    z.requires_grad_()
+
+    def doubled(z):
+        return 2 * kernels.clip_loss(z, images, [0], 20.0, impl="triton")[0]
+
+    compiled = torch.compile(doubled, backend="eager")
+    ours, plain = compiled(z), doubled(z)
+    assert torch.equal(ours, plain)
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, plain)))
 
 
 def test_reference_clip_loss_is_the_textbook_one():
@@ -268,7 +384,7 @@ def test_reference_clip_loss_is_the_textbook_one():
     z, images = z.double().requires_grad_(), [y.double() for y in images]
     for scale, budget in ((1.0, 2**30), (100.0, 2**30), (100.0, 41 * 8 * 4 * 10)):
         scale = torch.tensor(scale, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        ours, correct = kernels.clip_loss(z, images, [0, 1, 1], scale, budget_bytes=budget, impl="torch")
+        ours, correct = kernels.clip_loss(z, images, [0, 1, 1], scale, counts=True, budget_bytes=budget, impl="torch")
         losses, counts, rows = [], [], torch.arange(41, device=DEVICE)
         for x, i in zip(z.split([12, 7, 7], 1), [0, 1, 1]):
             s = scale * F.normalize(x, dim=1) @ images[i].T
@@ -305,6 +421,29 @@ def test_adamw_outer_follows_torch(impl, rows, shape):
     check("weight", weight, theirs.detach(), truth.detach())
     for state, name in zip(states, ("exp_avg", "exp_avg_sq")):
         check(name, state, adams[1].state[theirs][name], adams[0].state[truth][name])
+
+
+@runs
+@pytest.mark.parametrize("columns", [33, 65, 513])
+def test_adamw_outer_leaves_the_padding_of_rows_alone(columns):
+    """Rows that begin on multiples of 16 numbers, as those of the paper's head with its 513 columns do on a GPU."""
+    g = torch.Generator().manual_seed(5)
+    a, b = tensor(g, 30, 37, dtype=torch.float32), tensor(g, 30, columns, dtype=torch.float32)
+    plain = [tensor(g, 37, columns, dtype=torch.float32).abs() for _ in range(3)]
+    padded = [kernels.padded_rows(state) for state in plain]
+    assert padded[0].shape == plain[0].shape and padded[0].stride(0) % 16 == 0
+    between = [state.as_strided((37, state.stride(0) - columns), state.stride(), columns) for state in padded]
+    for numbers in between:
+        assert not numbers.any()
+        numbers.fill_(7)
+    for impl, states in (("torch", plain), ("triton", padded)):
+        kernels.adamw_outer(*states, a, b, step=2, lr=0.1, weight_decay=0.5, impl=impl)
+    for ours, theirs in zip(padded, plain):
+        torch.testing.assert_close(ours, theirs)
+    for numbers in between:
+        assert (numbers == 7).all()
+    with pytest.raises(ValueError, match="exp_avg: .*padded_rows"):
+        kernels.adamw_outer(plain[0], *padded[1:], a, b, step=3, lr=0.1, impl="triton")
 
 
 @runs
