@@ -21,7 +21,7 @@ from hyma.machine import bytes_for_copies
 from hyma.pairs import images_of, texts_of
 from hyma.training import Generator, separate_layers
 from hyma.training_flags import hidden_layers_of
-from kernels import Layer
+from kernels import Layer, padded_rows
 from vlm import HIDDEN_DIM
 
 TEXT_SCALE = 5.0  # on centred texts, whose coordinates are small: a first layer before a ReLU learns faster
@@ -374,8 +374,11 @@ class HyperNetwork(nn.Module):
         return store
 
     def outer_moments(self):
-        """Two zero tensors like the head, which `adamw_outer` trains."""
-        return [torch.zeros_like(self.head), torch.zeros_like(self.head)]
+        """Two zero tensors like the head, which `adamw_outer` trains: on a GPU all three in padded rows, which it reads fastest."""
+        if self.head.device.type == "cpu":
+            return [torch.zeros_like(self.head), torch.zeros_like(self.head)]
+        self.head = padded_rows(self.head)
+        return [padded_rows(torch.zeros_like(self.head)), padded_rows(torch.zeros_like(self.head))]
 
     @torch.no_grad()
     def predict(self, image, text):

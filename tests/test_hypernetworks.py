@@ -154,3 +154,11 @@ def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale):
     assert kind.share_of_epochs(rows) == pytest.approx(share, rel=0.01)
     assert logit_scale_of(rows) == scale
     assert HYPERNETWORKS["mlp"].share_of_epochs(rows) == 1  # starts from random weights, as a grid search does
+
+
+def test_the_paper_s_head_has_padded_rows_on_a_gpu():
+    generator = HyperNetwork({"efflite1": 7}, {"mpnet": 6}, 0, 32)  # and a bias: 33 columns
+    for device, row_length in (("cpu", 33), ("meta", 48)):  # meta: no GPU is needed to see how tensors lie
+        states = [*generator.to(device).outer_moments(), generator.head]
+        for state in states:
+            assert state.shape == (49, 33) and state.stride() == (row_length, 1)
