@@ -1,12 +1,13 @@
-"""What the bench compares the kernels with: three torch compositions, and published kernels if they are installed.
+"""What the bench compares the kernels with: torch compositions, and published kernels if they are installed.
 
 A connector takes (shape, features, layers) to z, a loss (shape, z, images) to the summed loss of all pairs. shape: a
 `kernels.bench.Shape`.
 
     loop     one pair after the other, cross entropy on float32 logits
     padded   everything padded to the largest width, torch.bmm over all pairs
-    strong   one product per text encoder for layer one, grouped products by image width for layer two, one logits
-             product per image encoder; the bench puts it under torch.compile
+    dense    where layers belong to encoders: one product for each input of each layer (kernels/dense.py), and our loss
+    strong   the same products, or where each pair has layers of its own one product per text encoder for layer one and
+             grouped products for layer two; one logits product per image encoder. The bench puts it under torch.compile
 
 Letters: P pairs, B batch, D width of a pair.
 """
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import dense
 
 HIDDEN, SCALE = 1024, 20.0
 
@@ -89,10 +91,16 @@ def padded_loss(shape, z, images):
     return symmetric_cross_entropy(SCALE * F.normalize(z, dim=2) @ y.mT)
 
 
-# ------------------------------------------------------------------------------------------------------------ strong
+# ---------------------------------------------------------------------------------------------------- dense and strong
+
+
+def dense_connector(shape, features, layers):
+    return dense.connector_mlp(features, layers)[0]
 
 
 def strong_connector(shape, features, layers):
+    if dense.is_dense(features, layers):
+        return dense_connector(shape, features, layers)
     first, second = layers
     hidden = strong_first_layer(features, first)
     if hasattr(F, "grouped_mm") and shape.device == "cuda" and shape.dtype == torch.bfloat16:
@@ -128,10 +136,8 @@ def grouped_last_layer(shape, hidden, layer):
         inputs.append(hidden[a])
         weights.append(layer.weights[k])
         biases.append(layer.biases[k])
-    widths = torch.tensor(shape.widths_out, dtype=torch.int32)
-    ends = widths.cumsum(0, dtype=torch.int32).to(shape.device, non_blocking=True)
     weight = torch.cat(weights).T  # [HIDDEN, sum D]
-    return F.grouped_mm(torch.stack(inputs), weight, offs=ends) + torch.cat(biases)
+    return F.grouped_mm(torch.stack(inputs), weight, offs=shape.ends) + torch.cat(biases)
 
 
 def strong_last_layer(shape, hidden, layer):
@@ -208,11 +214,12 @@ PUBLISHED = {  # name: (module, what makes its loss). The last two compute less 
 
 
 def published():
-    """name: loss(u, y) of one normalised pair, for whichever published kernels are installed."""
+    """({name: loss(u, y) of one normalised pair} of the published kernels that are installed, {name: why not} of the others)."""
     found = {}
+    missing = {}
     for name, (module, make_loss) in PUBLISHED.items():
         try:
             found[name] = make_loss(importlib.import_module(module))
-        except Exception:  # not installed, or not for this torch: the bench goes on without it
-            continue
-    return found
+        except Exception as error:  # not installed, or not for this torch: the bench goes on without it
+            missing[name] = f"{type(error).__name__}: {error}"
+    return found, missing

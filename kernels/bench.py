@@ -1,23 +1,24 @@
 """Check every kernel, then time it: python -m kernels.bench [--json FILE] [--quick]
 
 One shape is P pairs of the chosen widths and a batch B; each operation runs as our kernels and as the torch
-compositions of kernels/baselines.py (the "strong" one compiled).
+compositions of kernels/baselines.py (the "strong" one compiled), and the loss also as the published kernels that are
+installed, such as memeff. "adamw_outer" runs on the paper's head: 512 hidden units and a bias, with and without
+padded rows.
 
 "forward" and "backward" are connector_mlp's, "loss" is clip_loss with its gradient, "step" is a whole training step: all of
-it from float32 weights cast for the products, and fused AdamW. A kernel whose error is more than twice plain torch's is
-not timed. Inputs rotate, so that no cache serves them; times are the 20th,
-50th and 80th percentile in milliseconds; rates are of the useful work, and "roof" is its share of the better of what
-matrix products and copies reach on this device in this run. On the CPU only the torch paths run, at small shapes.
+it from float32 weights cast for the products, and fused AdamW. Every shape is checked before it is timed: a kernel whose
+error is more than twice plain torch's is not timed. Inputs rotate and outgrow the cache. Times are the 20th, 50th and 80th
+percentile in milliseconds of calls that wait for each other, and the median of the same call replayed as a CUDA graph;
+rates are of the useful work in the shorter median, and "roof" is its share of the better of what matrix products and
+copies reach on this device in this run. A row has the GPU's clocks right after it, and is in FILE as soon as it is
+measured. On the CPU only the torch paths run, at small shapes.
 """
 
 import argparse
 import functools
 import importlib
 import itertools
-import json
 import subprocess
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +26,15 @@ import torch.nn.functional as F
 import kernels
 from kernels import Layer, baselines
 from kernels.baselines import HIDDEN, SCALE
+from kernels.timing import Results, clocks, own_stream, sets_beyond_cache, time_calls
 
 WIDTHS = {  # text encoders, image encoders
     "design": ([384, 768, 1024], [384] * 3 + [768] * 3 + [1024] * 3),
     "sample": ([384, 768], [1280] * 3 + [512]),
 }
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-HEAD_OUTPUTS = 2**19  # the published hypernetwork's last layer: 537 M parameters
-LIMIT_SECONDS = 8 * 60  # shapes not begun by then are left out
-
+HEAD_OUTPUTS = 2**19  # outputs of the published hypernetwork's last layer
+HEAD_WIDTHS = {"513": (513, False), "513 padded": (513, True), "1024": (1024, False)}  # its inputs, a bias among them
 
 OPERATIONS = ("forward", "backward", "loss", "step")
 
@@ -41,8 +42,9 @@ OPERATIONS = ("forward", "backward", "loss", "step")
 class Shape:
     """P pairs (the widths' pairs repeated or cut), B rows: sets of inputs to rotate through, and the useful work."""
 
-    def __init__(self, pairs, batch, widths, dtype, device, generator, sets=3):
-        """pairs: P. batch: B. widths: a key of WIDTHS. generator: "factored", whose pairs share layers, or "each"."""
+    def __init__(self, pairs, batch, widths, dtype, device, generator, sets=None):
+        """pairs: P. batch: B. widths: a key of WIDTHS. generator: "factored", whose pairs share layers, or "each". sets: how many
+        sets of inputs; by default as many as outgrow the cache."""
         self.batch, self.dtype, self.device, self.generator = batch, dtype, device, generator
         self.texts, self.images = WIDTHS[widths]
         self.pairs = spread_pairs(len(self.texts), len(self.images), pairs)  # [P] (text, image)
@@ -55,9 +57,19 @@ class Shape:
             self.image_of.append(i)
             self.widths_in.append(self.texts[t])
             self.widths_out.append(self.images[i])
-        self.sets = [self.draw(seed) for seed in range(sets)]
+        widths_out = torch.tensor(self.widths_out, dtype=torch.int32, device=device)
+        self.ends = widths_out.cumsum(0, dtype=torch.int32)  # [P] where each pair's columns of z end
+        self.sets = [self.draw(0)]
+        for seed in range(1, sets or sets_beyond_cache(device, self.set_bytes())):
+            self.sets.append(self.draw(seed))
         self.flops = self.count_flops()
         self.bytes = self.count_bytes()
+
+    def set_bytes(self):
+        """Bytes of one set of inputs."""
+        features, layers, images = self.sets[0]
+        tensors = [*features, *flat(layers), *images]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def count_flops(self):
         """{operation: FLOPs}, 2 a multiply-add."""
@@ -153,40 +165,14 @@ def ours(impl):
     return connector, loss
 
 
-def clock(device, calls, seconds):
-    """p20, p50, p80 in ms and the peak memory in MiB above what was there before; calls rotate."""
-    cuda = device == "cuda"
-    for call in calls[:2] if cuda else calls[:1]:
-        call()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    times, begin = [], time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - begin < seconds and len(times) < 100):
-        call = calls[len(times) % len(calls)]
-        if cuda:
-            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
-    return *torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), peak
-
-
 def roofline(device, dtype, quick):
     """FLOP/s of a large product and bytes/s of a large copy, measured here."""
     n, size = (8192, 2**30) if device == "cuda" and not quick else (4096, 2**28) if device == "cuda" else (1024, 2**26)
     a, source = torch.randn(n, n, device=device).to(dtype), torch.empty(size, dtype=torch.int8, device=device)
     into = torch.empty_like(source)
-    flops = 2 * n**3 / clock(device, [lambda: a @ a], 0.5)[0] * 1e3
-    return flops, 2 * size / clock(device, [lambda: into.copy_(source)], 0.5)[0] * 1e3
+    product = time_calls(device, [lambda: a @ a], 0.5)["p20_ms"]
+    copy = time_calls(device, [lambda: into.copy_(source)], 0.5)["p20_ms"]
+    return 2 * n**3 / product * 1e3, 2 * size / copy * 1e3
 
 
 def gradients(*args, **kwargs):
@@ -226,7 +212,7 @@ def operations(shape, connector, loss):
         dz = torch.ones_like(z)
         leaf = z.detach().requires_grad_()
         masters = [tensor.detach().float().clone().requires_grad_() for tensor in leaves]
-        adam = torch.optim.AdamW(masters, fused=True)
+        adam = torch.optim.AdamW(masters, fused=True, capturable=shape.device == "cuda")
 
         def step(f=features, m=layers, y=images, masters=masters, adam=adam):
             cast = leaves_like(masters, shape.dtype)
@@ -257,10 +243,11 @@ def passes(shape, impl):
         leaves = leaves_like(flat(layers), dtype)
         z, sumsq = kernels.connector_mlp(features, rebuilt(layers, leaves), impl=impl)
         loss, _ = kernels.clip_loss(z, images, shape.image_of, SCALE, sumsq=sumsq, impl=impl)
-        found = filter(
-            torch.is_tensor, (z, loss, *gradients(loss.sum(), leaves))
-        )  # None of an encoder that is left out
-        return [tensor.detach().double() for tensor in found]
+        found = []
+        for tensor in (z, loss, *gradients(loss.sum(), leaves)):
+            if tensor is not None:  # of an encoder that is left out
+                found.append(tensor.detach())
+        return found
 
     return no_worse(run(impl, shape.dtype), run("torch", shape.dtype), run("torch", torch.float64))
 
@@ -272,25 +259,11 @@ def no_worse(ours, plain, truth):
 
 def errs_no_more(ours, plain, truth):
     """The same of one tensor. A NaN errs more."""
+    ours, plain = ours.double(), plain.double()
     return (ours - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm() + 1e-12
 
 
-def head_passes(device, impl):
-    """adamw_outer over three steps, by the same rule."""
-
-    def run(impl, dtype):
-        random = torch.Generator(device).manual_seed(0)
-        states = torch.zeros(3, 300, 200, dtype=dtype, device=device).unbind(0)  # weight and two moments
-        for step in (1, 2, 3):
-            dy = torch.randn(54, 300, generator=random, device=device).to(dtype)
-            x = torch.randn(54, 200, generator=random, device=device).to(dtype)
-            kernels.adamw_outer(*states, dy, x, step=step, lr=1e-3, impl=impl)
-        return torch.stack(states).double()
-
-    return no_worse(run(impl, torch.float32), run("torch", torch.float32), run("torch", torch.float64))
-
-
-def bench_rank(device, dtype, impl, roof, seconds, quick):
+def bench_rank(results, device, dtype, impl, roof, seconds, quick):
     """true_rank of as many queries as targets, against the whole matrix of scores."""
     n, width = (20000, 1024) if device == "cuda" and not quick else (1000, 768)
     targets = F.normalize(torch.randn(n, width, device=device), dim=1)
@@ -305,58 +278,76 @@ def bench_rank(device, dtype, impl, roof, seconds, quick):
         return kernels.true_rank(queries, targets, match, impl=impl)
 
     if (ours() != whole()).float().mean() > 0.01:  # scores that round alike may change places
-        print("true_rank FAILS its check and is not timed")
-        return []
+        results.leave_out("true_rank FAILS its check and is not timed")
+        return
     work = 2 * n * n * width, 2 * n * width * targets.element_size()
-    rows = []
     for name, call in ((impl, ours), ("whole", whole)):
-        rows.append(row("true_rank", name, clock(device, [call], seconds), *work, roof, rows=n))
-    return rows
+        record(results, row("true_rank", name, time_calls(device, [call], seconds), *work, roof, rows=n))
 
 
-def bench_head(device, impl, roof, seconds, quick):
+def bench_head(results, device, impl, roof, seconds, quick):
     """adamw_outer on the hypernetwork's last layer, against the gradient in full and fused AdamW."""
-    if not head_passes(device, impl):
-        print("adamw_outer FAILS its check and is not timed")
-        return []
-    out, width, rows = (HEAD_OUTPUTS if device == "cuda" and not quick else min(HEAD_OUTPUTS, 2**13)), 1024, 54
-    states = torch.zeros(3, out, width, device=device).unbind(0)  # weight and two moments
-    dy, x = torch.randn(rows, out, device=device), torch.randn(rows, width, device=device)
-    parameter = torch.zeros(out, width, device=device, requires_grad=True)
-    adam = torch.optim.AdamW([parameter], fused=True)
+    out, rows = (HEAD_OUTPUTS if device == "cuda" and not quick else min(HEAD_OUTPUTS, 2**13)), 54
+    for about, (width, padded) in HEAD_WIDTHS.items():
+        if padded and impl != "triton":  # plain torch has no use for it
+            continue
+        dy, x = torch.randn(rows, out, device=device), torch.randn(rows, width, device=device)
+        if not head_passes(dy, x, padded, impl):
+            results.leave_out(f"adamw_outer of {about} inputs FAILS its check and is not timed")
+            continue
+        states = head_states(out, width, torch.float32, device, padded)
+        parameter = torch.zeros(out, width, device=device, requires_grad=True)
+        adam = torch.optim.AdamW([parameter], fused=True, capturable=device == "cuda")
 
-    def full():
-        parameter.grad = dy.T @ x
-        adam.step()
+        def full(parameter=parameter, adam=adam, dy=dy, x=x):
+            parameter.grad = dy.T @ x
+            adam.step()
 
-    def outer():
-        kernels.adamw_outer(*states, dy, x, step=3, lr=1e-3, impl=impl)
+        def outer(states=states, dy=dy, x=x):
+            kernels.adamw_outer(*states, dy, x, step=3, lr=1e-3, impl=impl)
 
-    work = 0, 24 * out * width
-    found = []
-    for name, call in ((impl, outer), ("strong", full)):
-        found.append(row("adamw_outer", name, clock(device, [call], seconds), *work, roof, rows=rows, outputs=out))
-    return found
+        work = 0, 24 * out * width
+        for name, call in ((impl, outer), ("strong", full)):
+            times = time_calls(device, [call], seconds)
+            record(results, row("adamw_outer", name, times, *work, roof, rows=rows, outputs=out, inputs=about))
+        del states, parameter, adam, full, outer
+
+
+def head_states(out, width, dtype, device, padded):
+    """Weight and two moments, zeros."""
+    states = torch.zeros(3, out, width, dtype=dtype, device=device).unbind(0)
+    return [kernels.padded_rows(state) for state in states] if padded else list(states)
+
+
+def head_passes(dy, x, padded, impl):
+    """Whether three steps of adamw_outer err at most twice as much as plain torch's."""
+
+    def run(impl, dtype):
+        states = head_states(dy.shape[1], x.shape[1], dtype, dy.device, padded and impl == "triton")
+        for step in (1, 2, 3):
+            kernels.adamw_outer(*states, (dy / step).to(dtype), x.to(dtype), step=step, lr=1e-3, impl=impl)
+        return states
+
+    return no_worse(run(impl, torch.float32), run("torch", torch.float32), run("torch", torch.float64))
 
 
 def row(operation, name, times, flops, size, roof, **shape):
-    """A row of the results. times: of `clock`. flops, size: the useful work. roof: of `roofline`."""
+    """A row of the results. times: of `time_calls`. flops, size: the useful work. roof: of `roofline`."""
+    shortest = min(times["p50_ms"], times["graph_p50_ms"] or times["p50_ms"])
     floor = max(flops / roof[0], size / roof[1]) * 1e3
-    p20, p50, p80, peak = times
-    return {"operation": operation, "impl": name, **shape, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "tflops": flops / p50 / 1e9, "gb_per_s": size / p50 / 1e6, "roof_percent": 100 * floor / p50,
-            "peak_mib": peak}  # fmt: skip
+    return {"operation": operation, "impl": name, **shape, **times, "tflops": flops / shortest / 1e9,
+            "gb_per_s": size / shortest / 1e6, "roof_percent": 100 * floor / shortest}  # fmt: skip
 
 
-def show(rows):
-    mine = rows[0]["p50_ms"] if rows else None
-    for r in rows:
-        r["times_ours"] = r["p50_ms"] / mine
-        peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:9.0f} MiB"
-        where = " ".join(f"{k[0].upper()}={r[k]}" for k in ("pairs", "batch", "rows", "outputs") if k in r)
-        print(f"{r['operation']:12} {where:20} {r['impl']:24} {r['p20_ms']:9.3f} {r['p50_ms']:9.3f} {r['p80_ms']:9.3f} ms "
-              f"{r['tflops']:7.2f} TFLOP/s {r['gb_per_s']:7.1f} GB/s {r['roof_percent']:5.1f} % roof{peak} "
-              f"{r['times_ours']:6.2f}x", flush=True)  # fmt: skip
+def record(results, r):
+    """Adds a row, safe from now on, and prints it."""
+    results.add(r)
+    where = " ".join(f"{k[0].upper()}={r[k]}" for k in ("pairs", "batch", "rows", "outputs", "inputs") if k in r)
+    graph = "  no graph" if r["graph_p50_ms"] is None else f"{r['graph_p50_ms']:10.3f}"
+    peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:9.0f} MiB"
+    print(f"{r['operation']:12} {where:24} {r['impl']:24} {r['p20_ms']:9.3f} {r['p50_ms']:9.3f} {r['p80_ms']:9.3f} ms, graph "
+          f"{graph} ms {r['tflops']:7.2f} TFLOP/s {r['gb_per_s']:7.1f} GB/s {r['roof_percent']:5.1f} % roof{peak}",
+          flush=True)  # fmt: skip
 
 
 def main():
@@ -369,52 +360,71 @@ def main():
     parser.add_argument("--widths", choices=WIDTHS, default="design")
     parser.add_argument("--generator", choices=("factored", "each"), default="factored")
     parser.add_argument("--precision", choices=DTYPES, default="bf16" if cuda else "fp32")
+    parser.add_argument("--only", choices=("head", "rank", "pairs"), help="one part of the bench")
     args = parser.parse_args()
     device, impl, dtype = ("cuda", "triton", DTYPES[args.precision]) if cuda else ("cpu", "torch", DTYPES["fp32"])
     torch.backends.cuda.matmul.fp32_precision = "tf32" if args.precision == "tf32" else "ieee"
     if args.quick:
         args.pairs, args.batch = args.pairs[:1], args.batch[:1]
-    seconds, begin = (0.1 if args.quick else 0.4), time.perf_counter()
-    name = torch.cuda.get_device_name() if cuda else "CPU"
+    seconds = 0.1 if args.quick else 0.4
     if not cuda:
         print("no GPU: timing the torch paths alone, in float32")
+    with own_stream(device):
+        bench(args, device, impl, dtype, seconds)
+
+
+def bench(args, device, impl, dtype, seconds):
+    """The parts that the flags ask for."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     roof = roofline(device, dtype, args.quick)
     print(f"{name}, torch {torch.__version__}: {roof[0] / 1e12:.2f} TFLOP/s, {roof[1] / 1e9:.1f} GB/s", flush=True)
+    results = Results(args.json, about(name, args, roof))
+    if args.only in (None, "head"):
+        bench_head(results, device, impl, roof, seconds, args.quick)
+    if args.only in (None, "rank"):
+        bench_rank(results, device, dtype, impl, roof, seconds, args.quick)
+    if args.only in (None, "pairs"):
+        for pairs in args.pairs:
+            for batch in args.batch:
+                shape = Shape(pairs, batch, args.widths, dtype, device, args.generator)
+                bench_shape(results, shape, impl, roof, seconds)
 
-    contenders = {impl: ours(impl), "loop": (baselines.loop_connector, baselines.loop_loss),
-                  "padded": (baselines.padded_connector, baselines.padded_loss)}  # fmt: skip
+
+def about(name, args, roof):
+    """What the rows were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    triton = importlib.import_module("triton").__version__ if kernels.triton_runs() else None
+    return {"device": name, "torch": torch.__version__, "triton": triton, "commit": commit, "arguments": vars(args),
+            "tflops": roof[0] / 1e12, "gb_per_s": roof[1] / 1e9, "clocks": clocks()}  # fmt: skip
+
+
+def contenders_for(shape, impl):
+    """{name: (connector, loss)}, ours first."""
     strong = baselines.strong_connector, baselines.strong_loss
-    if cuda:
+    if shape.device == "cuda":
         strong = tuple(map(functools.partial(torch.compile, dynamic=False), strong))
-    contenders["strong"] = strong
-    rows = bench_head(device, impl, roof, seconds, args.quick)
-    show(rows)
-    show(ranks := bench_rank(device, dtype, impl, roof, seconds, args.quick))
-    rows += ranks
-    for pairs in args.pairs:
-        if cuda and not passes(Shape(pairs, 300, args.widths, dtype, device, args.generator, sets=1), impl):
-            print(f"P={pairs}: the kernels FAIL their check and are not timed")
-            continue
-        for batch in args.batch:
-            if time.perf_counter() - begin > LIMIT_SECONDS:
-                print(f"P={pairs} B={batch}: left out, time is up")
-                continue
-            rows += bench_shape(
-                Shape(pairs, batch, args.widths, dtype, device, args.generator), contenders, roof, seconds
-            )
-    if args.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        versions = {"torch": torch.__version__, "triton": getattr(importlib.import_module("triton"), "__version__", "")
-                    if kernels.triton_runs() else None}  # fmt: skip
-        result = {"device": name, **versions, "commit": commit, "arguments": vars(args), "tflops": roof[0] / 1e12,
-                  "gb_per_s": roof[1] / 1e9, "rows": rows}  # fmt: skip
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    found = {impl: ours(impl)}
+    if shape.generator == "factored":
+        found["dense"] = baselines.dense_connector, ours(impl)[1]
+    return found | {
+        "strong": strong,
+        "padded": (baselines.padded_connector, baselines.padded_loss),
+        "loop": (baselines.loop_connector, baselines.loop_loss),
+    }
 
 
-def bench_shape(shape, contenders, roof, seconds):
+def bench_shape(results, shape, impl, roof, seconds):
     """Rows of every operation and contender. One that runs out of memory, or does not compile, is named and left out."""
-    found = {operation: [] for operation in OPERATIONS}
     where = {"pairs": len(shape.pairs), "batch": shape.batch}
+    label = f"P={where['pairs']} B={where['batch']}"
+    if shape.device == "cuda" and not passes(shape, impl):
+        results.leave_out(f"{label}: the kernels FAIL their check and are not timed")
+        return
+
+    def measure(operation, name, calls):
+        times = time_calls(shape.device, calls, seconds)
+        work = shape.flops[operation], shape.bytes[operation]
+        record(results, row(operation, name, times, *work, roof, **where))
 
     def attempt(name, do):
         try:
@@ -422,39 +432,33 @@ def bench_shape(shape, contenders, roof, seconds):
         except Exception as error:
             if name == "triton" and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            print(
-                f"P={where['pairs']} B={where['batch']} {name}: {type(error).__name__}: {str(error)[:80]}", flush=True
-            )
+            results.leave_out(f"{label} {name}: {type(error).__name__}: {str(error)[:80]}")
 
-    def measure(operation, name, calls):
-        times = clock(shape.device, calls, seconds)
-        found[operation].append(
-            row(operation, name, times, shape.flops[operation], shape.bytes[operation], roof, **where)
-        )
-
-    for name, pair in contenders.items():
+    for name, pair in contenders_for(shape, impl).items():
         torch.compiler.reset()
         calls = attempt(name, lambda pair=pair: operations(shape, *pair)) or {}
         for operation in calls:
-            attempt(name, lambda o=operation, n=name, c=calls: measure(o, n, c[o]))
+            if name != "dense" or operation != "loss":  # which is ours
+                attempt(name, lambda o=operation, n=name, c=calls: measure(o, n, c[o]))
         del calls
     if shape.device == "cuda":
-        images = shape.sets[0][2]
+        rivals, missing = baselines.published()
+        for name, why in missing.items():
+            results.leave_out(f"{label} {name}: {why[:80]}")
         z = torch.randn(shape.batch, sum(shape.widths_out), device="cuda", dtype=shape.dtype, requires_grad=True)
-        for name, rival in baselines.published().items():
+        for name, rival in rivals.items():
+            calls = []
+            for _, _, images in shape.sets:
+                calls.append(functools.partial(published_loss, shape, rival, z, images))
+            attempt(name, lambda n=name, c=calls: measure("loss", n, c))
 
-            def call(rival=rival):
-                total = 0.0
-                for x, i in zip(z.split(shape.widths_out, 1), shape.image_of):
-                    total = total + rival(F.normalize(x, dim=1), images[i])
-                torch.autograd.grad(total, z)
 
-            attempt(name, lambda n=name, c=call: measure("loss", n, [c]))
-    rows = []
-    for results in found.values():
-        show(results)
-        rows += results
-    return rows
+def published_loss(shape, rival, z, images):
+    """The gradient of all pairs' loss, one pair after the other."""
+    total = 0.0
+    for x, i in zip(z.split(shape.widths_out, 1), shape.image_of):
+        total = total + rival(F.normalize(x, dim=1), images[i])
+    return torch.autograd.grad(total, z)
 
 
 if __name__ == "__main__":
