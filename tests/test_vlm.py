@@ -460,6 +460,17 @@ def test_all_missing_weights_of_a_pair_are_named_with_the_commands_that_bring_th
     assert "weights={'vit_s16': 'weights/vit_s16', 'mpnet': 'weights/mpnet'}" in message
 
 
+def test_a_folder_that_cannot_be_loaded_is_named_as_a_folder(tmp_path):
+    """Not as a repository of the hub that one could copy; and no code in it has run."""
+    types = [{"idx": 0, "name": "0", "path": "", "type": "hostile.Module"}]
+    (tmp_path / "modules.json").write_text(json.dumps(types))
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(BadInput) as error:
+        vlm.TextEncoder(f"x={tmp_path}", device="cpu")
+    assert str(error.value).startswith(f"cannot load x from {tmp_path}: ") and "huggingface.co" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("kind", ["a bag of words", "static"])
 def test_text_models_that_are_no_transformers(tmp_path, kind):
     """They have no tokenizer of transformers, no longest sentence, and a bag of words has not even weights."""
