@@ -35,7 +35,7 @@ from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import run_script
 from hyma.gallery import make_gallery
 from hyma.machine import provenance
-from hyma.merging import Folders, as_folders, open_embeddings
+from hyma.merging import as_folders, open_embeddings
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name
@@ -60,8 +60,8 @@ def parse_flags():
     add("--oracle", nargs="+", type=Path, default=[], metavar="RUN", help=about)
     about = "an embedding folder to score on; repeatable (default: the runs' own data, its test rows)"
     add("--task", action="append", default=[], metavar="NAME=FOLDER", help=about)
-    about = "the runs' embedding folder, or folders, where they have moved"
-    add("--data", nargs="+", type=Path, action=Folders, metavar="FOLDER", help=about)
+    about = "the runs' embedding folder, where it has moved; repeatable, for several of equal rows"
+    add("--data", action="append", type=Path, metavar="FOLDER", help=about)
     about = "where the gallery's pictures lie (default: where the embedding folder's manifest says)"
     add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--out", type=Path, default=Path("report"), help="folder of the report (default: %(default)s)")

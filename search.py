@@ -23,7 +23,6 @@ from pathlib import Path
 
 import vlm
 from hyma.files import run_script, write_text
-from hyma.merging import Folders
 from hyma.pair_names import pair_name
 from hyma.pictures import is_file
 from hyma.results_page import how_to_show, make_section, render_page
@@ -51,8 +50,8 @@ def parse_flags():
     add("--port", type=int, default=7860, help="of --serve (default: %(default)s)")
     about = "an encoder's local file or folder, instead of the hub's files"
     add("--weights", nargs="+", default=[], metavar="NAME=PATH", help=about)
-    about = "the embedding folder, where it has moved; or another to search"
-    add("--data", nargs="+", type=Path, action=Folders, metavar="FOLDER", help=about)
+    about = "the embedding folder, where it has moved; or another to search; repeatable, for several of equal rows"
+    add("--data", action="append", type=Path, metavar="FOLDER", help=about)
     about = "where the pictures lie (default: where the embedding folder's manifest says)"
     add("--pictures", type=Path, metavar="FOLDER", help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")

@@ -46,6 +46,9 @@ def test_four_folders_train_as_one(run, planted, parts, tmp_path):
     for script, *words in (("evaluate.py",), ("search.py", "words")):
         missing = run(script, "merged", *words)
         assert missing.code == 1 and f"{parts[1]}: no such folder" in missing.err and "--data" in missing.err
+    data = [word for folder in (parts[0], tmp_path / "moved", *parts[2:]) for word in ("--data", folder)]
+    moved = run("evaluate.py", *data, "merged", "--bootstrap", "50", "--selector-rows", "0", "--out", "report")
+    assert moved.code == 0 and "ridge mlp0" in moved.out, moved.err
 
 
 def test_a_run_on_merged_folders_is_scored(run, graded, tmp_path):
