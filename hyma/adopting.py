@@ -255,7 +255,7 @@ def reembed_all(found, adopted, corpus, rows, weights, device, verified, unverif
         except BadInput as error:
             if name in weights:
                 raise
-            reason = str(error).partition(". Without a network")[0]
+            reason = str(error).partition(". Where there is a network")[0]
             unverified.append(f"that {name} is {spec.spec}: {reason}")
             continue
         if not result.agrees():

@@ -122,7 +122,7 @@ def verify_folder(folder, names, weights, device):
             except BadInput as error:
                 if name in weights:
                     raise
-                why_not = str(error).partition(". Without a network")[0]
+                why_not = str(error).partition(". Where there is a network")[0]
         if found is None:
             unverified.append(name)
             print(f"{name}: {digest}; NOT embedded again: {why_not}")

@@ -99,7 +99,7 @@ def test_rows_that_cannot_be_used_keep_their_place(run, embedded, tmp_path):
     result = run("embed.py", "--adopt", "s", "--data", table, *flags)
     assert result.code == 0, result.err
     assert "NOT verified: 1 rows cannot be used and are in the split 'left out'; the first: empty caption" in result.out
-    assert "NOT verified: that other is hf-hub:nobody/nothing: cannot load" in result.out
+    assert "NOT verified: that other is hf-hub:nobody/nothing: the weights of other are missing" in result.out
     data = Embeddings(tmp_path / "t")
     assert data.rows[7]["split"] == "left out" and len(data.rows) == 40
     assert data.weights_sha256("tiny") and data.weights_sha256("other") is None
