@@ -327,6 +327,8 @@ def claims(shards, formats, progress):
 
 def count_done(shard, progress):
     """Moves the bar by what is done of a shard already."""
+    if progress.disable:
+        return
     done = len(shard.items) - sum(len(shard.batch(start)) for start in shard.missing)
     progress.initial += done
     progress.n += done

@@ -4,23 +4,25 @@ embeddings/<dataset>/.shards/plan.json                    what the parts are of;
                              .pictures/000001024.jsonl    what was found of each picture of a part, a line each
                              .captions/000001024.lock     held by the process that embeds the part
                              <encoder>/plan.json          what the encoder's vectors depend on
-                             <encoder>/000001024.vectors  its vectors so far, one after the other without a header
+                             <encoder>/000001024.vectors  its vectors so far, a batch after the other
 
 Vectors and lines are appended after every batch, so that a kill costs one batch. What it has cut off is dropped.
 """
 
-import bisect
 import json
 import os
 import shutil
+import struct
+import zlib
 
+import numpy as np
 import torch
 
 from hyma.files import make_folder, take_lock, write_json
 from hyma.pictures import Picture
 from vlm import read_json
 
-CHECKED_AT_ONCE = 65536  # vectors
+HEAD = struct.Struct("<II")  # before each batch of vectors: how many they are, and the CRC-32 of their bytes
 
 
 class VectorFormat:
@@ -31,28 +33,35 @@ class VectorFormat:
         self.row_bytes = dim * dtype.itemsize
 
     def read(self, path):
-        """The vectors [n, dim] of a file that are whole and of unit length, up to the first that is not."""
-        count = self.count(path)
-        if count == 0:
-            return torch.empty(0, self.dim, dtype=self.dtype)
-        vectors = torch.from_file(str(path), size=count * self.dim, dtype=self.dtype).view(count, self.dim)
-        for start in range(0, count, CHECKED_AT_ONCE):
-            part = vectors[start : start + CHECKED_AT_ONCE].float()
-            bad = (~((part.norm(dim=1) - 1).abs() < 1e-2)).nonzero()  # NaN too
-            if len(bad):
-                return vectors[: start + int(bad[0])]
-        return vectors
+        """The batches of vectors, [n, dim] each, that are whole in a file, up to the first that is not."""
+        data = path.read_bytes() if path.is_file() else b""
+        batches = []
+        position = 0
+        while len(data) >= position + HEAD.size:
+            count, checksum = HEAD.unpack_from(data, position)
+            vectors = data[position + HEAD.size : position + self.size_of(count)]
+            if len(data) < position + self.size_of(count) or zlib.crc32(vectors) != checksum:
+                break
+            position += self.size_of(count)
+            values = torch.from_numpy(np.frombuffer(bytearray(vectors), np.uint8)).view(self.dtype)
+            batches.append(values.view(count, self.dim))
+        return batches
 
-    def count(self, path):
-        """How many vectors a file has, as far as its size says so."""
-        return path.stat().st_size // self.row_bytes if path.is_file() else 0
-
-    def append(self, path, vectors, count):
-        """Adds vectors [n, dim] to the first `count` of a file."""
+    def append(self, path, vectors, position):
+        """Writes a batch of vectors [n, dim] at a position of a file, and drops what there was behind it. Returns its end."""
         data = vectors.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         with open(path, "ab") as file:
-            file.truncate(count * self.row_bytes)
-            file.write(data)
+            file.truncate(position)
+            file.write(HEAD.pack(len(vectors), zlib.crc32(data)) + data)
+        return position + self.size_of(len(vectors))
+
+    def size_of(self, count):
+        """The bytes of a batch in a file."""
+        return HEAD.size + count * self.row_bytes
+
+    def count(self, path):
+        """How many vectors a file has, about, by its size."""
+        return path.stat().st_size // self.row_bytes if path.is_file() else 0
 
 
 class Shard:
@@ -64,7 +73,7 @@ class Shard:
         self.lock = None
         self.found = {}  # {image: Picture} of a part of pictures, as far as they were read
         self.missing = {}  # {start of a batch: names of the encoders that lack it}
-        self.counts = {}  # {encoder: vectors that are on disk}
+        self.ends = {}  # {encoder: bytes of its file that are kept}
 
     def claim(self, formats, wait=False):
         """Takes the shard for this process: True if there is something to do in it, False if not, None if another
@@ -113,21 +122,21 @@ class Shard:
         starts = range(0, len(self.items), self.batch_size)
         if self.kind == "pictures":
             self.found = read_journal(self.journal)
-        ends = []  # how many vectors there are after each batch, as far as its pictures were read
-        usable = 0
+        counts = []  # how many vectors each batch has, as far as its pictures were read
         for start in starts:
             batch = self.batch(start)
             if self.kind == "pictures" and not all(image in self.found for image in batch):
                 break
-            usable += len(batch) if self.kind == "captions" else self.count_usable(batch)
-            ends.append(usable)
-        self.missing = {}
-        if len(ends) < len(starts):
-            self.missing = {start: [] for start in starts[len(ends) :]}
+            counts.append(len(batch) if self.kind == "captions" else self.count_usable(batch))
+        self.missing = {start: [] for start in starts[len(counts) :]}
         for name, vector_format in formats.items():
-            count = len(vector_format.read(self.vector_file(name)))
-            done = bisect.bisect_right(ends, count)
-            self.counts[name] = ends[done - 1] if done else 0
+            done = 0
+            self.ends[name] = 0
+            for vectors, count in zip(vector_format.read(self.vector_file(name)), counts):
+                if len(vectors) != count:
+                    break
+                done += 1
+                self.ends[name] += vector_format.size_of(count)
             for start in starts[done:]:
                 self.missing.setdefault(start, []).append(name)
         self.missing = dict(sorted(self.missing.items()))
@@ -145,8 +154,7 @@ class Shard:
 
     def add_vectors(self, name, vectors):
         """Appends an encoder's vectors [n, dim] of the next batch."""
-        self.formats[name].append(self.vector_file(name), vectors, self.counts[name])
-        self.counts[name] += len(vectors)
+        self.ends[name] = self.formats[name].append(self.vector_file(name), vectors, self.ends[name])
 
     def finish_batch(self, start, pictures=()):
         """Notes that a batch is done. pictures: [(image, Picture)] of a batch of pictures. The last one ends the claim."""
@@ -164,8 +172,8 @@ class Shard:
             self.release()
 
     def vectors(self, name, vector_format):
-        """The vectors [n, dim] of an encoder, mapped from its file: of the usable pictures, or of all captions as sorted."""
-        return vector_format.read(self.vector_file(name))
+        """The vectors [n, dim] of an encoder: of the usable pictures, or of all captions."""
+        return torch.cat(vector_format.read(self.vector_file(name)))
 
 
 def append_lines(path, lines):

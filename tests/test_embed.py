@@ -499,19 +499,17 @@ def test_a_file_that_was_lost_or_cut_is_embedded_again(run, corpus, tmp_path):
     Embeddings(tmp_path / "e").load("tiny")
 
 
-@pytest.mark.parametrize("damage", ["cut", "short", "zero", "nan"])
+@pytest.mark.parametrize("damage", ["cut", "short", "zero", "one bit"])
 def test_a_bad_shard_is_made_again(run, spawn, corpus, tmp_path, damage):
     flags = (*TINY, "--data", corpus, "--batch-size", "4", "--shard-rows", "8", "--dtype", "float32")
     assert run("embed.py", *flags, "--out", "whole").code == 0
     assert run("embed.py", *flags, "--out", "e", "--shard", "0/2").code == 0
     shard = sorted((tmp_path / "e" / ".shards" / "tiny").glob("*.vectors"))[0]
     data = shard.read_bytes()
-    vectors = torch.frombuffer(bytearray(data), dtype=torch.float32)
-    if damage == "cut":
-        shard.write_bytes(data[:100])
-    else:
-        bad = {"short": vectors[len(vectors) // 8 :], "zero": vectors * 0, "nan": vectors * torch.nan}[damage]
-        shard.write_bytes(bad.numpy().tobytes())
+    damaged = {"cut": data[:100], "short": data[4 * 64 :], "zero": bytes(len(data)), "one bit": data[:-1] + b"\0"}[
+        damage
+    ]
+    shard.write_bytes(damaged)
     assert run("embed.py", *flags, "--out", "e").code == 0
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
@@ -524,7 +522,7 @@ def test_a_signal_saves_the_batches_of_a_shard(run, spawn, pictures, tmp_path):
     assert run("embed.py", *flags, "--out", "whole").code == 0
     process = spawn("embed.py", *flags, "--out", "stopped")
     vectors = tmp_path / "stopped" / ".shards" / "control" / "000000000.vectors"
-    row_bytes = 2 * 512
+    row_bytes = 8 + 2 * 512
 
     def stop_after(process, count, number):
         """Sends a signal once so many vectors are there. Returns the exit status and how many there are then."""
