@@ -391,20 +391,20 @@ def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
 def test_half_precision_is_recorded_and_near(run, weights, corpus, tmp_path):
     flags = (
         "--encoder",
-        "efflite0",
+        "minilm_l6",
         "--weights",
-        f"efflite0={weights['efflite0']}",
+        f"minilm_l6={weights['minilm_l6']}",
         "--device",
         "cpu",
         "--data",
         corpus,
     )
-    assert run("embed.py", *flags, "--precision", "float16", "--out", "low").code == 0
+    assert run("embed.py", *flags, "--precision", "bfloat16", "--out", "low").code == 0
     assert run("embed.py", *flags, "--out", "full").code == 0
     low, full = Embeddings(tmp_path / "low"), Embeddings(tmp_path / "full")
-    assert (low.record("efflite0")["precision"], full.record("efflite0")["precision"]) == ("float16", "float32")
-    cosines = (low.load("efflite0").float() * full.load("efflite0").float()).sum(1)
-    assert cosines.min() > 0.9999 and not torch.equal(low.load("efflite0"), full.load("efflite0"))
+    assert (low.record("minilm_l6")["precision"], full.record("minilm_l6")["precision"]) == ("bfloat16", "float32")
+    cosines = (low.load("minilm_l6").float() * full.load("minilm_l6").float()).sum(1)
+    assert cosines.min() > 0.9999 and not torch.equal(low.load("minilm_l6"), full.load("minilm_l6"))
 
 
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
