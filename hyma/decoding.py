@@ -84,7 +84,6 @@ def read_batches(reader, shards, workers, pinned=False):
         num_workers=workers,
         collate_fn=as_it_is,
         worker_init_fn=leave_signals,
-        pin_memory=pinned,
         generator=torch.Generator(),
     )
     read = []
@@ -94,7 +93,7 @@ def read_batches(reader, shards, workers, pinned=False):
         shard, start, is_last = asked.popleft()
         read.append(part)
         if is_last:
-            yield whole_batch(shard, start, read)
+            yield whole_batch(shard, start, read, pinned)
             read = []
 
 
@@ -118,7 +117,7 @@ def seconds_of_decoding(reader, images):
     return (time.monotonic() - began) / len(images)
 
 
-def whole_batch(shard, start, parts):
+def whole_batch(shard, start, parts, pinned):
     """The Batch of its parts."""
     pictures = []
     decoded = []
@@ -128,7 +127,9 @@ def whole_batch(shard, start, parts):
         decoded += digests
         for name, tensor in tensors.items():
             pixels.setdefault(name, []).append(tensor)
-    return Batch(shard, start, pictures, decoded, {name: torch.cat(each) for name, each in pixels.items()})
+    for name, each in pixels.items():
+        pixels[name] = torch.cat(each).pin_memory() if pinned else torch.cat(each)
+    return Batch(shard, start, pictures, decoded, pixels)
 
 
 def as_it_is(part):

@@ -219,6 +219,25 @@ def test_processes_share_the_shards_and_take_those_of_a_dead_one(run, spawn, cor
     assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
 
 
+def test_processes_that_decode_ahead_change_no_byte(run, refused, tmp_path, monkeypatch):
+    rows = [row | {"image": str(SAMPLE / row["image"])} for row in sample_captions()[:150]]
+    rows[70] = rows[70] | {"image": "gone.webp"}
+    flags = (*TINY, "--data", write_csv(tmp_path / "t.csv", rows), "--batch-size", "32", "--shard-rows", "64")
+    assert run("embed.py", *flags, "--out", "none", "--workers", "0").code == 0
+    assert run("embed.py", *flags, "--out", "two", "--workers", "2").code == 0
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "none")
+    assert len(rows_of(tmp_path / "two")) == 149
+
+    own = os.getpid()
+
+    def killed(*_):
+        assert os.getpid() != own, "no process was started"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("hyma.decoding.read_picture", killed)
+    refused("embed.py", *flags, "--out", "killed", "--workers", "2", says=["was killed", "--workers 0"])
+
+
 def test_one_of_torchruns_processes_takes_the_shards_of_a_dead_one(run, corpus, tmp_path, monkeypatch):
     flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "4")
     assert run("embed.py", *flags, "--out", "one").code == 0
