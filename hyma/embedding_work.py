@@ -74,7 +74,7 @@ def read_fixed_rows(out, manifest):
     """The FixedRows of an earlier run. Raises BadInput if they are not those of its manifest."""
     rows = read_jsonl(out / "rows.jsonl")
     if hash_keys(rows) != manifest["keys_sha256"]:
-        raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
+        raise BadInput(f"{out}/rows.jsonl: has changed since the rows were fixed; choose another --out")
     return FixedRows(rows, manifest["keys_sha256"], manifest["quarantined"])
 
 
@@ -166,8 +166,8 @@ class PictureCheck:
         if known.reason and not picture.reason:
             raise BadInput(f"{path}: could not be read before and can be now; run the same command again")
         if picture.reason and not known.reason:
-            raise BadInput(f"{path}: was readable in the scan and is not now ({picture.reason}); restore it")
+            raise BadInput(f"{path}: was readable before and is not now ({picture.reason}); restore it")
         if known.sha256 not in (None, picture.sha256):
             raise BadInput(
-                f"{path}: is not the picture that the scan read (sha256); restore it, or choose another --out"
+                f"{path}: is not the picture that was read before (sha256); restore it, or choose another --out"
             )

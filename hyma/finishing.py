@@ -93,7 +93,7 @@ def make_file(work, encoder, shards):
     places = []
     for row in rows:
         if row[column] not in place_of:
-            raise BadInput(f"{work.corpus.root / row['image']}: was readable in the scan and is not now; restore it")
+            raise BadInput(f"{work.corpus.root / row['image']}: was readable before and is not now; restore it")
         places.append(place_of[row[column]])
     path = work.out / f"{encoder.name}.pt"
     join_shards(encoder.name, encoder.format, shards, places, path)

@@ -304,7 +304,7 @@ def test_a_picture_that_breaks_after_the_scan_stops_the_run(run, refused, corpus
         corpus,
         "--out",
         "e",
-        says=["7.webp", "readable in the scan"],
+        says=["7.webp", "readable before"],
     )
 
 
@@ -591,4 +591,4 @@ def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, 
     first, second = corpus.parent / "0.webp", corpus.parent / "1.webp"
     first.write_bytes(second.read_bytes())
     other = ("--encoder", "other=random:test_vit", "--device", "cpu", "--data", corpus, "--out", "e")
-    refused("embed.py", *other, says=["0.webp", "is not the picture that the scan read"])
+    refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])

@@ -256,7 +256,7 @@ class Readers:
         hash_keys(usable)
 
     def read_picture(self, draw):
-        """A mutated picture of any format. The scan catches whatever Pillow raises, so only time and memory count."""
+        """A mutated picture of any format. The pass catches whatever Pillow raises, so only time and memory count."""
         path = self.write("picture", mutate_bytes(draw.choice(self.pictures), draw))
         with contextlib.suppress(Exception):
             vlm.open_image(path)
