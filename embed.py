@@ -28,7 +28,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -37,14 +36,15 @@ from tqdm import tqdm
 
 import vlm
 from hyma.datasets import read_corpus
-from hyma.decoding import PictureReader, closing_batches, read_batches, seconds_of_decoding, worth_starting
-from hyma.embedding_work import PictureCheck, Work, check_source, divide, order_of, process_count, read_fixed_rows
+from hyma.decoding import PictureReader, closing_batches, read_batches, worth_starting
+from hyma.embedding_work import PictureCheck, Work, check_source, divide, order_of, with_fixed_rows
 from hyma.files import lock_folder, run_script
 from hyma.finishing import describe, describe_encoder, finish, keep_prompts
+from hyma.forecast import announce
 from hyma.pass_shards import VectorFormat, open_shard_folder, remove_shards
 from hyma.prompts import read_templates
 from hyma.reuse import fill_in, known_to_all, open_reused
-from hyma.scan import counted, describe_rows, printable
+from hyma.scan import describe_rows, printable
 from hyma.sealing import read_manifest, seal_folder, sound_record
 from hyma.signals import Signals
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
@@ -52,15 +52,12 @@ from hyma.subset import describe_whole, foresee, take_subset
 from hyma.tables import unpack_pictures
 from hyma.working_encoders import (
     DTYPES,
-    WORTH_MEASURING,
     bottleneck,
     can_hold_more,
     check_vectors,
     find_batch_size,
-    in_words,
     load_encoder,
-    measure,
-    size_in_words,
+    transforms_of,
 )
 from vlm import BadInput
 
@@ -250,8 +247,7 @@ def open_folder(flags):
         foreseen = [] if manifest else foresee(corpus)
         if foreseen:
             print(f"{describe_rows(corpus.source, foreseen)}, if every picture can be read")
-        fixed = read_fixed_rows(out, manifest) if manifest and manifest["encoders"] else None
-    return Work(out, corpus, source_sha256, subset, fixed)
+        return with_fixed_rows(Work(out, corpus, source_sha256, subset, fixed=None))
 
 
 # ---------------------------------------------------------------------------------------------------------- the one pass
@@ -384,6 +380,9 @@ def embed_missing(work, missing, flags):
         encoders = load_encoders(waiting, failures, flags)
         if not encoders:
             break
+        work = with_fixed_rows(work)
+        if work.fixed and all(read_manifest(work.out)["encoders"].get(encoder.name) for encoder in encoders):
+            continue  # another process finished first
         if parts is None:
             batch_size = flags.batch_size or find_batch_size(encoders, flags.device)
             parts = divide(work, flags, batch_size)
@@ -442,33 +441,6 @@ def make_plan(encoder, flags, batch_size):
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "sentence-transformers")},
     }
     return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back from a file
-
-
-def announce(work, parts, encoders, flags):
-    """Prints how much there is to do and about how long it takes here, by a small measurement."""
-    if int(os.environ.get("RANK", 0)) > 0:  # the first of torchrun's processes does
-        return
-    images = [image for shard in parts.pictures for image in shard.items]
-    captions = [caption for shard in parts.captions for caption in shard.items]
-    seconds = 0.0
-    size = 0
-    for encoder in encoders:
-        shards, items = (parts.pictures, images) if encoder.kind == "image" else (parts.captions, captions)
-        left = len(items) - sum(encoder.format.count(shard.vector_file(encoder.name)) for shard in shards)
-        size += encoder.format.row_bytes * len(work.corpus.rows)
-        if left >= WORTH_MEASURING:
-            seconds += left * measure(encoder, captions, parts.batch_size, left)
-    line = f"{counted(len(images), 'picture')}, {counted(len(encoders), 'encoder')}"
-    if seconds:
-        reader = PictureReader(work.corpus.root, transforms_of(encoders))
-        seconds += len(images) * seconds_of_decoding(reader, images[:8]) / max(1, flags.workers)
-        line += f", about {in_words(seconds / process_count(flags))} on this machine"
-    print(f"{line}, {size_in_words(size)}", file=sys.stderr)
-
-
-def transforms_of(encoders):
-    """{transform: function} of the image encoders, each different one once."""
-    return {encoder.transform: encoder.model.transform for encoder in encoders if encoder.kind == "image"}
 
 
 def main():

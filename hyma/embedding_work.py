@@ -10,6 +10,7 @@ from hyma.files import lock_folder, read_jsonl
 from hyma.pass_shards import Shard, make_shards, open_shard_folder, read_journal
 from hyma.pictures import Picture, read_picture
 from hyma.scan import count_rows, most_bad, row_fault
+from hyma.sealing import read_manifest
 from vlm import BadInput, read_json
 
 
@@ -59,15 +60,26 @@ def check_source(out, manifest, source_sha256, flags):
     if not manifest and not unfinished:
         return
     drawn = (manifest or unfinished).get("subset") or {}
-    held = (drawn.get("rows"), drawn.get("seed"))
-    if held != ((flags.rows, flags.seed) if flags.rows else (None, None)):
-        rows = f"--rows {held[0]} --seed {held[1]}" if drawn else "all rows"
-        raise BadInput(f"{out}: holds {rows}; choose another --out, and --reuse {out} to take its vectors")
+    held = f"--rows {drawn['rows']} --seed {drawn['seed']}" if drawn else "all rows"
+    asked = f"--rows {flags.rows} --seed {flags.seed}" if flags.rows else "all rows"
+    if held != asked:
+        raise BadInput(
+            f"{out}: holds {held}, and {asked} are asked for; ask for the same, or choose another --out, with --reuse {out} to take "
+            "its vectors"
+        )
 
 
 def read_plan(folder):
     """What the unfinished shards of a folder are of, {} where there are none."""
     return read_json(folder / "plan.json") if (folder / "plan.json").is_file() else {}
+
+
+def with_fixed_rows(work):
+    """The Work, with its rows as another process may have fixed them by now."""
+    manifest = read_manifest(work.out)
+    if work.fixed or not manifest or not manifest["encoders"]:
+        return work
+    return work._replace(fixed=read_fixed_rows(work.out, manifest))
 
 
 def read_fixed_rows(out, manifest):

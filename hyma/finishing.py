@@ -7,7 +7,7 @@ import os
 import torch
 
 from hyma.costs import flop_counter
-from hyma.embedding_work import FixedRows, read_fixed_rows
+from hyma.embedding_work import FixedRows, with_fixed_rows
 from hyma.embeddings import FORMAT_VERSION, Embeddings, hash_keys, unique
 from hyma.files import sha256_file, write_jsonl
 from hyma.prompts import load_prompts
@@ -22,12 +22,8 @@ COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
 def finish(work, parts, encoders, flags):
     """Makes the files of the encoders whose shards are finished, and fixes the rows first. Returns the Work."""
-    manifest = read_manifest(work.out)
-    if not (work.out / ".shards").is_dir():  # another process finished first
-        return work._replace(fixed=read_fixed_rows(work.out, manifest))
+    work = with_fixed_rows(work)
     unread = [shard for shard in parts.pictures if shard.look({})]
-    if not work.fixed and manifest and manifest["encoders"]:  # another process has fixed them
-        work = work._replace(fixed=read_fixed_rows(work.out, manifest))
     if not work.fixed and unread:
         return work
     if not work.fixed:

@@ -1,4 +1,4 @@
-"""An encoder at work: its precision, how much its memory takes at once, its seconds; and what a pass will take."""
+"""An encoder at work: its precision, how much its memory takes at once, its seconds."""
 
 import contextlib
 import sys
@@ -12,8 +12,6 @@ from vlm import BadInput
 CPU_BATCH = 64
 GPU_BATCHES = (64, 128, 256, 512, 1024)  # tried in turn
 WORTH_DOUBLING = 1.05  # a larger batch must be so much faster
-MEASURED = 8  # pictures and captions that an estimate is made from, on a CPU
-WORTH_MEASURING = 50  # fewer are done before an estimate is of use
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -27,7 +25,6 @@ class WorkingEncoder:
         self.precision = precision
         self.at_once = None  # how many inputs its memory takes; None: as many as are given
         self.seconds = 0.0  # of its forward passes
-        self.encoded = 0  # inputs
 
     def encode(self, inputs):
         """Unit vectors [n, dim], float32 on the CPU, of pixels [n, 3, H, W] or of n captions."""
@@ -39,7 +36,6 @@ class WorkingEncoder:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 self.halve(len(inputs), error)
         self.seconds += time.monotonic() - began
-        self.encoded += len(inputs)
         return vectors
 
     def encode_parts(self, inputs):
@@ -98,10 +94,10 @@ def find_batch_size(encoders, device):
     best = GPU_BATCHES[0]
     fastest = None
     for size in GPU_BATCHES:
+        seconds = 0.0
         try:
-            seconds = sum(
-                seconds_of(encoder, torch.zeros(size, *encoder.model.config["input_size"])) for encoder in images
-            )
+            for encoder in images:
+                seconds += seconds_of(encoder.encode_parts, torch.zeros(size, *encoder.model.config["input_size"]))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -112,43 +108,17 @@ def find_batch_size(encoders, device):
     return best
 
 
-def seconds_of(encoder, inputs):
+def seconds_of(encode, inputs):
     """The seconds of a forward pass, the second of two: the first prepares."""
-    encoder.encode_parts(inputs)
+    encode(inputs)
     began = time.monotonic()
-    encoder.encode_parts(inputs)
+    encode(inputs)
     return time.monotonic() - began
 
 
-def measure(encoder, captions, batch_size, left):
-    """The seconds that one picture, or one caption of these, takes in an encoder, from a few of those that are left."""
-    count = few_of(left) if encoder.model.device.type == "cpu" else batch_size
-    if encoder.kind == "image":
-        return seconds_of(encoder, torch.zeros(count, *encoder.model.config["input_size"])) / count
-    spaced = captions[:: max(1, len(captions) // count)][:count]
-    return seconds_of(encoder, spaced) / len(spaced)
-
-
-def few_of(left):
-    """How many are measured: with the preparing pass, a twenty-fifth of what is left at most."""
-    return min(MEASURED, left // WORTH_MEASURING)
-
-
-def in_words(seconds):
-    """A duration: "9 s", "9 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def size_in_words(size):
-    """A size in bytes: "24 MB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{max(1, round(size / 1e3))} kB"
+def transforms_of(encoders):
+    """{transform: function} of the image encoders, each different one once."""
+    return {encoder.transform: encoder.model.transform for encoder in encoders if encoder.kind == "image"}
 
 
 def bottleneck(encoders, waited):

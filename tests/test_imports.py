@@ -45,6 +45,7 @@ HYMA = [
     "ranking",
     "metrics",
     "standard_sets",
+    "forecast",
     "embedding_work",
     "subset",
     "scan",
