@@ -1,19 +1,22 @@
-"""Embeds captioned pictures once per frozen encoder: pictures + captions -> embeddings/<dataset>/.
+"""Embeds captioned pictures once, in one pass for all frozen encoders: pictures + captions -> embeddings/<dataset>/.
 
     python embed.py --encoder vit_l16 minilm mpnet                    # the sample's pictures, registered encoders
     python embed.py --encoder all --data my/captions.csv              # your pictures, the paper's nine and three
     python embed.py --encoder dino=timm:vit_small_patch14_dinov2.lvd142m --data my/captions.csv
     python embed.py --encoder all --data coco:/data/coco              # a standard set, from its published files
     python embed.py --encoder control --out embeddings/try            # needs no network, a minute on a CPU
+    python embed.py --encoder all --data my/captions.csv --rows 2000  # a random part first; --reuse takes its vectors later
 
-One scan fixes the rows before the first encoder runs, and prints what it understood of them. A picture that cannot be
-read or a row without a caption goes to quarantine.jsonl with the reason, and no encoder embeds it; if many rows are bad,
-the scan stops (--allow-bad). What programs write for an empty cell, such as nan or null, is no caption either. Rows
-without a split are split here, by their pictures' bytes: train 80 %, val and test 10 % each, at most 5,000.
+Each picture is read, checked, hashed and decoded once and goes through every encoder; each caption is embedded once,
+however often it repeats. A picture that cannot be read or a row without a caption goes to quarantine.jsonl with the
+reason, and counts for no encoder; if many rows are bad, nothing is embedded any more (--allow-bad). What programs write
+for an empty cell, such as nan or null, is no caption either. Rows without a split are split here, by their pictures'
+bytes: train 80 %, val and test 10 % each, at most 5,000.
 
-Each encoder then writes `<encoder>.pt`, one tensor [rows, dim] of unit vectors in row order, shard by shard. Rerun an
-interrupted command to resume at the first missing shard; the files get the same bytes. manifest.json is written last
-and seals the folder.
+Every encoder gets a file `<encoder>.pt`, one tensor [rows, dim] of unit vectors in row order. Rerun an interrupted
+command to go on at the first missing batch; the files get the same bytes. Any number of processes can be given the same
+command, or be started by torchrun: they share the work, and what one leaves unfinished another takes. manifest.json is
+written last and seals the folder.
 """
 
 if __name__ == "__main__":
@@ -23,44 +26,42 @@ import argparse
 import fnmatch
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import vlm
-from hyma.costs import flop_counter
 from hyma.datasets import read_corpus
-from hyma.embeddings import FORMAT_VERSION, has_unit_rows, hash_keys
-from hyma.files import lock_folder, read_jsonl, run_script, save_tensors, sha256_file, write_jsonl
+from hyma.decoding import PictureReader, closing_batches, read_batches, worth_starting
+from hyma.embedding_work import PictureCheck, Work, check_source, divide, order_of, with_fixed_rows
+from hyma.files import lock_folder, run_script
+from hyma.finishing import describe, describe_encoder, finish, keep_prompts
 from hyma.folder_jobs import add_folder_flags, run_folder_job
-from hyma.packed import picture_bytes
-from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, scan_corpus, sort_rows
-from hyma.sealing import (
-    PartialShard,
-    add_to_manifest,
-    is_sound_shard,
-    open_shards,
-    read_manifest,
-    seal_folder,
-    shard_path,
-    sound_record,
-    write_manifest,
-)
+from hyma.forecast import announce
+from hyma.pass_shards import VectorFormat, open_shard_folder, remove_shards
+from hyma.prompts import read_templates
+from hyma.reuse import fill_in, known_to_all, open_reused
+from hyma.scan import describe_rows, printable
+from hyma.sealing import read_manifest, seal_folder, sound_record
 from hyma.signals import Signals
-from hyma.splits import known_split
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
+from hyma.subset import describe_whole, foresee, take_subset
+from hyma.working_encoders import (
+    DTYPES,
+    bottleneck,
+    can_hold_more,
+    check_vectors,
+    find_batch_size,
+    load_encoder,
+    transforms_of,
+)
 from vlm import BadInput
 
 SAMPLE = Path(__file__).parent / "sample" / "captions.csv"
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
@@ -99,20 +100,52 @@ def parse_flags():
         metavar="FRACTION",
         help="stop if more of the rows than this cannot be used (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=64, help="rows in a forward pass (default: %(default)s)")
-    add("--shard-rows", type=int, default=1024, help="rows in a shard, the unit of saving (default: %(default)s)")
+    add("--rows", type=int, metavar="N", help="embed at most N random rows; fewer are part of more (default: all)")
+    add("--seed", type=int, default=0, help="random seed of --rows (default: %(default)s)")
+    add(
+        "--reuse",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="embedding folders whose vectors of equal pictures and captions are taken over",
+    )
+    add(
+        "--templates",
+        nargs="+",
+        default=["1"],
+        metavar="PROMPTS",
+        help="prompts per class that are embedded for evaluate.py: 1, 80 or a file of lines with {} (default: 1)",
+    )
+    add("--batch-size", type=int, help="pictures in a forward pass (default: 64, on a GPU the fastest)")
+    add(
+        "--shard-rows",
+        type=int,
+        default=1024,
+        help="pictures in a shard, the part that a process takes at a time (default: %(default)s)",
+    )
     add(
         "--shard",
-        default="0/1",
         metavar="I/N",
-        help="embed only shards I, I+N, I+2N, ..., so that N processes can share one --out (default: %(default)s)",
+        help="embed only shards I, I+N, I+2N, ..., and leave the others to other processes (default: what none works on)",
     )
-    add("--dtype", choices=DTYPES, default="float16", help="number format of the stored vectors (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of the stored vectors (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=DTYPES,
+        default="float32",
+        help="of the encoders' products, by autocast (default: %(default)s)",
+    )
     add(
         "--workers",
         type=int,
         default=min(16, os.cpu_count() or 1),
-        help="threads that read pictures (default: %(default)s)",
+        help="processes that read and decode pictures ahead; 0: this one does (default: %(default)s)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add_folder_flags(parser)
@@ -122,26 +155,34 @@ def parse_flags():
 def resolve_flags(flags):
     """A copy of the flags, checked, with what they stand for: encoders, weights, data, standard_set, shard, device."""
     standard_set, data = parse_standard_set(flags.data) or (None, flags.data)
-    for name in ("batch_size", "shard_rows", "workers"):
-        if getattr(flags, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    for name in ("batch_size", "shard_rows", "rows"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if flags.workers < 0:
+        raise BadInput(f"--workers {flags.workers}: must be at least 0")
     if not 0 <= flags.allow_bad <= 1:
         raise BadInput(f"--allow-bad {flags.allow_bad}: expected a share of the rows, from 0 to 1")
-    if flags.shard_rows % flags.batch_size:
+    if flags.batch_size and flags.shard_rows % flags.batch_size:
         raise BadInput(f"--shard-rows {flags.shard_rows}: must be a multiple of --batch-size {flags.batch_size}")
-    index, _, count = flags.shard.partition("/")
+    index, _, count = (flags.shard or "0/1").partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise BadInput(f"--shard {flags.shard}: expected I/N with 0 <= I < N, such as 0/4")
     if not flags.encoder:
         raise BadInput("--encoder: name the encoders to embed with, or all")
+    for templates in flags.templates:
+        read_templates(templates)
+    device = flags.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's
     encoders = choose_encoders(flags.encoder)
     resolved = {
         "encoders": encoders,
         "weights": match_weights(flags.weights, encoders),
         "standard_set": standard_set,
         "data": data,
-        "shard": (int(index), int(count)),
-        "device": vlm.pick_device(flags.device),
+        "shard": (int(index), int(count)) if flags.shard else None,
+        "device": vlm.pick_device(device),
     }
     return argparse.Namespace(**vars(flags) | resolved)
 
@@ -177,297 +218,229 @@ def match_weights(items, encoders):
     return weights
 
 
-# ------------------------------------------------------------------------------------- the scan: which rows are used
-
-
-class FixedRows(NamedTuple):
-    """The rows of an embedding folder: every encoder embeds these, in this order."""
-
-    out: Path  # the embedding folder
-    root: Path  # the folder that image paths start from
-    rows: list[dict]  # as in rows.jsonl
-    keys_sha256: str  # of `hash_keys`: what the rows are recognised by
-    quarantined: int  # rows that cannot be used
+# ---------------------------------------------------------------------------------------------- the corpus and its parts
 
 
 def open_folder(flags):
-    """Reads the data source and makes the embedding folder, or resumes in it: its FixedRows."""
+    """Reads the data source and makes the embedding folder, or resumes in it: the Work."""
     if flags.standard_set:
         name = flags.standard_set
     else:
         corpus = read_corpus(flags.data, flags.image_column, flags.caption_column)
         name = corpus.dataset
-    out = flags.out or Path("embeddings") / name
+    part = f"-{flags.rows}rows" if flags.rows else ""
+    out = flags.out or Path("embeddings") / f"{name}{part}"
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, wait=True):
         if flags.standard_set:  # its pictures may have to be unpacked into the folder
             corpus = read_standard_set(flags.standard_set, flags.data, out)
         for note in corpus.notes:
             print(printable(note))
-        fixed = fix_rows(corpus, out, flags)
-    print(describe_rows(corpus.source, fixed.rows))
-    if fixed.quarantined:
-        print(describe_quarantine(out, len(corpus.rows)))
-    return fixed
+        source_sha256 = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
+        manifest = read_manifest(out)
+        check_source(out, manifest, source_sha256, flags)
+        subset = manifest.get("subset") if manifest else None
+        if flags.rows and not manifest:
+            subset = {"rows": flags.rows, "seed": flags.seed, "whole": describe_whole(foresee(corpus))}
+        if flags.rows:
+            corpus = take_subset(corpus, flags.rows, flags.seed)
+        foreseen = [] if manifest else foresee(corpus)
+        if foreseen:
+            print(f"{describe_rows(corpus.source, foreseen)}, if every picture can be read")
+        return with_fixed_rows(Work(out, corpus, source_sha256, subset, fixed=None))
 
 
-def fix_rows(corpus, out, flags):
-    """The rows that an earlier run has fixed, or those that a scan of every picture finds usable.
-
-    Until the folder is sealed, the pictures that were refused are scanned again: they may have been repaired.
-    """
-    source_sha256 = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
-    journal = out / ".scan.jsonl"  # of the scan; deleted when the folder is sealed
-    fixed = read_fixed_rows(corpus, out, source_sha256, flags.data)
-    scans_again = fixed and fixed.quarantined and journal.is_file()
-    if fixed and not scans_again:
-        return fixed
-
-    pictures = scan_corpus(corpus, source_sha256, journal, flags.workers)
-    rows, quarantine, lines = sort_rows(corpus, pictures)
-    if fixed and rows == fixed.rows:
-        return fixed
-    if fixed:
-        embedded = ", ".join(read_manifest(out)["encoders"])
-        if embedded:
-            print(
-                f"{out}: pictures that the scan refused can be used now, but {embedded} is embedded without them; choose "
-                "another --out to use them"
-            )
-            return fixed
-        print(f"{out}: pictures that the scan refused can be used now")
-    write_jsonl(out / "quarantine.jsonl", quarantine)
-    check_bad(corpus, quarantine, out, flags.allow_bad)
-    for line in lines:
-        print(printable(f"{corpus.source}: {line}"))
-    write_jsonl(out / "rows.jsonl", rows)
-    manifest = new_manifest(corpus, out, rows, len(quarantine), source_sha256)
-    write_manifest(out, manifest)
-    return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], len(quarantine))
+# ---------------------------------------------------------------------------------------------------------- the one pass
 
 
-def read_fixed_rows(corpus, out, source_sha256, data):
-    """The FixedRows of an earlier run, or None. Raises BadInput if the data source holds other rows now.
-
-    source_sha256: of all rows of the source, the unusable ones too.
-    """
-    manifest = read_manifest(out)
-    if not manifest:
-        if any(out.glob("*.pt")):
-            raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
-        return None
-    if manifest.get("source_sha256") != source_sha256:
-        raise BadInput(f"{out}: holds embeddings of other rows than {data} has now; choose another --out")
-    rows = read_jsonl(out / "rows.jsonl")
-    if hash_keys(rows) != manifest["keys_sha256"]:
-        raise BadInput(f"{out}/rows.jsonl: has changed since the scan; choose another --out")
-    return FixedRows(out, corpus.root, rows, manifest["keys_sha256"], manifest["quarantined"])
-
-
-def new_manifest(corpus, out, rows, quarantined, source_sha256):
-    """The manifest of a folder whose rows are fixed and which holds no embeddings yet."""
-    manifest = {"format_version": FORMAT_VERSION, "dataset": corpus.dataset}
-    if corpus.protocol:
-        left_out = f", {quarantined:,} rows left out" if quarantined else ""
-        manifest["protocol"] = corpus.protocol + left_out
-    if has_test_rows(rows) and not has_test_rows(corpus.rows):
-        manifest["test_set_aside"] = True
-    return manifest | {
-        "root": os.path.relpath(corpus.root, out),
-        "source_sha256": source_sha256,
-        "rows": len(rows),
-        "keys_sha256": hash_keys(rows),
-        "quarantined": quarantined,
-        "encoders": {},
-    }
+def embed_pictures(work, parts, encoders, reused, flags):
+    """Takes every picture through all of the image encoders. What is there already is not made again."""
+    formats = {encoder.name: encoder.format for encoder in encoders}
+    reader = PictureReader(work.corpus.root, transforms_of(encoders), known_to_all(reused, encoders))
+    shards = order_of(parts.pictures, flags)
+    workers = worth_starting(flags.workers, sum(len(shard.items) for shard in shards))
+    check = PictureCheck(work, flags.allow_bad)
+    with progress_bar(shards, "pictures", "picture") as progress, Signals() as signals:
+        for claimed in claims(shards, formats, progress):
+            batches = read_batches(reader, claimed, workers, pinned=flags.device.type == "cuda")
+            with closing_batches(batches):
+                began = time.monotonic()
+                waited = 0.0
+                for batch in batches:
+                    waited += time.monotonic() - began
+                    check.take(batch)
+                    for encoder in encoders:
+                        if check.too_bad or encoder.name not in batch.shard.missing[batch.start]:
+                            continue
+                        vectors = encode_pictures(encoder, batch, reused[encoder.name])
+                        batch.shard.add_vectors(encoder.name, vectors)
+                    batch.shard.finish_batch(batch.start, batch.pictures)
+                    progress.set_postfix_str(bottleneck(encoders, waited), refresh=False)
+                    progress.update(len(batch.pictures))
+                    signals.leave_if_asked()
+                    began = time.monotonic()
+        progress.set_postfix_str("")
 
 
-def has_test_rows(rows):
-    """Whether some rows are marked as test rows, in any spelling."""
-    return any(known_split(row.get("split")) == "test" for row in rows)
+def embed_captions(parts, encoder, reused, flags):
+    """Takes every caption through a text encoder, however often it repeats, once."""
+    formats = {encoder.name: encoder.format}
+    shards = order_of(parts.captions, flags)
+    with progress_bar(shards, encoder.name, "caption") as progress, Signals() as signals:
+        for claimed in claims(shards, formats, progress):
+            for shard in claimed:
+                for start in list(shard.missing):
+                    captions = shard.batch(start)
+                    vectors = encode_captions(encoder, captions, reused[encoder.name])
+                    shard.add_vectors(encoder.name, vectors)
+                    shard.finish_batch(start)
+                    progress.update(len(captions))
+                    signals.leave_if_asked()
 
 
-# --------------------------------------------------------------------------------------------------------- embedding
+def claims(shards, formats, progress):
+    """The shards in which something is to do, claimed for this process: in turn as many as are free, asked for one by one,
+    and then each that another process had and has left unfinished."""
+    busy = []
+
+    def claim_free():
+        for shard in shards:
+            claimed = shard.claim(formats)
+            if claimed is None:
+                busy.append(shard)
+                continue
+            count_done(shard, progress)
+            if claimed:
+                yield shard
+
+    yield claim_free()
+    for shard in busy:
+        claimed = shard.claim(formats, wait=True)
+        count_done(shard, progress)
+        if claimed:
+            yield [shard]
 
 
-def build_encoder(wanted, flags):
-    """The encoder with its weights. Raises BadInput if they cannot be had or are another model's."""
-    build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
-    encoder = build(f"{wanted.name}={wanted.spec}", flags.device, flags.weights.get(wanted.name))
-    if wanted.dim not in (None, encoder.embed_dim):
-        raise BadInput(f"{wanted.name}: gives vectors of width {encoder.embed_dim}; the registry says {wanted.dim}")
-    return encoder
+def count_done(shard, progress):
+    """Moves the bar by what is done of a shard already."""
+    if progress.disable:
+        return
+    done = len(shard.items) - sum(len(shard.batch(start)) for start in shard.missing)
+    progress.initial += done
+    progress.n += done
+    progress.refresh()
 
 
-def embed_encoder(wanted, encoder, fixed, flags):
-    """Makes `<encoder>.pt`. Returns its manifest record, or None if other processes have not finished their shards."""
-    plan = make_plan(wanted, encoder, fixed, flags)
-    folder = fixed.out / ".shards" / wanted.name
-    with lock_folder(fixed.out, wait=True):
-        open_shards(folder, plan | {"shard_rows": flags.shard_rows})
-    try:
-        embed_shards(wanted.name, encoder, folder, fixed, flags)
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise
-        print(f"{wanted.name}: another process finished first")
-    with lock_folder(fixed.out, wait=True):
-        return join_shards(wanted.name, encoder, folder, plan, fixed, flags.shard_rows)
+def progress_bar(shards, name, unit):
+    """A bar over all items of the shards. Of torchrun's processes the first shows it."""
+    total = sum(len(shard.items) for shard in shards)
+    return tqdm(total=total, desc=name, unit=unit, smoothing=0, disable=int(os.environ.get("RANK", 0)) > 0)
 
 
-def make_plan(wanted, encoder, fixed, flags):
-    """All that the bytes of an embedding file depend on. Shards that were made by another plan are made again."""
+def encode_pictures(encoder, batch, reused):
+    """Unit vectors [n, dim] of the usable pictures of a batch, in order."""
+    usable = batch.usable()
+    if not usable:
+        return torch.empty(0, encoder.format.dim)
+    pixels = batch.pixels.get(encoder.transform)
+    place = {digest: number for number, digest in enumerate(batch.decoded)}
+
+    def encode(numbers):
+        if len(numbers) == len(batch.decoded):
+            return encoder.encode(pixels)
+        return encoder.encode(pixels[[place[usable[number]] for number in numbers]])
+
+    vectors = fill_in(reused, usable, encode)
+    check_vectors(encoder.name, vectors, [image for image, picture in batch.pictures if not picture.reason])
+    return vectors
+
+
+def encode_captions(encoder, captions, reused):
+    """Unit vectors [n, dim] of captions."""
+
+    def encode(numbers):
+        return encoder.encode([captions[number] for number in numbers])
+
+    vectors = fill_in(reused, captions, encode)
+    check_vectors(encoder.name, vectors, captions)
+    return vectors
+
+
+# -------------------------------------------------------------------------------------------------- before it and after
+
+
+def embed_missing(work, missing, flags):
+    """Embeds with the encoders that the folder lacks, all in one pass if memory holds them. Returns (the FixedRows, or
+    None while other processes work on them; the encoders of the last pass; the errors of those that cannot be loaded)."""
+    waiting = sorted(missing, key=lambda wanted: wanted.kind)  # images first
+    failures = []
+    encoders = []
+    parts = None
+    while waiting:
+        encoders = load_encoders(waiting, failures, flags)
+        if not encoders:
+            break
+        work = with_fixed_rows(work)
+        if work.fixed and all(read_manifest(work.out)["encoders"].get(encoder.name) for encoder in encoders):
+            continue  # another process finished first
+        if parts is None:
+            batch_size = flags.batch_size or find_batch_size(encoders, flags.device)
+            parts = divide(work, flags, batch_size)
+        open_encoders(work, parts, encoders, flags)
+        reused = open_reused(flags.reuse, encoders)
+        announce(work, parts, encoders, flags)
+        images = [encoder for encoder in encoders if encoder.kind == "image"]
+        if images or not work.fixed:
+            embed_pictures(work, parts, images, reused, flags)
+        for encoder in encoders:
+            if encoder.kind == "text":
+                embed_captions(parts, encoder, reused, flags)
+        with lock_folder(work.out, wait=True):
+            work = finish(work, parts, encoders, flags)
+    return work.fixed, encoders, failures
+
+
+def load_encoders(waiting, failures, flags):
+    """The first of the encoders that are waiting, loaded, as many as memory holds at a time. Takes them off the list."""
+    encoders = []
+    while waiting and can_hold_more(encoders, flags.device):
+        wanted = waiting.pop(0)
+        try:
+            encoders.append(load_encoder(wanted, flags.weights.get(wanted.name), flags.device, flags.precision))
+        except BadInput as error:  # the others are embedded all the same
+            failures.append(error)
+            print(f"{wanted.name}: left out: {error}")
+    if waiting:
+        print(f"memory holds {len(encoders)} encoders at a time; {len(waiting)} more follow in another pass")
+    return encoders
+
+
+def open_encoders(work, parts, encoders, flags):
+    """Gives the encoders their plans, transforms and folders. Vectors that were made by another plan are made again."""
+    for encoder in encoders:
+        encoder.plan = make_plan(encoder, flags, parts.batch_size)
+        encoder.transform = json.dumps(encoder.plan["transform"])  # encoders with an equal one share their pixels
+        encoder.format = VectorFormat(encoder.model.embed_dim, DTYPES[flags.dtype])
+        with lock_folder(work.out, wait=True):
+            if open_shard_folder(work.out / ".shards" / encoder.name, encoder.plan):
+                print(f"{encoder.name}: an earlier run made shards with other weights or flags; starting over")
+
+
+def make_plan(encoder, flags, batch_size):
+    """All that an encoder's vectors depend on beside the rows."""
     plan = {
-        "kind": wanted.kind,
-        "spec": wanted.spec,
-        "full_name": encoder.full_name,
-        "weights_sha256": vlm.weights_digest(encoder.model),
-        "dim": encoder.embed_dim,
+        "kind": encoder.kind,
+        "spec": encoder.spec,
+        "full_name": encoder.model.full_name,
+        "weights_sha256": vlm.weights_digest(encoder.model.model),
+        "dim": encoder.model.embed_dim,
         "dtype": flags.dtype,
-        "transform": encoder.config,
-        "batch_size": flags.batch_size,
-        "rows": len(fixed.rows),
-        "keys_sha256": fixed.keys_sha256,
+        "precision": flags.precision,
+        "transform": encoder.model.config,
+        "batch_size": batch_size,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "sentence-transformers")},
     }
     return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back from a file
-
-
-def embed_shards(name, encoder, folder, fixed, flags):
-    """Writes those shards of one encoder that are this process's to write and do not exist yet."""
-    rows = fixed.rows
-    shard_index, shard_count = flags.shard
-    starts = range(0, len(rows), flags.shard_rows)[shard_index::shard_count]
-    total = 0
-    done = 0
-    missing = []
-    for start in starts:
-        part = rows[start : start + flags.shard_rows]
-        total += len(part)
-        if is_sound_shard(shard_path(folder, start), (len(part), encoder.embed_dim), DTYPES[flags.dtype]):
-            done += len(part)
-        else:
-            missing.append((start, part))
-    with (
-        tqdm(total=total, initial=done, desc=name, unit="row") as progress,
-        ThreadPoolExecutor(flags.workers) as pool,
-        Signals() as signals,
-    ):
-        for start, part in missing:
-            if isinstance(encoder, vlm.ImageEncoder):
-                partial = PartialShard(shard_path(folder, start), signals)
-                shown = progress.n
-                vectors = embed_images(encoder, fixed.root, part, flags.batch_size, pool, partial, progress)
-                progress.update(shown - progress.n)  # pictures were counted, and a shard counts rows
-            else:
-                vectors = encoder.encode_text([row["caption"] for row in part], flags.batch_size).cpu()
-            off_length = ~((vectors.norm(dim=1) - 1).abs() < 1e-3)  # [rows]; also true for NaN
-            if off_length.any():
-                bad = part[int(off_length.nonzero()[0])]
-                raise BadInput(
-                    f"{name}: the vector of row {bad['key']} is zero or not a number; are its weights sound?"
-                )
-            save_tensors(vectors.to(DTYPES[flags.dtype]), shard_path(folder, start))
-            progress.update(len(part))
-            signals.leave_if_asked()
-
-
-def embed_images(encoder, root, rows, batch_size, pool, partial, progress):
-    """Unit vectors [rows, dim] of the rows' pictures. A picture with several captions is encoded once."""
-    digests = {row["image"]: row.get("image_sha256") for row in rows}  # as the scan read the pictures
-    images = list(digests)
-
-    def read_ahead(start):
-        futures = []
-        for image in images[start : start + batch_size]:
-            futures.append(pool.submit(load_pixels, encoder, root / image, digests[image]))
-        return futures
-
-    vectors = partial.load()  # of batches that are done
-    done = sum(map(len, vectors))
-    ahead = read_ahead(done)
-    while ahead:
-        pixels = torch.stack([future.result() for future in ahead])  # [B, 3, H, W]
-        done += len(pixels)
-        ahead = read_ahead(done)  # the threads read the next batch while the encoder works on this one
-        vectors.append(encoder.encode_image(pixels).cpu())  # [B, dim]
-        progress.update(len(pixels))
-        if ahead:
-            partial.save_when_due(vectors)
-    partial.remove()
-    place_of_image = dict(zip(images, range(len(images))))
-    places = [place_of_image[row["image"]] for row in rows]
-    return torch.cat(vectors)[places]
-
-
-def load_pixels(encoder, path, sha256):
-    """Pixels [3, H, W] of a picture that the scan could read, whose bytes are still those of the scan."""
-    try:
-        data = picture_bytes(path)
-        pixels = encoder.transform(vlm.open_image(io.BytesIO(data)))
-    except Exception as error:  # nothing else may take its place: the rows are fixed
-        raise BadInput(f"{path}: was readable in the scan and is not now ({error}); restore it") from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise BadInput(f"{path}: is not the picture that the scan read (sha256); restore it, or choose another --out")
-    return pixels
-
-
-def join_shards(name, encoder, folder, plan, fixed, shard_rows):
-    """Joins an encoder's shards to `<encoder>.pt` and adds its record to the manifest, once all shards are there."""
-    record = read_manifest(fixed.out)["encoders"].get(name)
-    if record is not None:  # another process finished first
-        return record
-    shards = [shard_path(folder, start) for start in range(0, len(fixed.rows), shard_rows)]
-    if not all(map(Path.is_file, shards)):
-        return None
-    path = fixed.out / f"{name}.pt"
-    vectors = torch.cat(list(map(vlm.load_tensors, shards)))  # [rows, dim]
-    if not has_unit_rows(vectors, (len(fixed.rows), encoder.embed_dim)):
-        raise BadInput(f"{folder}: its shards are damaged; run the same command again to make the bad ones anew")
-    save_tensors(vectors, path)
-    record = dict(plan)
-    flops = count_flops(name, encoder, fixed.rows)
-    if flops is not None:
-        record["flops_per_row"] = flops
-    record["file_sha256"] = sha256_file(path)
-    if isinstance(encoder, vlm.TextEncoder):
-        record["truncated_captions"] = count_truncated(encoder, fixed.rows)
-    add_to_manifest(fixed.out, name, record)
-    return record
-
-
-def count_flops(name, encoder, rows):
-    """FLOPs of one row's forward pass, 2 a multiply-add, or None where they cannot be counted.
-
-    An image encoder is given one picture of its input size; a text encoder's number is the mean over captions that are
-    spaced evenly over the rows, each encoded alone and so without padding.
-    """
-    try:
-        with flop_counter() as counter:
-            if isinstance(encoder, vlm.ImageEncoder):
-                passes = 1
-                encoder.encode_image(torch.zeros(1, *encoder.config["input_size"]))
-            else:
-                passes = min(COUNTED_CAPTIONS, len(rows))
-                for i in range(passes):
-                    encoder.encode_text(rows[i * len(rows) // passes]["caption"])
-        return round(counter.get_total_flops() / passes) or None
-    except Exception as error:  # the count is a statistic: it must not cost the embeddings
-        print(f"{name}: the FLOPs of a row could not be counted ({type(error).__name__})")
-        return None
-
-
-def count_truncated(encoder, rows):
-    """How many captions are longer than the text encoder reads, None where it cannot be counted."""
-    captions = [row["caption"] for row in rows]
-    try:
-        limit = encoder.model.max_seq_length
-        if not limit:
-            return 0
-        tokens = encoder.model.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > limit for ids in tokens)
-    except Exception:  # models without transformers' tokenizer; a statistic must not cost the embeddings
-        return None
 
 
 def main():
@@ -475,32 +448,26 @@ def main():
     if run_folder_job(flags, None if flags.data is SAMPLE else flags.data):
         return
     flags = resolve_flags(flags)
-    fixed = open_folder(flags)
-    out = fixed.out
-    print(f"{out}: {len(fixed.rows)} rows; {fixed.quarantined} more are in quarantine.jsonl")
-    repeated = len(fixed.rows) - len({row["caption"] for row in fixed.rows})
-    if repeated:
-        print(f"{out}: {repeated} captions repeat an earlier one; training treats each as a mismatch of the other")
-
-    unfinished, failures = [], []
+    work = open_folder(flags)
+    out = work.out
+    records = {}
     for wanted in flags.encoders:
-        record = sound_record(out, wanted.name)
-        if record is None:
-            try:
-                encoder = build_encoder(wanted, flags)
-            except BadInput as error:  # the others are embedded all the same
-                failures.append(error)
-                print(f"{wanted.name}: left out: {error}")
-                continue
-            record = embed_encoder(wanted, encoder, fixed, flags)
-        elif record["spec"] != wanted.spec:
-            raise BadInput(f"{out}: {wanted.name} stands for {record['spec']} there; give {wanted.spec} another NAME")
-        if record is None:
+        records[wanted.name] = sound_record(out, wanted.name) if work.fixed else None
+        if records[wanted.name] and records[wanted.name]["spec"] != wanted.spec:
+            spec = records[wanted.name]["spec"]
+            raise BadInput(f"{out}: {wanted.name} stands for {spec} there; give {wanted.spec} another NAME")
+    missing = [wanted for wanted in flags.encoders if records[wanted.name] is None]
+    fixed, encoders, failures = embed_missing(work, missing, flags)
+
+    if fixed:
+        describe(work, fixed)
+    unfinished = []
+    for wanted in flags.encoders:
+        record = read_manifest(out)["encoders"].get(wanted.name) if fixed else None
+        if record:
+            print(describe_encoder(wanted.name, record))
+        else:
             unfinished.append(wanted.name)
-            continue
-        shutil.rmtree(out / ".shards" / wanted.name, ignore_errors=True)
-        truncated = f", {record['truncated_captions']} captions truncated" if record.get("truncated_captions") else ""
-        print(f"{wanted.name}: {record['full_name']}, {record['rows']} x {record['dim']} {record['dtype']}{truncated}")
 
     if failures:
         if len(failures) == 1:
@@ -513,7 +480,10 @@ def main():
         return
     with lock_folder(out, wait=True):
         seal_folder(out)
-        (out / ".scan.jsonl").unlink(missing_ok=True)
+        remove_shards(out / ".shards", flags.encoders)
+    for encoder in encoders:
+        if encoder.kind == "text":
+            keep_prompts(out, encoder, flags.templates)
     if flags.standard_set:
         following = f"evaluate.py RUN --task {out.name}={out}"
     else:

@@ -42,7 +42,7 @@ class Embeddings:
             raise BadInput(f"{folder}: no such embedding folder; make one with: python embed.py --out {folder}")
         if (self.folder / "manifest.json").is_file():
             self._open_sealed()
-        elif (self.folder / "rows.jsonl").exists() or (self.folder / "manifest.partial.json").exists():
+        elif any((self.folder / name).exists() for name in ("rows.jsonl", "manifest.partial.json", ".shards")):
             raise BadInput(
                 f"{folder}: is not sealed (no manifest.json); run the same embed.py command again to finish it"
             )

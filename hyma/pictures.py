@@ -50,46 +50,51 @@ NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.E
 
 
 class Picture(NamedTuple):
-    """What the scan found of a picture."""
+    """What the pass found of a picture."""
 
     reason: str | None = None  # why it cannot be used
     image: str | None = None  # its path from the root, as it is on disk
     sha256: str | None = None  # of its bytes
 
 
-def scan_picture(root, image) -> Picture:
-    """Finds and decodes a picture. `image`: its path as a table has it, from the folder `root`.
+def read_picture(root, image, known=frozenset()):
+    """Finds, checks and decodes a picture, once: (its Picture, the picture as Pillow's RGB).
 
-    Raises BadInput if the machine cannot read now: too many open files, a disk's fault, no permission. A later scan may
+    image: its path as a table has it, from the folder `root`. The second is None where the picture cannot be used, and
+    where its digest is in `known`: what it shows is not needed then.
+
+    Raises BadInput if the machine cannot read now: too many open files, a disk's fault, no permission. A later pass may
     read the same file, so this says nothing about the row.
     """
     reason = why_no_path(image)
     if reason:
-        return Picture(reason)
+        return Picture(reason), None
     try:
         found = find_file(root, image)
         if found is None:
-            return Picture("missing file")
+            return Picture("missing file"), None
         path = root / found
         size = picture_size(path)
         if size > LARGEST_FILE:
-            return Picture(
-                f"unreadable image: a file of {size / 2**20:,.0f} MiB; at most {LARGEST_FILE >> 20} are read"
-            )
+            reason = f"unreadable image: a file of {size / 2**20:,.0f} MiB; at most {LARGEST_FILE >> 20} are read"
+            return Picture(reason), None
         data = picture_bytes(path)
     except FileNotFoundError:
-        return Picture("missing file")
+        return Picture("missing file"), None
     except DamagedFile as error:
-        return Picture(f"unreadable image: {error}")
+        return Picture(f"unreadable image: {error}"), None
     except OSError as error:
         raise BadInput(
-            f"{root / image}: {error.strerror or error}; this says nothing about the picture, so the scan stops; fix it "
+            f"{root / image}: {error.strerror or error}; this says nothing about the picture, so the pass stops; fix it "
             "and run the same command again to resume"
         ) from None
-    reason = why_not_decoded(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 in known:
+        return Picture(None, found, sha256), None
+    rgb, reason = decode(data)
     if reason:
-        return Picture(reason)
-    return Picture(None, found, hashlib.sha256(data).hexdigest())
+        return Picture(reason), None
+    return Picture(None, found, sha256), rgb
 
 
 def why_no_path(image):
@@ -150,27 +155,31 @@ def is_file(path):
         raise
 
 
-def why_not_decoded(data):
-    """Why the bytes of a file are no picture that can be decoded, or None."""
+def decode(data):
+    """(the picture that the bytes of a file hold, None), or (None, why they hold none that can be decoded)."""
     if not data:
-        return "unreadable image: an empty file"
+        return None, "unreadable image: an empty file"
     try:
-        open_image(io.BytesIO(data))
+        return open_image(io.BytesIO(data)), None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them raise
-        name = format_of(data)
-        if type(error).__name__ == "UnidentifiedImageError" or not str(error):
-            if name == "HTML":
-                return "unreadable image: a web page"
-            if name is None:
-                return "unreadable image: of no known format"
-            if name in READ_FORMATS:
-                return f"unreadable image: a damaged {name} file"
-            advice = " (pip install pillow-heif)" if name == "HEIC" else ""
-            return f"unreadable image: {name} is not a format that is read{advice}"
-        return f"unreadable image: {name or 'unknown format'}: {str(error).splitlines()[0][:200]}"
-    return None
+        return None, f"unreadable image: {why_not_decoded(data, error)}"
+
+
+def why_not_decoded(data, error):
+    """What is wrong with the bytes of a file that Pillow could not decode."""
+    name = format_of(data)
+    if type(error).__name__ != "UnidentifiedImageError" and str(error):
+        return f"{name or 'unknown format'}: {str(error).splitlines()[0][:200]}"
+    if name == "HTML":
+        return "a web page"
+    if name is None:
+        return "of no known format"
+    if name in READ_FORMATS:
+        return f"a damaged {name} file"
+    advice = " (pip install pillow-heif)" if name == "HEIC" else ""
+    return f"{name} is not a format that is read{advice}"
 
 
 def format_of(data):

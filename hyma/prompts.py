@@ -80,8 +80,10 @@ def read_templates(source):
 
 
 @functools.cache
-def load_prompts(folder, recorded: RecordedEncoder, texts, weights, device):
+def load_prompts(folder, recorded: RecordedEncoder, texts, weights, device, model=None):
     """The prompts' unit vectors [texts, D_t], float16, from prompts/ in the data's folder or, once, from the encoder.
+
+    model: the encoder, if it is there already; else it is opened.
 
     The file is named after the encoder's weights and the texts in order, so that another's are never taken for these.
     """
@@ -90,7 +92,7 @@ def load_prompts(folder, recorded: RecordedEncoder, texts, weights, device):
     path = folder / "prompts" / f"{encoder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
     if path.is_file():
         return read_prompts(path, len(texts), encoder.dim)
-    vectors = embed_prompts(recorded, texts, weights, device)
+    vectors = embed_prompts(model or open_text_encoder(recorded, weights, device), recorded.encoder.name, texts)
     try:
         make_folder(path.parent)
         save_tensors(vectors, path)
@@ -108,10 +110,8 @@ def read_prompts(path, count, dim):
     return vectors
 
 
-def embed_prompts(recorded, texts, weights, device):
+def embed_prompts(model, name, texts):
     """Unit vectors [texts, D_t], float16, by the text encoder."""
-    model = open_text_encoder(recorded, weights, device)
-    name = recorded.encoder.name
     starts = range(0, len(texts), PROMPTS_AT_ONCE)
     vectors = []
     for start in tqdm(starts, desc=f"{name}: prompts, {PROMPTS_AT_ONCE} at a time", disable=len(starts) < 2):

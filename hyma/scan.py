@@ -1,70 +1,17 @@
-"""The scan of a corpus: every picture decoded once, the rows that can be used, and lines that say what they are."""
+"""Which rows of a corpus can be used, by what was found of their pictures, and lines that say what they are."""
 
-import functools
-import json
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from hyma.columns import QUESTION_COLUMNS, TEXT_ONLY, named
 from hyma.embeddings import unique
-from hyma.files import read_jsonl, write_jsonl
-from hyma.pictures import Picture, scan_picture
+from hyma.files import read_jsonl
+from hyma.pictures import Picture
 from hyma.splits import IN_TWO_SPLITS, SPELLINGS, give_splits
 from vlm import BadInput
 
-SCANNED_AT_ONCE = 256  # pictures between two writes of the scan's journal
 LEFT_OUT = (TEXT_ONLY, IN_TWO_SPLITS)  # reasons that are no faults
-
-
-def scan_corpus(corpus, source_sha256, journal, workers):
-    """Decodes every picture once: {image as the rows name it: Picture}.
-
-    The journal holds source_sha256, of all rows of the corpus, then a picture a line, so that an interrupted scan can be
-    resumed. Pictures that were refused are scanned again.
-    """
-    pictures = read_journal(journal, source_sha256)
-    lines = [[image, *picture] for image, picture in pictures.items()]
-    write_jsonl(journal, [source_sha256, *lines])
-    images = unique(row["image"] for row in corpus.rows if not row_fault(row))
-    missing = []
-    for image in images:
-        if image not in pictures or pictures[image].reason:
-            missing.append(image)
-    scan = functools.partial(scan_picture, corpus.root)
-    with (
-        tqdm(total=len(images), initial=len(images) - len(missing), desc="scan", unit="picture") as progress,
-        open(journal, "a") as file,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        for start in range(0, len(missing), SCANNED_AT_ONCE):
-            part = missing[start : start + SCANNED_AT_ONCE]
-            for image, picture in zip(part, pool.map(scan, part)):
-                pictures[image] = picture
-                file.write(json.dumps([image, *picture]) + "\n")
-                progress.update()
-            file.flush()
-    return pictures
-
-
-def read_journal(journal, source_sha256):
-    """The pictures that an earlier scan of the same rows has found so far: none if its journal is damaged."""
-    if not journal.is_file():
-        return {}
-    try:
-        first, *lines = journal.read_text(errors="replace").split("\n")[:-1]  # a line without its end was cut off
-        if json.loads(first) != source_sha256:
-            return {}
-        pictures = {}
-        for line in lines:
-            image, *found = json.loads(line)
-            pictures[image] = Picture(*found)
-        return pictures
-    except (ValueError, TypeError, RecursionError):
-        return {}
 
 
 class UsableRow(NamedTuple):
@@ -145,7 +92,7 @@ def row_fault(row):
 
 
 def usable_row(key, row, picture):
-    """The row as rows.jsonl holds it. picture: the `Picture` that the scan has found."""
+    """The row as rows.jsonl holds it. picture: the `Picture` that was found."""
     found = {"key": key, "image": picture.image, "caption": " ".join(row["caption"].split())}
     for part in ("label", "split"):
         if row.get(part) not in (None, ""):
@@ -158,7 +105,7 @@ def usable_row(key, row, picture):
 
 
 def check_bad(corpus, quarantine, out, allow_bad):
-    """Raises BadInput if more of the rows are bad than the share that is allowed. One bad row alone never stops a corpus.
+    """Raises BadInput if more of the rows are bad than the share that is allowed.
 
     Rows that are left out by design, which carry no fault, do not count.
     """
@@ -168,12 +115,30 @@ def check_bad(corpus, quarantine, out, allow_bad):
         first = quarantine[0]
         raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
     bad = sum(count for reason, count in counts.items() if reason not in LEFT_OUT)
-    if bad > max(1, allow_bad * total):
+    if bad > most_bad(total, allow_bad):
         raise BadInput(
             f"{corpus.source}: {bad:,} of {total:,} rows ({bad / total:.1%}) cannot be used: {in_words(counts)}; "
             f"{out}/quarantine.jsonl names each. Repair them and run the same command again, or allow it: --allow-bad "
             f"{math.ceil(100 * bad / total) / 100:g}"
         )
+
+
+def count_rows(rows):
+    """({image: rows that need it}, how many rows cannot be used, whatever their pictures are)."""
+    rows_of_image = Counter()
+    bad = 0
+    for row in rows:
+        fault = row_fault(row)
+        if fault:
+            bad += fault not in LEFT_OUT
+        else:
+            rows_of_image[row["image"]] += 1
+    return rows_of_image, bad
+
+
+def most_bad(total, allow_bad):
+    """How many of the rows may be bad if that share is allowed. One bad row alone never stops a corpus."""
+    return max(1, allow_bad * total)
 
 
 def count_reasons(quarantine):

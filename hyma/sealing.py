@@ -1,22 +1,19 @@
-"""The embedding folder as it is made: an unfinished manifest, the shards of each encoder, and the seal.
+"""The embedding folder as it is made: an unfinished manifest, the files of the encoders, and the seal.
 
-embeddings/<dataset>/manifest.partial.json    written after the scan; gets a record for each encoder that is finished
-                     .shards/<encoder>/       its shards, <first row>.pt, until they are joined to <encoder>.pt
+embeddings/<dataset>/manifest.partial.json    written with rows.jsonl, once every picture was read; gets a record for
+                                              each encoder that is finished
                      manifest.json            manifest.partial.json, renamed last: the seal
 
 So a folder with a manifest.json alone is always complete. To add encoders to a sealed folder, a new manifest.partial.json
-starts from the old manifest.json. Who writes holds the folder's lock.
+starts from the old manifest.json. Who writes holds the folder's lock. What there is before is in `hyma/pass_shards.py`.
 """
 
 import os
-import shutil
-import time
 
 import torch
 
-from hyma.embeddings import has_unit_rows
-from hyma.files import CHECKPOINT_SECONDS, lock_folder, make_folder, save_tensors, sha256_file, write_json
-from vlm import BadInput, load_tensors, read_json
+from hyma.files import lock_folder, save_tensors, sha256_file, write_json
+from vlm import read_json
 
 # ------------------------------------------------------------------------------------------------------ the manifest
 
@@ -47,57 +44,46 @@ def seal_folder(folder):
         os.replace(folder / "manifest.partial.json", folder / "manifest.json")
 
 
-# -------------------------------------------------------------------------------------------------------- the shards
+# ------------------------------------------------------------------------------------------------- from shards to a file
 
 
-def open_shards(folder, plan):
-    """Makes the folder of an encoder's shards: empty, unless it holds shards that were made by the same plan."""
-    plan_file = folder / "plan.json"
-    make_folder(folder.parent)
-    if folder.is_dir() and not (plan_file.is_file() and read_json(plan_file) == plan):
-        print(f"{folder.name}: an earlier run made shards with other weights or flags; starting over")
-        shutil.rmtree(folder)
-    if not folder.is_dir():
-        make_folder(folder)
-        write_json(plan_file, plan)
+def place_items(shards):
+    """{path of a picture, or caption: (number of its shard, number of its vector there)}.
+
+    Of a picture that several rows name differently, the first counts.
+    """
+    places = {}
+    for shard_number, shard in enumerate(shards):
+        vector_number = 0
+        for item in shard.items:
+            if shard.kind == "pictures":
+                picture = shard.found[item]
+                if picture.reason:
+                    continue
+                item = picture.image
+            places.setdefault(item, (shard_number, vector_number))
+            vector_number += 1
+    return places
 
 
-def shard_path(folder, start):
-    """The file of the shard whose first row is `start`."""
-    return folder / f"{start:09d}.pt"
+def join_shards(name, vector_format, shards, places, path):
+    """Writes the vectors of all rows, [rows, dim], to `path`. places: of each row, (shard, vector).
 
-
-class PartialShard:
-    """The batches of a shard so far, saved by the clock and when a signal asks for it: a shard can take minutes."""
-
-    def __init__(self, path, signals):
-        self.path, self.signals = path.with_suffix(".partial.pt"), signals
-        self.saved = time.monotonic()
-
-    def load(self):
-        """The vectors [pictures, dim] of the first pictures, [] where there are none."""
-        try:
-            return [load_tensors(self.path)] if self.path.is_file() else []
-        except BadInput:  # damaged: they are made again
-            return []
-
-    def save_when_due(self, vectors):
-        if self.signals.arrived() or time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
-            save_tensors(torch.cat(vectors), self.path)
-            self.saved = time.monotonic()
-            self.signals.leave_if_asked()
-
-    def remove(self):
-        self.path.unlink(missing_ok=True)
-
-
-def is_sound_shard(path, shape, dtype):
-    """Whether a shard can be read and holds unit vectors of that shape; what cannot be used is made again."""
-    try:
-        vectors = load_tensors(path) if path.is_file() else None
-    except BadInput:
-        return False
-    return torch.is_tensor(vectors) and vectors.dtype == dtype and has_unit_rows(vectors, shape)
+    They are brought together in a file, so that memory does not grow with the rows.
+    """
+    together = shards[0].folder / name / "together"
+    rows = len(places)
+    with open(together, "wb") as file:
+        file.truncate(rows * vector_format.row_bytes)
+    vectors = torch.from_file(str(together), shared=True, size=rows * vector_format.dim, dtype=vector_format.dtype)
+    vectors = vectors.view(rows, vector_format.dim)
+    shard_of_row, vector_of_row = torch.tensor(places).T  # [rows] each
+    for number, shard in enumerate(shards):
+        of_shard = (shard_of_row == number).nonzero().squeeze(1)
+        if len(of_shard):
+            vectors[of_shard] = shard.vectors(name, vector_format)[vector_of_row[of_shard]]
+    save_tensors(vectors, path)
+    together.unlink()
 
 
 def sound_record(out, name):

@@ -217,5 +217,7 @@ def read_classes(words):
     classes = list(dict.fromkeys(filter(None, map(str.strip, words))))
     if len(classes) < 2:
         found = f"{classes[0]} is one, and no file" if len(words) == 1 and classes else f"there are {len(classes)}"
-        raise BadInput(f"--classes: at least two different classes are needed, as words or as the lines of a file; {found}")
+        raise BadInput(
+            f"--classes: at least two different classes are needed, as words or as the lines of a file; {found}"
+        )
     return classes

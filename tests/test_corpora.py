@@ -20,7 +20,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
 from hyma.splits import give_splits, split_rows
-from vlm import BadInput
+from vlm import BadInput, open_image
 
 
 @pytest.fixture
@@ -513,18 +513,19 @@ def test_more_than_a_few_bad_rows_stop_the_corpus(folder, embed, run, tmp_path):
     assert "left out: 1 of 40 rows: missing file (1)" in result.out
 
 
-def test_pictures_mended_before_an_encoder_is_finished_are_taken(folder, embed, refused, tmp_path):
+def test_pictures_mended_before_an_encoder_is_finished_are_taken(folder, embed, run, tmp_path):
     table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
     whole = (folder / "7.webp").read_bytes()
     (folder / "7.webp").write_bytes(whole[:50])
-    wrong = ("--encoder", "x=local-dir:/nowhere", "--device", "cpu", "--data", table, "--out", "e")
-    refused("embed.py", *wrong, says="/nowhere")  # the rows are fixed by then
-    result = refused("embed.py", *wrong, says="/nowhere")
-    assert len(read_jsonl(tmp_path / "e" / "rows.jsonl")) == 39 and "can be used now" not in result.out
+    shard = ("--shard", "0/2", "--shard-rows", "16", "--batch-size", "4")
+    for _ in range(2):  # the other shards are left to another process, so that the rows are not fixed
+        result = run("embed.py", *TINY, "--data", table, "--out", "e", *shard)
+        assert result.code == 0 and "can be used now" not in result.out
     (folder / "7.webp").write_bytes(whole)
-    result, rows, quarantine = embed(table)
-    assert len(rows) == 40 and not quarantine and "can be used now" in result.out
-    assert not (tmp_path / "e" / ".scan.jsonl").exists()
+    result = run("embed.py", *TINY, "--data", table, "--out", "e", *shard[2:])
+    assert "can be used now" in result.out and "0 more are in quarantine" in result.out
+    run("embed.py", *TINY, "--data", table, "--out", "whole", *shard[2:])
+    assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM, errno.EACCES])
@@ -545,18 +546,22 @@ def test_a_fault_of_the_machine_stops_and_costs_no_row(folder, embed, monkeypatc
     assert len(rows) == 40 and not quarantine
 
 
-def test_a_journal_of_garbage_is_made_again(folder, embed, tmp_path):
+def test_a_journal_of_garbage_is_made_again(folder, embed, run, tmp_path):
     table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(4)])
-    (tmp_path / "e").mkdir()
-    for garbage in (b"\xff\0garbage\n{\n", b"{}\n[[1]]\n", b""):
-        (tmp_path / "e" / ".scan.jsonl").write_bytes(garbage)
-        assert len(embed(table)[1]) == 4
+    shards = (*TINY, "--data", table, "--shard-rows", "2", "--batch-size", "1")
+    assert run("embed.py", *shards, "--out", "whole").code == 0
+    for number, garbage in enumerate((b"\xff\0garbage\n{\n", b"{}\n[[1]]\n", b"")):
+        out = tmp_path / f"e{number}"
+        assert run("embed.py", *shards, "--out", out, "--shard", "0/2").code == 0
+        (out / ".shards" / ".pictures" / "000000000.jsonl").write_bytes(garbage)
+        assert run("embed.py", *shards, "--out", out).code == 0
+        assert (out / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
 
 def test_a_picture_is_decoded_once(folder, embed, monkeypatch):
     table = write_jsonl(folder / "t.jsonl", [picture(k % 4) | {"caption": str(k)} for k in range(20)])
     seen = []
-    monkeypatch.setattr(pictures_on_disk, "open_image", lambda file: seen.append(file))
+    monkeypatch.setattr(pictures_on_disk, "open_image", lambda file: seen.append(file) or open_image(file))
     embed(table)
     assert len(seen) == 4
 

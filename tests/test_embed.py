@@ -6,10 +6,13 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SAMPLE, sample_captions, write_csv
+from helpers import TASK_FLAGS
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 import vlm
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, write_json
+from hyma.tasks import open_tasks, text_inputs
 from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -38,6 +42,56 @@ def test_vectors_are_the_encoders(run, pictures):
     encoder = vlm.ImageEncoder("random:test_vit", "cpu")
     pixels = torch.stack([encoder.transform(vlm.open_image(folder / row["image"])) for row in rows])
     torch.testing.assert_close(vectors.float(), encoder.encode_image(pixels), atol=2e-3, rtol=0)
+
+
+def pictures_of_all_modes(folder):
+    """One picture in every mode, written without loss. Returns {file: the upright RGB on white that it shows}."""
+    rgb = Image.open(SAMPLE / sample_captions()[0]["image"]).convert("RGB")
+    grey, alpha = rgb.convert("L"), rgb.getchannel(0).point(lambda value: 255 * (value > 99))
+    white = Image.new("RGB", rgb.size, "white")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # to be turned by 90 degrees
+    shown = {
+        "l.png": grey.convert("RGB"),
+        "cmyk.tiff": rgb.convert("CMYK").convert("RGB"),
+        "i16.png": grey.convert("RGB"),
+    }
+    grey.save(folder / "l.png")
+    rgb.convert("CMYK").save(folder / "cmyk.tiff")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "i16.png")
+    Image.merge("LA", (grey, alpha)).save(folder / "la.png")
+    shown["la.png"] = Image.composite(grey.convert("RGB"), white, alpha)
+    Image.merge("RGBA", (*rgb.split(), alpha)).save(folder / "rgba.png")
+    shown["rgba.png"] = Image.composite(rgb, white, alpha)
+    rgb.quantize(32).save(folder / "p.png")
+    shown["p.png"] = rgb.quantize(32).convert("RGB")
+    rgb.save(folder / "rotated.png", exif=rotated)
+    shown["rotated.png"] = rgb.transpose(Image.Transpose.ROTATE_270)
+    rgb.save(folder / "animated.webp", save_all=True, append_images=[white], lossless=True)
+    shown["animated.webp"] = rgb
+    return shown
+
+
+def test_vectors_are_timms_for_every_mode_of_a_picture(run, tmp_path):
+    """timm's own transform and forward pass of what each file shows, for a transformer and a convolutional network."""
+    (tmp_path / "modes").mkdir()
+    shown = pictures_of_all_modes(tmp_path / "modes")
+    table = write_csv(tmp_path / "modes" / "t.csv", [{"image": name, "caption": name} for name in shown])
+    names = {"a": "test_vit", "b": "test_resnet"}
+    encoders = [f"{name}=random:{model}" for name, model in names.items()]
+    result = run("embed.py", "--encoder", *encoders, "--device", "cpu", "--data", table, "--out", "e")
+    assert result.code == 0, result.err
+    data = Embeddings(tmp_path / "e")
+    assert len(data.rows) == 8
+    for name, architecture in names.items():
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, num_classes=0).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        pixels = torch.stack([transform(shown[row["image"]]) for row in data.rows])
+        with torch.no_grad():
+            expected = F.normalize(model(pixels), dim=1)
+        torch.testing.assert_close(data.load(name).float(), expected, atol=2e-3, rtol=0)
+        assert expected.std(0).mean() > 1e-3
 
 
 def test_pictures_in_a_folder_beside_the_table(run, pictures):
@@ -126,7 +180,7 @@ def test_killed_run_ends_with_the_same_bytes(run, spawn, corpus, tmp_path):
         "cpu",
     )
     assert run("embed.py", *flags, "--out", "whole").code == 0
-    for seen in (".scan.jsonl", ".shards/tiny/000000008.pt", ".shards/other/000000020.pt", "tiny.pt"):
+    for seen in (".shards/plan.json", ".shards/tiny/000000008.vectors", ".shards/other/000000020.vectors", "tiny.pt"):
         process = spawn("embed.py", *flags, "--out", "killed")
         until = time.time() + 120
         while not (tmp_path / "killed" / seen).exists() and process.poll() is None and time.time() < until:
@@ -146,18 +200,74 @@ def test_shards_of_several_processes(run, corpus, tmp_path):
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
 
-def test_the_slower_of_two_processes_ends_well(run, spawn, corpus, tmp_path):
-    """Without --shard both make everything; the first to end takes the shards away from under the other."""
+def test_processes_share_the_shards_and_take_those_of_a_dead_one(run, spawn, corpus, tmp_path):
+    """The same command several times at once. One is stopped in a shard and killed while the other waits for it."""
     flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "2")
-    slow = spawn("embed.py", *flags, "--out", "two")
+    assert run("embed.py", *flags, "--out", "one").code == 0
+    folder = tmp_path / "two" / ".shards"
+    first = spawn("embed.py", *flags, "--out", "two")
     until = time.time() + 120
-    while not (tmp_path / "two" / ".shards" / "tiny" / "000000000.pt").exists() and time.time() < until:
-        time.sleep(0.002)
-    slow.send_signal(signal.SIGSTOP)
+    while not (folder / "tiny" / "000000000.vectors").exists() and first.poll() is None and time.time() < until:
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    second = spawn("embed.py", *flags, "--out", "two")
+    while len(list((folder / "tiny").glob("*.vectors"))) < 10 and second.poll() is None and time.time() < until:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert second.wait(120) == 0
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
+
+
+def test_processes_that_decode_ahead_change_no_byte(run, refused, tmp_path, monkeypatch):
+    rows = [row | {"image": str(SAMPLE / row["image"])} for row in sample_captions()[:150]]
+    rows[70] = rows[70] | {"image": "gone.webp"}
+    flags = (*TINY, "--data", write_csv(tmp_path / "t.csv", rows), "--batch-size", "32", "--shard-rows", "64")
+    assert run("embed.py", *flags, "--out", "none", "--workers", "0").code == 0
+    assert run("embed.py", *flags, "--out", "two", "--workers", "2").code == 0
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "none")
+    assert len(rows_of(tmp_path / "two")) == 149
+
+    own = os.getpid()
+
+    def killed(*_):
+        assert os.getpid() != own, "no process was started"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("hyma.decoding.read_picture", killed)
+    refused("embed.py", *flags, "--out", "killed", "--workers", "2", says=["was killed", "--workers 0"])
+
+
+def test_one_of_torchruns_processes_takes_the_shards_of_a_dead_one(run, corpus, tmp_path, monkeypatch):
+    flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "4")
+    assert run("embed.py", *flags, "--out", "one").code == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("embed.py", *flags, "--out", "two").code == 0
-    before = folder_bytes(tmp_path / "two")
-    slow.send_signal(signal.SIGCONT)
-    assert slow.wait() == 0 and folder_bytes(tmp_path / "two") == before
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
+
+
+def test_a_subset_is_part_of_larger_ones_and_its_vectors_are_taken_over(run, refused, corpus, tmp_path, monkeypatch):
+    flags = (*TINY, "--data", corpus)
+    for count in ("10", "20"):
+        assert run("embed.py", *flags, "--rows", count, "--out", f"e{count}").code == 0
+    assert run("embed.py", *flags, "--rows", "10", "--seed", "1", "--out", "other").code == 0
+    few, more, other = (rows_of(tmp_path / name) for name in ("e10", "e20", "other"))
+    keys = [{row["key"] for row in rows} for rows in (few, more, other)]
+    assert (len(few), len(more)) == (10, 20) and keys[0] < keys[1] and keys[0] != keys[2]
+    subset = vlm.read_json(tmp_path / "e10" / "manifest.json")["subset"]
+    assert (subset["rows"], subset["seed"]) == (10, 0) and subset["whole"]["rows"] == subset["whole"]["pictures"] == 40
+    assert sum(subset["whole"]["splits"].values()) == 40 and subset["whole"]["splits"]["val"] > 0
+    refused("embed.py", *flags, "--out", "e10", says=["holds --rows 10 --seed 0", "--reuse e10"])
+
+    assert run("embed.py", *flags, "--out", "whole").code == 0
+    decoded = []
+    monkeypatch.setattr("hyma.pictures.open_image", lambda file: decoded.append(file) or vlm.open_image(file))
+    result = run("embed.py", *flags, "--reuse", "e10", "e20", "--out", "grown")
+    assert result.code == 0 and len(decoded) == 20
+    assert folder_bytes(tmp_path / "grown") == folder_bytes(tmp_path / "whole")
+    result = run("embed.py", *flags, "--reuse", "e20", "--out", "finer", "--dtype", "float32")
+    assert result.code == 0 and "its tiny is not reused: another dtype" in result.out
 
 
 def test_encoders_are_added_to_a_sealed_folder(run, refused, corpus, tmp_path):
@@ -194,7 +304,7 @@ def test_a_picture_that_breaks_after_the_scan_stops_the_run(run, refused, corpus
         corpus,
         "--out",
         "e",
-        says=["7.webp", "readable in the scan"],
+        says=["7.webp", "readable before"],
     )
 
 
@@ -264,6 +374,58 @@ def test_real_weights_agree_with_the_shipped_embeddings(run, weights, encoder, t
         assert record["flops_per_row"] == round(minilm_flops(weights[encoder], [row["caption"] for row in rows]))
 
 
+def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
+    run, weights, pictures, tmp_path, monkeypatch
+):
+    """Repeated captions have equal vectors, and no later task needs the text encoder for its classes or questions."""
+    folder, rows = pictures
+    table = [row | {"caption": rows[k % 12]["caption"], "label": "ab"[k % 2]} for k, row in enumerate(rows)]
+    write_csv(folder / "t.csv", table)
+    given = []
+    encode = vlm.TextEncoder.encode_text
+    monkeypatch.setattr(
+        vlm.TextEncoder, "encode_text", lambda self, texts, *more: given.append(texts) or encode(self, texts, *more)
+    )
+    flags = ("--encoder", "minilm_l6", "--weights", f"minilm_l6={weights['minilm_l6']}", "--device", "cpu")
+    result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", "e")
+    assert result.code == 0, result.err
+    captions = [row["caption"] for row in table[:12]]
+    assert sorted(given[0], key=len) == sorted(set(captions), key=len)
+    data = Embeddings(tmp_path / "e")
+    vectors = data.load("minilm_l6").float()
+    assert torch.equal(vectors[0], vectors[12])
+    monkeypatch.undo()
+    model = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
+    by_hand = F.normalize(model.model.encode([row["caption"] for row in data.rows], convert_to_tensor=True), dim=1)
+    torch.testing.assert_close(vectors, by_hand, atol=1e-3, rtol=0)
+
+    tasks = open_tasks(None, tmp_path / "e", TASK_FLAGS) + open_tasks(None, tmp_path / "e", TASK_FLAGS, run_seed=0)
+    with_prompts = [task for task in tasks if task.texts]
+    assert {task.kind for task in with_prompts} == {"zeroshot", "vqa"}
+    for task in with_prompts:
+        found = text_inputs(task, "minilm_l6", {"minilm_l6": "/nowhere"})
+        assert found.shape == (len(task.texts), 384)
+
+
+def test_half_precision_is_recorded_and_near(run, weights, corpus, tmp_path):
+    flags = (
+        "--encoder",
+        "minilm_l6",
+        "--weights",
+        f"minilm_l6={weights['minilm_l6']}",
+        "--device",
+        "cpu",
+        "--data",
+        corpus,
+    )
+    assert run("embed.py", *flags, "--precision", "bfloat16", "--out", "low").code == 0
+    assert run("embed.py", *flags, "--out", "full").code == 0
+    low, full = Embeddings(tmp_path / "low"), Embeddings(tmp_path / "full")
+    assert (low.record("minilm_l6")["precision"], full.record("minilm_l6")["precision"]) == ("bfloat16", "float32")
+    cosines = (low.load("minilm_l6").float() * full.load("minilm_l6").float()).sum(1)
+    assert cosines.min() > 0.9999 and not torch.equal(low.load("minilm_l6"), full.load("minilm_l6"))
+
+
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
     """config.json and model.safetensors: as `local-dir:` encoder, and as the weights of a registered one."""
     folder = tmp_path / "hub"
@@ -313,7 +475,7 @@ def test_flops_of_a_row(run, corpus, tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("no counter")
 
-    monkeypatch.setattr("hyma.costs.flop_counter", broken)  # never costs the embeddings
+    monkeypatch.setattr("hyma.finishing.flop_counter", broken)  # never costs the embeddings
     result = run("embed.py", "--encoder", "more=random:test_resnet", "--data", corpus, "--out", "e")
     assert result.code == 0 and "more: the FLOPs of a row could not be counted (RuntimeError)" in result.out
     assert "flops_per_row" not in vlm.read_json(path)["encoders"]["more"]
@@ -321,7 +483,7 @@ def test_flops_of_a_row(run, corpus, tmp_path, monkeypatch):
 
 def test_progress_shows_rate_and_eta(run, corpus):
     result = run("embed.py", *TINY, "--data", corpus, "--out", "e")
-    assert re.search(r"tiny: .*40/40 \[\d\d:\d\d<\d\d:\d\d.*row/s", result.err)
+    assert re.search(r"pictures: .*40/40 \[\d\d:\d\d<\d\d:\d\d.*picture/s", result.err)
 
 
 def test_the_sample_fits(run):
@@ -356,41 +518,47 @@ def test_a_file_that_was_lost_or_cut_is_embedded_again(run, corpus, tmp_path):
     Embeddings(tmp_path / "e").load("tiny")
 
 
-@pytest.mark.parametrize("damage", ["cut", "short", "zero", "nan"])
+@pytest.mark.parametrize("damage", ["cut", "short", "zero", "one bit"])
 def test_a_bad_shard_is_made_again(run, spawn, corpus, tmp_path, damage):
     flags = (*TINY, "--data", corpus, "--batch-size", "4", "--shard-rows", "8", "--dtype", "float32")
     assert run("embed.py", *flags, "--out", "whole").code == 0
     assert run("embed.py", *flags, "--out", "e", "--shard", "0/2").code == 0
-    shard = sorted((tmp_path / "e" / ".shards" / "tiny").glob("0*.pt"))[0]
-    vectors = torch.load(shard, weights_only=True)
-    if damage == "cut":
-        shard.write_bytes(shard.read_bytes()[:100])
-    else:
-        bad = {"short": vectors[1:], "zero": vectors * 0, "nan": vectors * torch.nan}[damage]
-        torch.save(bad, shard)
+    shard = sorted((tmp_path / "e" / ".shards" / "tiny").glob("*.vectors"))[0]
+    data = shard.read_bytes()
+    damaged = {"cut": data[:100], "short": data[4 * 64 :], "zero": bytes(len(data)), "one bit": data[:-1] + b"\0"}[
+        damage
+    ]
+    shard.write_bytes(damaged)
     assert run("embed.py", *flags, "--out", "e").code == 0
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
 
 def test_a_signal_saves_the_batches_of_a_shard(run, spawn, pictures, tmp_path):
-    """One shard of many batches: SIGTERM leaves with 143 after the batch, and the rest ends with the same bytes."""
+    """One shard of many batches: SIGTERM and kill -9 cost a batch at most, and the rest ends with the same bytes."""
     folder, rows = pictures
     write_csv(folder / "captions.csv", [rows[k % 40] | {"caption": f"caption {k}"} for k in range(40)])
     flags = ("--encoder", "control", "--device", "cpu", "--data", folder / "captions.csv", "--batch-size", "1")
     assert run("embed.py", *flags, "--out", "whole").code == 0
     process = spawn("embed.py", *flags, "--out", "stopped")
-    plan, partial = (
-        tmp_path / "stopped" / ".shards" / "control" / name for name in ("plan.json", "000000000.partial.pt")
-    )
-    until = time.time() + 120
-    while process.poll() is None and time.time() < until and not plan.exists():
-        time.sleep(0.005)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(60)
-    assert code == 143 or (tmp_path / "stopped" / "manifest.json").exists()  # or it was quicker than the signal
-    assert partial.exists() or code != 143
-    assert run("embed.py", *flags, "--out", "stopped").code == 0
+    vectors = tmp_path / "stopped" / ".shards" / "control" / "000000000.vectors"
+    row_bytes = 8 + 2 * 512
+
+    def stop_after(process, count, number):
+        """Sends a signal once so many vectors are there. Returns the exit status and how many there are then."""
+        until = time.time() + 120
+        while process.poll() is None and time.time() < until:
+            if vectors.exists() and vectors.stat().st_size >= count * row_bytes:
+                break
+            time.sleep(0.002)
+        process.send_signal(number)
+        return process.wait(60), vectors.stat().st_size // row_bytes if vectors.exists() else 40
+
+    code, saved = stop_after(process, 3, signal.SIGTERM)
+    assert code == 143 or saved == 40  # or it was quicker than the signal
+    code, more = stop_after(spawn("embed.py", *flags, "--out", "stopped"), saved + 3, signal.SIGKILL)
+    assert more >= saved + 3 or more == 40  # what was saved is not made again
+    result = run("embed.py", *flags, "--out", "stopped")
+    assert result.code == 0
     assert (tmp_path / "stopped" / "control.pt").read_bytes() == (tmp_path / "whole" / "control.pt").read_bytes()
 
 
@@ -411,8 +579,10 @@ def test_encoders_that_can_be_loaded_are_embedded_beside_those_that_cannot(run, 
     result = refused("embed.py", *flags, says=["the weights of vit_s16 and roberta are missing", "hf download"])
     assert "vit_s16: left out" in result.out and "roberta: left out" in result.out
     assert (tmp_path / "e" / "tiny.pt").is_file() and not (tmp_path / "e" / "manifest.json").exists()
+    before = (tmp_path / "e" / "tiny.pt").read_bytes()
     again = run("embed.py", "--encoder", "tiny=random:test_vit", *flags[4:])
     assert again.code == 0 and (tmp_path / "e" / "manifest.json").is_file()
+    assert (tmp_path / "e" / "tiny.pt").read_bytes() == before
 
 
 def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, tmp_path):
@@ -421,4 +591,4 @@ def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, 
     first, second = corpus.parent / "0.webp", corpus.parent / "1.webp"
     first.write_bytes(second.read_bytes())
     other = ("--encoder", "other=random:test_vit", "--device", "cpu", "--data", corpus, "--out", "e")
-    refused("embed.py", *other, says=["0.webp", "is not the picture that the scan read"])
+    refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])

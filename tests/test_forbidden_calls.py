@@ -31,7 +31,14 @@ EXCEPTIONS = {
     ("hyma/files.py", "lock_folder", "os.open to write"): "a lock, with O_NOFOLLOW; nothing is written into it",
     ("hyma/files.py", "lock_folder", "open to write"): "a lock, with O_NOFOLLOW; nothing is written into it",
     ("hyma/files.py", "save_tensors", "torch.save"): "into the atomic writer's file",
-    ("hyma/scan.py", "scan_corpus", "open to write"): "a journal grows line by line; a line that was cut is dropped",
+    (
+        "hyma/pass_shards.py",
+        "append_lines",
+        "open to write",
+    ): "a journal grows line by line; a line that was cut is dropped",
+    ("hyma/pass_shards.py", "append", "open to write"): "vectors are appended; one that was cut is dropped",
+    ("hyma/pass_shards.py", "take", "open to write"): "a lock; nothing is written into it",
+    ("hyma/sealing.py", "join_shards", "open to write"): "brought together among the shards, before it is saved whole",
 }
 
 

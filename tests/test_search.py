@@ -173,7 +173,9 @@ def test_all_missing_weights_are_named_with_the_commands_that_bring_them(refused
 def test_a_browser_that_is_not_there_is_no_failure(run, sample_ridge, given, monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(webbrowser, "open", lambda address: False)
-    done = run("search.py", sample_ridge, *PAIR, *given, "--top", 2, "a", "red", "car")  # words without quotes, after flags
+    done = run(
+        "search.py", sample_ridge, *PAIR, *given, "--top", 2, "a", "red", "car"
+    )  # words without quotes, after flags
     assert done.code == 0 and len(results(done.out)) == 2 and "\na red car\n" in done.out
     assert "no browser could be opened; the results are in " in done.err
     monkeypatch.setattr(webbrowser, "open", may_not_be_built)

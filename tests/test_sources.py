@@ -14,7 +14,7 @@ from hyma import remote
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
-from hyma.pictures import scan_picture
+from hyma.pictures import read_picture
 from vlm import BadInput
 
 
@@ -160,9 +160,9 @@ def test_an_address_reaches_nothing_but_its_file(tmp_path):
     row = read_corpus(path).rows[0]
     assert row["image"].startswith("t.tar/../../secret.webp@") and picture_bytes(tmp_path / row["image"]) == b"p" * 600
     for image in ("t.tar/x@0+99999999", "t.tar/x@7", "t.tar/x@99999999999999999999+1"):
-        assert "unreadable image: t.tar" in scan_picture(tmp_path, image).reason
-    assert scan_picture(tmp_path, "none.tar/x@0+1").reason == "missing file"
-    assert "a file of" in scan_picture(tmp_path, f"t.tar/x@0+{2**40}").reason
+        assert "unreadable image: t.tar" in read_picture(tmp_path, image)[0].reason
+    assert read_picture(tmp_path, "none.tar/x@0+1")[0].reason == "missing file"
+    assert "a file of" in read_picture(tmp_path, f"t.tar/x@0+{2**40}")[0].reason
     (tmp_path / "d.tar").mkdir()
     shutil.copy(path, tmp_path / "d.tar" / "x@0+1")  # a folder of that name is a folder
     assert picture_bytes(tmp_path / "d.tar" / "x@0+1") == path.read_bytes()
@@ -221,8 +221,8 @@ def test_cells_are_read_in_any_order(tmp_path):
         assert rows[7]["fault"] == "no image path" and rows[8]["image"] == "8.jpg"
         for k in (*range(9, 1000), 999, 9, 650, 10, 599, 600):
             assert picture_bytes(tmp_path / rows[k]["image"]) == b"\xff%d" % k
-    assert "has no row 1000" in scan_picture(tmp_path, "t.parquet/image@1000").reason
-    assert "unreadable image: t.parquet" in scan_picture(tmp_path, "t.parquet/nothing@1").reason
+    assert "has no row 1000" in read_picture(tmp_path, "t.parquet/image@1000")[0].reason
+    assert "unreadable image: t.parquet" in read_picture(tmp_path, "t.parquet/nothing@1")[0].reason
 
 
 # ------------------------------------------------------------------------------------------------------ behind a URL
@@ -268,9 +268,9 @@ def test_only_what_the_user_names_is_fetched(folder, embed, bucket, tmp_path):
     bucket.pipe("/b/secret.webp", (folder / "0.webp").read_bytes())
     bucket.pipe("/b/in/t.csv", b"image,caption\n../secret.webp,x\n/memory:/b/secret.webp,x\n")
     for name in ("memory://b/secret.webp", "memory:/b/secret.webp", "x/memory:/b/secret.webp"):
-        assert scan_picture(tmp_path, name).reason == "missing file"
+        assert read_picture(tmp_path, name)[0].reason == "missing file"
     corpus = read_corpus(Path("memory://b/in/t.csv"))
-    assert [scan_picture(corpus.root, row["image"]).reason for row in corpus.rows] == ["missing file"] * 2
+    assert [read_picture(corpus.root, row["image"])[0].reason for row in corpus.rows] == ["missing file"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- published files

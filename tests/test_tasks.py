@@ -433,7 +433,9 @@ def test_a_task_whose_prompts_cannot_be_embedded_is_left_out(run, refused, sampl
     result = run("evaluate.py", sample_ridge, *flags)
     assert result.code == 0, result.err
     (line,) = (line for line in result.out.splitlines() if "left out" in line)
-    assert re.match("warning: left out: x zeroshot and x vqa: the weights of (mpnet and minilm_l6|minilm_l6 and mpnet) are", line)
+    assert re.match(
+        "warning: left out: x zeroshot and x vqa: the weights of (mpnet and minilm_l6|minilm_l6 and mpnet) are", line
+    )
     assert "mpnet=weights/mpnet" in line and "minilm_l6=weights/minilm_l6" in line
     found = vlm.read_json(tmp_path / "report" / "results.json")
     assert {record["task"] for record in found["results"]} == {"zeroshot_retrieval"}

@@ -86,7 +86,6 @@ def install_hook(hook):
     """
     import hyma.files
     import hyma.runs
-    import hyma.sealing
 
     writes = Writes(hook.get("kill_at"))
     if "kill_at" in hook or "count" in hook:
@@ -95,7 +94,6 @@ def install_hook(hook):
         hyma.files.open = writes.torn_open
     if hook.get("often"):
         hyma.runs.CHECKPOINT_SECONDS = 0
-        hyma.sealing.CHECKPOINT_SECONDS = 0
     if "begun" in hook:
         announce_start(hyma.files, Path(hook["begun"]))
 

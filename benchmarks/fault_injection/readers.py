@@ -77,12 +77,12 @@ class Readers:
         read_jsonl(self.write("x.jsonl", mutate_bytes(data, draw) if draw.random() < 0.5 else data))
 
     def read_journal(self, draw):
-        """The journal of an interrupted scan."""
-        from hyma.scan import read_journal
+        """What an interrupted pass has found of pictures."""
+        from hyma.pass_shards import read_journal
 
         lines = as_json("digest") + b"\n" + b"null\n" * 3
         data = mutate_bytes(lines, draw) if draw.random() < 0.7 else lines + as_json(odd_value(draw)) + b"\n"
-        read_journal(self.write(".scan.jsonl", data), "digest")
+        read_journal(self.write("000000000.jsonl", data))
 
     def read_tensors(self, draw):
         path = self.write("x.pt", self.mutated_archive(draw))
@@ -244,19 +244,19 @@ class Readers:
 
     def scan(self, corpus):
         """What embed.py does with the rows of a corpus before it embeds."""
-        from hyma.pictures import scan_picture
+        from hyma.pictures import read_picture
         from hyma.scan import row_fault, sort_rows
 
         json.dumps(corpus.rows, default=str)
         images = {row["image"] for row in corpus.rows if not row_fault(row)}
-        pictures = {image: scan_picture(corpus.root, image) for image in images}
+        pictures = {image: read_picture(corpus.root, image)[0] for image in images}
         usable, quarantine, _ = sort_rows(corpus, pictures)
         write_jsonl(self.folder / "q.jsonl", quarantine)
         write_jsonl(self.folder / "u.jsonl", usable)
         hash_keys(usable)
 
     def read_picture(self, draw):
-        """A mutated picture of any format. The scan catches whatever Pillow raises, so only time and memory count."""
+        """A mutated picture of any format. The pass catches whatever Pillow raises, so only time and memory count."""
         path = self.write("picture", mutate_bytes(draw.choice(self.pictures), draw))
         with contextlib.suppress(Exception):
             vlm.open_image(path)

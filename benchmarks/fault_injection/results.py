@@ -80,8 +80,7 @@ def snapshot(folder, without=None):
 
 def is_left_over(path):
     """Whether a file is of no use once a command has finished."""
-    temporary = path.suffix == ".tmp" or path.name.endswith(".partial.pt")
-    return temporary or path.name in (".scan.jsonl", "checkpoint.next.pt")
+    return path.suffix == ".tmp" or path.name == "checkpoint.next.pt"
 
 
 def leftovers(folder):

@@ -1,0 +1,185 @@
+"""What a run of embed.py has to do: the rows, their pictures and captions, each once, and the shards of these."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from hyma.datasets import Corpus
+from hyma.embeddings import hash_keys, unique
+from hyma.files import lock_folder, read_jsonl
+from hyma.pass_shards import Shard, make_shards, open_shard_folder, read_journal
+from hyma.pictures import Picture, read_picture
+from hyma.scan import count_rows, most_bad, row_fault
+from hyma.sealing import read_manifest
+from vlm import BadInput, read_json
+
+
+class FixedRows(NamedTuple):
+    """The rows of an embedding folder, once every picture was read: every encoder's file has these, in this order."""
+
+    rows: list[dict]  # as in rows.jsonl
+    keys_sha256: str  # of `hash_keys`: what the rows are recognised by
+    quarantined: int  # rows that cannot be used
+
+
+class Work(NamedTuple):
+    """What is to be embedded, and where it goes."""
+
+    out: Path  # the embedding folder
+    corpus: Corpus  # the rows that are asked for
+    source_sha256: str  # of all rows of the data source
+    subset: dict | None  # what the manifest records of --rows
+    fixed: FixedRows | None  # of an earlier run
+
+    def images(self):
+        """The paths of the pictures, each once, as the rows name them."""
+        return unique(row["image"] for row in self.corpus.rows if not row_fault(row))
+
+    def captions(self):
+        """The captions, each once."""
+        return unique(plain_caption(row) for row in self.corpus.rows if not row_fault(row))
+
+
+def plain_caption(row):
+    """The caption of a row as rows.jsonl has it."""
+    return " ".join(row["caption"].split())
+
+
+def check_source(out, manifest, source_sha256, flags):
+    """Raises BadInput if the folder holds embeddings of other rows than the data source has and the flags ask for."""
+    unfinished = read_plan(out / ".shards")
+    if not manifest and not unfinished and any(out.glob("*.pt")):
+        raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
+    if manifest and manifest.get("source_sha256") != source_sha256:
+        raise BadInput(f"{out}: holds embeddings of other rows than {flags.data} has now; choose another --out")
+    if not manifest and unfinished.get("source_sha256", source_sha256) != source_sha256:
+        raise BadInput(
+            f"{out}: holds unfinished embeddings of other rows than {flags.data} has now; choose another --out, or delete "
+            f"{out}/.shards"
+        )
+    if not manifest and not unfinished:
+        return
+    drawn = (manifest or unfinished).get("subset") or {}
+    held = f"--rows {drawn['rows']} --seed {drawn['seed']}" if drawn else "all rows"
+    asked = f"--rows {flags.rows} --seed {flags.seed}" if flags.rows else "all rows"
+    if held != asked:
+        raise BadInput(
+            f"{out}: holds {held}, and {asked} are asked for; ask for the same, or choose another --out, with --reuse {out} to take "
+            "its vectors"
+        )
+
+
+def read_plan(folder):
+    """What the unfinished shards of a folder are of, {} where there are none."""
+    return read_json(folder / "plan.json") if (folder / "plan.json").is_file() else {}
+
+
+def with_fixed_rows(work):
+    """The Work, with its rows as another process may have fixed them by now."""
+    manifest = read_manifest(work.out)
+    if work.fixed or not manifest or not manifest["encoders"]:
+        return work
+    return work._replace(fixed=read_fixed_rows(work.out, manifest))
+
+
+def read_fixed_rows(out, manifest):
+    """The FixedRows of an earlier run. Raises BadInput if they are not those of its manifest."""
+    rows = read_jsonl(out / "rows.jsonl")
+    if hash_keys(rows) != manifest["keys_sha256"]:
+        raise BadInput(f"{out}/rows.jsonl: has changed since the rows were fixed; choose another --out")
+    return FixedRows(rows, manifest["keys_sha256"], manifest["quarantined"])
+
+
+class Parts(NamedTuple):
+    """The shards of a corpus."""
+
+    pictures: list[Shard]
+    captions: list[Shard]
+    batch_size: int
+
+
+def divide(work, flags, batch_size):
+    """The Parts, and their folder on disk: empty, unless an earlier run has made a part of the same."""
+    folder = work.out / ".shards"
+    drawn = work.subset and {"rows": work.subset["rows"], "seed": work.subset["seed"]}
+    plan = {"source_sha256": work.source_sha256, "subset": drawn, "shard_rows": flags.shard_rows}
+    with lock_folder(work.out, wait=True):
+        earlier = read_plan(folder)
+        if not flags.batch_size:  # all processes must cut the shards alike
+            batch_size = earlier.get("batch_size", batch_size)
+        if open_shard_folder(folder, plan | {"batch_size": batch_size}):
+            print(f"{work.out}: an earlier run made shards with other flags; starting over")
+        pictures = make_shards(folder, "pictures", work.images(), flags.shard_rows, batch_size)
+        captions = make_shards(folder, "captions", work.captions(), flags.shard_rows, batch_size)
+        if not work.fixed:
+            forget_mended(work, pictures)
+        for shard in captions:  # texts of about the same length go through an encoder together
+            shard.items.sort(key=len, reverse=True)
+    return Parts(pictures, captions, batch_size)
+
+
+def forget_mended(work, shards):
+    """Begins those shards of pictures anew that hold refused pictures which can be used by now, as they were repaired."""
+    mended = 0
+    for shard in shards:
+        for image, picture in read_journal(shard.journal).items():
+            if picture.reason and not read_picture(work.corpus.root, image)[0].reason and shard.take(wait=True):
+                shard.forget()
+                shard.release()
+                mended += 1
+                break
+    if mended:
+        print(f"{work.out}: pictures that were refused can be used now")
+
+
+def order_of(shards, flags):
+    """The shards that this process may embed, in the order in which it tries them: its own first."""
+    if flags.shard:
+        index, count = flags.shard
+        return shards[index::count]
+    rank, count = int(os.environ.get("RANK", 0)), process_count(flags)
+    others = [shard for number, shard in enumerate(shards) if number % count != rank]
+    return shards[rank::count] + others
+
+
+def process_count(flags):
+    """How many processes share the work, as far as this one can know: --shard's or torchrun's."""
+    return flags.shard[1] if flags.shard else int(os.environ.get("WORLD_SIZE", 1))
+
+
+class PictureCheck:
+    """Whether pictures are still what an earlier look has found, and whether too many of them cannot be used."""
+
+    def __init__(self, work, allow_bad):
+        self.work = work
+        self.sha256 = {row["image"]: row.get("image_sha256") for row in work.fixed.rows} if work.fixed else {}
+        self.rows_of_image, self.bad = count_rows(work.corpus.rows)
+        self.most = len(work.corpus.rows) if work.fixed else most_bad(len(work.corpus.rows), allow_bad)
+
+    @property
+    def too_bad(self):
+        """Then the pictures that are left are only read, so that all bad ones can be named."""
+        return self.bad > self.most
+
+    def take(self, batch):
+        """Looks at the pictures of a batch. Raises BadInput for one that has changed."""
+        for image, picture in batch.pictures:
+            path = picture.image or image
+            known = batch.shard.found.get(image)
+            if known:
+                self.compare(path, picture, known)
+            if path in self.sha256:
+                self.compare(path, picture, Picture(None, path, self.sha256[path]))
+            if picture.reason:
+                self.bad += self.rows_of_image[image]
+
+    def compare(self, path, picture, known):
+        path = self.work.corpus.root / path
+        if known.reason and not picture.reason:
+            raise BadInput(f"{path}: could not be read before and can be now; run the same command again")
+        if picture.reason and not known.reason:
+            raise BadInput(f"{path}: was readable before and is not now ({picture.reason}); restore it")
+        if known.sha256 not in (None, picture.sha256):
+            raise BadInput(
+                f"{path}: is not the picture that was read before (sha256); restore it, or choose another --out"
+            )
