@@ -23,6 +23,7 @@ if __name__ == "__main__":
     from hyma import before_main  # noqa: F401  what a signal does while torch is imported
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import vlm
 from hyma.datasets import read_corpus
-from hyma.decoding import PictureReader, closing_batches, read_batches, worth_starting
+from hyma.decoding import PictureReader, read_batches, worth_starting
 from hyma.embedding_work import PictureCheck, Work, check_source, divide, order_of, with_fixed_rows
 from hyma.files import lock_folder, run_script
 from hyma.finishing import describe, describe_encoder, finish, keep_prompts
@@ -262,8 +263,8 @@ def embed_pictures(work, parts, encoders, reused, flags):
     check = PictureCheck(work, flags.allow_bad)
     with progress_bar(shards, "pictures", "picture") as progress, Signals() as signals:
         for claimed in claims(shards, formats, progress):
-            batches = read_batches(reader, claimed, workers, pinned=flags.device.type == "cuda")
-            with closing_batches(batches):
+            pinned = flags.device.type == "cuda"
+            with contextlib.closing(read_batches(reader, claimed, workers, pinned)) as batches:
                 began = time.monotonic()
                 waited = 0.0
                 for batch in batches:

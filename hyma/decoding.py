@@ -3,7 +3,6 @@
 The batches come in the order of the shards, whatever the number of workers, with the same bits.
 """
 
-import contextlib
 import signal
 import time
 from collections import deque
@@ -146,12 +145,3 @@ def leave_signals(_):
 def worth_starting(workers, pictures):
     """How many of the workers are worth starting for so many pictures."""
     return min(workers, pictures // PICTURES_PER_WORKER)
-
-
-@contextlib.contextmanager
-def closing_batches(batches):
-    """Ends the workers even when the loop over the batches is left early."""
-    try:
-        yield batches
-    finally:
-        batches.close()
