@@ -50,7 +50,7 @@ from hyma.scan import describe_rows, printable
 from hyma.sealing import read_manifest, seal_folder, sound_record
 from hyma.signals import Signals
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
-from hyma.subset import describe_whole, foresee, take_subset
+from hyma.subset import describe_whole, foresee, take_subset, typed_options
 from hyma.working_encoders import (
     DTYPES,
     bottleneck,
@@ -150,7 +150,9 @@ def parse_flags():
     )
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
     add_folder_flags(parser)
-    return parser.parse_args()
+    flags = parser.parse_args()
+    flags.options = typed_options(parser, flags)
+    return flags
 
 
 def resolve_flags(flags):
@@ -242,7 +244,8 @@ def open_folder(flags):
         check_source(out, manifest, source_sha256, flags)
         subset = manifest.get("subset") if manifest else None
         if flags.rows and not manifest:
-            subset = {"rows": flags.rows, "seed": flags.seed, "whole": describe_whole(foresee(corpus))}
+            whole = describe_whole(foresee(corpus))
+            subset = {"rows": flags.rows, "seed": flags.seed, "whole": whole, "options": flags.options}
         if flags.rows:
             corpus = take_subset(corpus, flags.rows, flags.seed)
         foreseen = [] if manifest else foresee(corpus)

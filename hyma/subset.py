@@ -7,6 +7,9 @@ from hyma.pictures import Picture
 from hyma.scan import row_fault, sort_rows
 from vlm import BadInput
 
+# Flags that must be the same for the whole corpus, so that it has the same rows and takes over the vectors of the subset.
+SAME_OPTIONS = ("data", "image_column", "caption_column", "weights", "allow_bad", "templates", "dtype", "precision")
+
 
 def take_subset(corpus, count, seed):
     """The corpus with at most `count` of its rows, in their order; a smaller subset is part of every larger one.
@@ -49,6 +52,17 @@ def foresee(corpus):
             pictures[image] = Picture(None, image, digest)
     rows, _, _ = sort_rows(corpus, pictures)
     return rows
+
+
+def typed_options(parser, flags):
+    """{flag: its values} of those of SAME_OPTIONS that are not the defaults: what embed.py needs to be given again."""
+    options = {}
+    for name in SAME_OPTIONS:
+        value = getattr(flags, name)
+        if value != parser.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            options[f"--{name.replace('_', '-')}"] = [str(one) for one in values]
+    return options
 
 
 def describe_whole(rows):

@@ -260,6 +260,7 @@ def test_a_subset_is_part_of_larger_ones_and_its_vectors_are_taken_over(run, ref
     subset = vlm.read_json(tmp_path / "e10" / "manifest.json")["subset"]
     assert (subset["rows"], subset["seed"]) == (10, 0) and subset["whole"]["rows"] == subset["whole"]["pictures"] == 40
     assert sum(subset["whole"]["splits"].values()) == 40 and subset["whole"]["splits"]["val"] > 0
+    assert subset["options"] == {"--data": [str(corpus)]}  # what train_hyma.py needs for the command it prints
     refused("embed.py", *flags, "--out", "e10", says=["holds --rows 10 --seed 0", "--reuse e10"])
 
     assert run("embed.py", *flags, "--out", "whole").code == 0
