@@ -310,22 +310,30 @@ def cross_validate(space, folds, data, pairs):
 def recall10_of_folds(retrieval, scores, fold_of_row):
     """[R@10 of the queries of each fold, the mean of both directions]. scores [n, n]: of the image of a row (first index) with
     the text of another, n the rows of `retrieval`. fold_of_row [n]. A query is of the fold of its first row."""
+    fold_count = int(fold_of_row.max()) + 1
+    total = 0
+    for query, ranks in ranks_of_scores(retrieval, scores).items():
+        fold = fold_of_row[retrieval.first[query]]
+        hits = torch.bincount(fold, (ranks < 10).double(), minlength=fold_count)
+        total = total + hits / torch.bincount(fold, minlength=fold_count).clamp(min=1)
+    return (total / 2).tolist()
+
+
+def ranks_of_scores(retrieval, scores):
+    """{"caption", "image": [queries]}: how many candidates score as high as a query's first right one. Arguments as for
+    `recall10_of_folds`."""
     first, place = retrieval.first, retrieval.place
     scores = scores[first["image"]][:, first["caption"]]  # [images, captions]
     right = torch.zeros_like(scores, dtype=torch.bool)
     right[place["image"], place["caption"]] = True
-    fold_count = int(fold_of_row.max()) + 1
-    total = 0
+    ranks = {}
     for query, similarity, is_right in (
         ("caption", scores, right),
         ("image", scores.T, right.T),
     ):  # [candidates, queries]
         own = similarity.masked_fill(~is_right, -torch.inf).amax(0)  # [queries]
-        ranks = ((similarity >= own) & ~is_right).sum(0)
-        fold = fold_of_row[first[query]]
-        hits = torch.bincount(fold, (ranks < 10).double(), minlength=fold_count)
-        total = total + hits / torch.bincount(fold, minlength=fold_count).clamp(min=1)
-    return (total / 2).tolist()
+        ranks[query] = ((similarity >= own) & ~is_right).sum(0)
+    return ranks
 
 
 def held_out(space, name):
