@@ -13,6 +13,8 @@ connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, se
 is the paper's, an MLP from a pair code and a layer code to that layer's weights. `factored` starts from a closed form,
 which is also cross-validated on training rows; the ranking combines these scores with those of the validation rows.
 The pair that ranks first is handed over, so its connector is then trained further by itself.
+On a random part of a corpus (embed.py --rows) it also predicts every pair's score on all rows, and prints which encoders
+to embed these with (prediction.csv).
 Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
@@ -44,6 +46,7 @@ from hyma.ranking import expected_recall10, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.settled import is_settled
+from hyma.shortlist import advise
 from hyma.signals import Signals
 from hyma.training import (
     StepLosses,
@@ -404,6 +407,8 @@ def main():
         state["updates"][pair_name(chosen)] += refined["step"]
     state["peak_bytes"] = peak_bytes(device)
     export(flags, data, generator, state, retrieval, ranking, refined)
+    # Of a part of a corpus: which encoders are worth embedding all of it with.
+    advise(flags.out, data, vectors, pairs.trained + pairs.untrained, train_rows, val_rows, flags.seed)
 
 
 def checkpoint_of(generator, optimizer, moments, state):

@@ -39,6 +39,8 @@ HYMA = [
     "finishing",
     "tasks",
     "prompts",
+    "shortlist",
+    "prediction",
     "hypernetworks",
     "refinement",
     "fitted_connectors",

@@ -76,6 +76,7 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     assert ledger["seconds"] > 0 and ledger["peak_bytes"] > 1e6 and ledger["flops"] > 1e9
     assert ledger["trainable_parameters"] == (384 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 3 * 256
     assert 0 < ledger["start_flops"] < ledger["flops"] and ledger["step_flops"] == 0 < ledger["logit_flops"]
+    assert "embed.py" not in result.out and not (out / "prediction.csv").exists()  # nothing says that there are more rows
     metrics = read_jsonl(out / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [2, 4, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
 

@@ -1,0 +1,137 @@
+"""hyma/prediction.py and hyma/shortlist.py: which encoders are worth embedding a whole corpus with, from a part of it."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, Rows, read_csv
+
+import vlm
+from hyma.embeddings import Embeddings
+from hyma.files import write_json
+from hyma.metrics import Retrieval
+from hyma.prediction import (
+    PAIR_ERROR,
+    SHARED_ERROR,
+    LearningCurves,
+    Prediction,
+    extrapolate,
+    groups_of_rows,
+    hits_of_rows,
+    logit,
+    odds_to_share,
+)
+from hyma.shortlist import CERTAIN, CLOSE, shortlist, whole_corpus
+
+QUICK = ("--epochs", "1", "--connector", "mlp0", "--batch-size", "128", "--warmup-steps", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def part(graded, tmp_path):
+    """A folder whose manifest says that it is a tenth of a corpus. efflite1 is best by construction."""
+    shutil.copytree(graded, tmp_path / "few")
+    manifest = vlm.read_json(tmp_path / "few" / "manifest.json")
+    for name, flops in (("efflite1", 3), ("efflite0", 3), ("control", 12), ("minilm_l6", 1), ("mpnet", 1)):
+        manifest["encoders"][name]["flops_per_row"] = flops
+    options = {"--data": ["my/captions.csv"], "--weights": ["efflite1=my weights.safetensors", "control=c.safetensors"]}
+    whole = {"rows": 13000, "pictures": 13000, "splits": {}}
+    manifest["subset"] = {"rows": 1300, "seed": 0, "whole": whole, "options": options}
+    write_json(tmp_path / "few" / "manifest.json", manifest)
+    return tmp_path / "few"
+
+
+def test_a_run_on_a_part_says_which_encoders_to_embed_the_whole_corpus_with(run, part, tmp_path):
+    result = run("train_hyma.py", "--data", part.name, "--out", "runs/x", *QUICK)
+    assert result.code == 0, result.err
+    rows = read_csv(tmp_path / "runs" / "x" / "prediction.csv")
+    assert len(rows) == 6 and rows[0]["image"] == "efflite1" and rows[0]["kept"] == "True"
+    assert {row["kept"] for row in rows if row["image"] != "efflite1"} == {"False"}
+    assert {row["image"] for row in rows[-2:]} == {"control"}
+    scores = [float(row["predicted_recall10"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    for row in rows:
+        assert float(row["low"]) < float(row["predicted_recall10"]) < float(row["high"])
+        assert float(row["recall10_of_450_rows"]) < float(row["predicted_recall10"])  # 900 rows train or choose
+    assert "prediction for 8,000 training rows" in result.out
+    command = result.out.rpartition("python embed.py ")[2].splitlines()[0]
+    texts = [name for name in ("minilm_l6", "mpnet") if name in command.partition("--data")[0]]
+    assert command == (
+        f"--encoder efflite1 {' '.join(texts)} --data my/captions.csv --weights 'efflite1=my weights.safetensors' "
+        "--reuse few --out few-chosen"
+    )
+    saved = 100 * (15 + 2 - len(texts)) / 20
+    assert f"1 image encoder (efflite1) and {len(texts)} text encoder" in result.out
+    assert f"saves {saved:.0f}% of the embedding" in result.out
+
+
+def test_a_whole_corpus_needs_no_choice(graded, part):
+    assert whole_corpus(Embeddings(graded)) is None
+    assert whole_corpus(Embeddings(part))["whole"]["rows"] == 13000
+    manifest = vlm.read_json(part / "manifest.json")
+    manifest["subset"]["whole"]["rows"] = 1300  # --rows was larger than the corpus
+    write_json(part / "manifest.json", manifest)
+    assert whole_corpus(Embeddings(part)) is None
+
+
+def test_a_power_law_is_carried_to_the_whole_corpus():
+    """The odds of hits grow with the root of the rows, by a factor that each pair has."""
+    sizes = np.array([100.0, 200.0, 400.0])
+    factors = np.array([0.01, 0.02, 0.03])  # [P]
+    odds = factors * np.sqrt(sizes)[:, None]  # [J, P]
+    hits = np.repeat((odds / (1 + odds))[:, :, None], 50, axis=2)
+    pairs = [("a", "t"), ("b", "t"), ("c", "t")]
+    found = extrapolate(LearningCurves(sizes, hits, np.arange(50)), pairs, 10000, 2000)
+    truth = factors * 100 / (1 + factors * 100)
+    np.testing.assert_allclose(found.expected, truth)
+    assert (found.interval[0] < truth).all() and (truth < found.interval[1]).all()
+    # the data have no noise; what is left is that of the exponents, over ln(10000 / 400)
+    widths = logit(found.interval[1]) - logit(found.interval[0])
+    np.testing.assert_allclose(widths, 2 * 1.96 * np.log(25) * np.hypot(SHARED_ERROR, PAIR_ERROR), rtol=0.1)
+    assert (found.best() == 2).mean() > 0.99
+
+
+def test_hits_among_more_candidates_than_there_are():
+    """Of 400 rows, what 4,000 of the same kind recall at 10."""
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(4000, 16, generator=random)
+    scores = latent @ (latent + 1.5 * torch.randn(4000, 16, generator=random)).T
+    rows = Rows([{"image": f"{k}", "caption": f"{k}"} for k in range(4000)])
+
+    def mean_hits(count):
+        retrieval = Retrieval(rows, torch.arange(count), CPU)
+        return hits_of_rows(retrieval, scores[:count, :count], 4000).mean().item()
+
+    assert 0.05 < mean_hits(4000) < 0.9
+    assert mean_hits(400) == pytest.approx(mean_hits(4000), abs=0.03)
+
+
+def test_rows_that_share_a_caption_are_held_out_together_where_the_splits_hold_them_apart():
+    rows = [
+        {"image": image, "caption": caption, "split": "train"}
+        for image, caption in (("a", "cat"), ("b", "cat"), ("b", "two cats"), ("c", "two cats"), ("d", "dog"))
+    ]
+    everything = torch.arange(5)
+    assert groups_of_rows(Rows([*rows, {"caption": "cow", "split": "val"}]), everything).tolist() == [0, 0, 0, 0, 1]
+    assert groups_of_rows(Rows([*rows, {"caption": "dog", "split": "val"}]), everything).tolist() == [0, 1, 1, 2, 3]
+
+
+def make_prediction(scores):
+    """A Prediction of pairs of images a, b, c with texts s, t whose draws are these scores [draws, 6]."""
+    pairs = [(image, text) for image in "abc" for text in "st"]
+    draws = logit(np.array(scores))
+    return Prediction(pairs, 1000, 2000, None, None, odds_to_share(draws.mean(0)), None, draws)
+
+
+def test_the_shortlist_holds_a_pair_close_to_the_best():
+    costs = dict.fromkeys("abcst", 1)
+    # a:s is the best of 60 draws, b:t of 40; where one is, the other is far below, and c:t just close.
+    one = [0.5, 0.1, 0.1, 0.2, 0.1, 0.5 - CLOSE / 2]
+    other = [0.2, 0.1, 0.1, 0.5, 0.1, 0.5 - CLOSE / 2]
+    kept, probability = shortlist(make_prediction([one] * 60 + [other] * 40), costs)
+    assert (kept, probability) == (["c", "t"], 1)
+    one[5] = other[5] = 0.5 - 2 * CLOSE
+    kept, probability = shortlist(make_prediction([one] * 60 + [other] * 40), costs)
+    assert (kept, probability) == (["a", "b", "s", "t"], 1)
+    kept, probability = shortlist(make_prediction([one] * 98 + [other] * 2), costs)
+    assert (kept, probability) == (["a", "s"], 0.98) and probability >= CERTAIN
