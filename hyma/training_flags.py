@@ -36,7 +36,7 @@ def add_training_flags(parser, name):
     add(
         "--logit-scale",
         type=float,
-        help="factor on the cosines, 1 to 150 (default: 20; from 2,000 rows more, at most 100)",
+        help="factor on the cosines, 1 to 150 (default: 20; from 2,000 rows more, at most 60)",
     )
     about = "of the matrix products (default: tf32 on CUDA, else fp32)"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
@@ -86,9 +86,9 @@ def resolve_training_flags(flags, name, device, row_count):
 
 
 def logit_scale_of(row_count):
-    """The factor on the cosines: 20 up to 2,000 training rows, from there on it grows with their square root, to 100 (the
-    cap of CLIP's learned one). The more rows, the finer the differences that connectors can learn (NOTES.md)."""
-    return min(100.0, max(20.0, round(20 * math.sqrt(row_count / 2000), 1)))
+    """The factor on the cosines: 20 up to 2,000 training rows, from there on it grows with their square root, to
+    60, the largest that was measured (NOTES.md). The more rows, the finer the differences that connectors can learn."""
+    return min(60.0, max(20.0, round(20 * math.sqrt(row_count / 2000), 1)))
 
 
 # {name in the namespace: name on the command line and in config.json}; `from` cannot be a Python name.

@@ -143,8 +143,8 @@ def test_pictures_along_axes_have_the_products_that_training_compares(initialise
         (100, 7.8e-5, 256, 0.5, 20),
         (2000, 3.5e-4, 256, 0.5, 20),
         (8000, 7.0e-4, 384, 0.70, 40),
-        (50_000, 1e-3, 384, 1, 100),
-        (558_128, 1e-3, 384, 1, 100),
+        (50_000, 1e-3, 384, 1, 60),
+        (558_128, 1e-3, 384, 1, 60),
     ],
 )
 def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale):
