@@ -11,9 +11,11 @@ from helpers import CPU, QUICK, read_connectors, read_ledger, read_ranking
 import vlm
 from hyma import refinement
 from hyma.embeddings import Embeddings, RowStore
+from hyma.free_connectors import FreeConnectors
+from hyma.grid_state import new_state
 from hyma.pair_names import name_of_row
 from hyma.ranking import recall_columns
-from hyma.refinement import refine, refinement_steps
+from hyma.refinement import refine, refinement_steps, try_weights_between
 from hyma.splits import split_rows
 from hyma.training import validate, validation_retrieval
 
@@ -90,9 +92,37 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
     for ours, theirs in zip(best["layers"], again["best"]["efflite1:mpnet"]["layers"]):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
+    recalls = [0.0] * 6
+    again = run(torch.load(to_file(saved[-1]), weights_only=True))  # a finished one, run again
+    assert all(
+        torch.equal(ours[0], theirs[0])
+        for ours, theirs in zip(best["layers"], again["best"]["efflite1:mpnet"]["layers"])
+    )
+
     recalls = [1.0] * 6  # nothing is better than the predicted connector
     kept = run(None)["best"]["efflite1:mpnet"]
     assert kept["about"]["refinement_steps"] == 0 and torch.equal(kept["layers"][0][0], layers[0][0])
+
+
+def test_weights_between_the_predicted_and_the_last_ones_are_tried(initialise):
+    """Those are kept that score best, and the connectors are as before."""
+    found = initialise(1)
+    retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
+    good = found.generator.predict(*PAIR)
+    connectors = FreeConnectors([PAIR], found.store.dims, len(good) - 1, 0)
+    far, last = [], []  # so that a quarter of the way from one to the other is the good ones
+    for weight, bias in good:
+        noise = 10 * torch.randn_like(weight) * weight.std()
+        far.append((weight - noise, bias))
+        last.append((weight + 3 * noise, bias))
+    connectors.load(PAIR, last)
+    state = new_state([PAIR])
+    try_weights_between(state, connectors, PAIR, far, found.store, retrieval)
+    best = state["best"]["efflite1:mpnet"]
+    assert best["about"]["refinement_share"] == 0.25
+    for (weight, bias), (ours, our_bias) in zip(best["layers"], good):
+        assert torch.allclose(weight, ours, atol=1e-5) and torch.allclose(bias, our_bias)
+    assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(connectors.predict(*PAIR), last))
 
 
 def to_file(value):
