@@ -10,6 +10,7 @@ Writes benchmarks/choose_early.json; README.md in this folder explains its keys.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from hyma.embeddings import Embeddings, RowStore
 from hyma.files import run_script, write_json
 from hyma.metrics import INTERVAL, Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, pair_name
-from hyma.pairs import images_of, texts_of
 from hyma.prediction import LearningCurves, extrapolate, learning_curves, logit
 from hyma.runs import read_run
 from hyma.shortlist import encoder_costs, shortlist
@@ -39,10 +39,9 @@ def main():
     flags = parse_flags()
     data = Embeddings(flags.data)
     pairs = choose_pairs(data, ["all"])
-    store = RowStore(data, images_of(pairs) + texts_of(pairs), CPU)
     test_rows = torch.tensor([i for i, row in enumerate(data.rows) if row["split"] == "test"])
     training_rows = len(split_rows(data)[0])
-    of_runs = [test_scores(run, data, store, pairs, test_rows) for run in flags.runs]
+    of_runs = [test_scores(run, data, pairs, test_rows) for run in flags.runs]
     truth = np.mean([[scores[pair_name(pair)][1] for pair in pairs] for scores in of_runs], axis=0)  # [P]
     grid = read_json(ROOT / "benchmarks" / "ladder.json").get(flags.grid, {}).get("true scores", {})
     grid_truth = np.array([grid.get(pair_name(pair), (0, 0))[1] for pair in pairs])  # [P]
@@ -53,7 +52,7 @@ def main():
     for count in flags.rows:
         for seed in flags.seeds:
             rows = draw_rows(data, count, seed)
-            curves = curves_of(flags, data, store, pairs, rows, count, seed)
+            curves = curves_of(flags, data, pairs, rows, count, seed)
             result = {"rows": count, "seed": seed}
             for name, indices in kept_pairs.items():
                 chosen = np.array(indices)
@@ -81,15 +80,22 @@ def parse_flags():
     return parser.parse_args()
 
 
+@functools.cache
+def open_store(data):
+    """The vectors of all encoders, read and checked when they are first needed."""
+    return RowStore(data, list(data.encoders), CPU)
+
+
 # ------------------------------------------------------------------------------------------------------- the truth
 
 
-def test_scores(folder, data, store, pairs, rows):
+def test_scores(folder, data, pairs, rows):
     """{"image:text": (R@1, R@10) of a run's connectors on the test rows, in per cent}, kept in the run folder."""
     path = folder / "test_scores.json"
     if path.exists():
         return read_json(path)
     run = read_run(folder)
+    store = open_store(data)
     retrieval = Retrieval(data, rows, CPU)
     scores = {}
     for image, text in pairs:
@@ -110,11 +116,11 @@ def draw_rows(data, count, seed):
     return torch.tensor(sorted(i for i in order[:count] if data.rows[i]["split"] != "test"))
 
 
-def curves_of(flags, data, store, pairs, rows, count, seed):
+def curves_of(flags, data, pairs, rows, count, seed):
     """The LearningCurves of a part, kept in the work folder."""
     path = flags.work / f"{count}-{seed}.npz"
     if not path.exists():
-        curves = learning_curves(store, data, pairs, rows, seed, flags.candidates)
+        curves = learning_curves(open_store(data), data, pairs, rows, seed, flags.candidates)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **curves._asdict())
     return LearningCurves(**np.load(path))

@@ -12,10 +12,13 @@ from hyma.embeddings import Embeddings
 from hyma.files import write_json
 from hyma.metrics import Retrieval
 from hyma.prediction import (
+    EXPONENT,
+    KEPT,
     PAIR_ERROR,
     SHARED_ERROR,
     LearningCurves,
     Prediction,
+    chances_of_hits,
     extrapolate,
     groups_of_rows,
     hits_of_rows,
@@ -75,14 +78,15 @@ def test_a_whole_corpus_needs_no_choice(graded, part):
 
 
 def test_a_power_law_is_carried_to_the_whole_corpus():
-    """The odds of hits grow with the root of the rows, by a factor that each pair has."""
+    """The odds of hits grow with the root of the rows on the part, by a factor that each pair has, and more slowly after."""
     sizes = np.array([100.0, 200.0, 400.0])
     factors = np.array([0.01, 0.02, 0.03])  # [P]
     odds = factors * np.sqrt(sizes)[:, None]  # [J, P]
     hits = np.repeat((odds / (1 + odds))[:, :, None], 50, axis=2)
     pairs = [("a", "t"), ("b", "t"), ("c", "t")]
     found = extrapolate(LearningCurves(sizes, hits, np.arange(50)), pairs, 10000, 2000)
-    truth = factors * 100 / (1 + factors * 100)
+    odds_of_all = odds[-1] * 25 ** (EXPONENT + KEPT * (0.5 - EXPONENT))
+    truth = odds_of_all / (1 + odds_of_all)
     np.testing.assert_allclose(found.expected, truth)
     assert (found.interval[0] < truth).all() and (truth < found.interval[1]).all()
     # the data have no noise; what is left is that of the exponents, over ln(10000 / 400)
@@ -100,7 +104,7 @@ def test_hits_among_more_candidates_than_there_are():
 
     def mean_hits(count):
         retrieval = Retrieval(rows, torch.arange(count), CPU)
-        return hits_of_rows(retrieval, scores[:count, :count], 4000).mean().item()
+        return hits_of_rows(retrieval, scores[:count, :count], chances_of_hits(retrieval, 4000)).mean().item()
 
     assert 0.05 < mean_hits(4000) < 0.9
     assert mean_hits(400) == pytest.approx(mean_hits(4000), abs=0.03)
