@@ -40,7 +40,7 @@ from hyma.datasets import read_corpus
 from hyma.decoding import PictureReader, read_batches, worth_starting
 from hyma.embedding_work import PictureCheck, Work, check_source, divide, order_of, with_fixed_rows
 from hyma.files import lock_folder, run_script
-from hyma.finishing import describe, describe_encoder, finish, keep_prompts
+from hyma.finishing import describe, describe_encoder, finish
 from hyma.folder_jobs import add_folder_flags, run_folder_job
 from hyma.forecast import announce
 from hyma.pass_shards import VectorFormat, open_shard_folder, remove_shards
@@ -171,13 +171,13 @@ def resolve_flags(flags):
     index, _, count = (flags.shard or "0/1").partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise BadInput(f"--shard {flags.shard}: expected I/N with 0 <= I < N, such as 0/4")
-    if not flags.encoder:
-        raise BadInput("--encoder: name the encoders to embed with, or all")
     for templates in flags.templates:
         read_templates(templates)
     device = flags.device
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's
+    if not flags.encoder:
+        raise BadInput("--encoder: name the encoders to embed with, or all")
     encoders = choose_encoders(flags.encoder)
     resolved = {
         "encoders": encoders,
@@ -374,11 +374,10 @@ def encode_captions(encoder, captions, reused):
 
 
 def embed_missing(work, missing, flags):
-    """Embeds with the encoders that the folder lacks, all in one pass if memory holds them. Returns (the FixedRows, or
-    None while other processes work on them; the encoders of the last pass; the errors of those that cannot be loaded)."""
+    """Embeds with the encoders that the folder lacks, all in one pass if memory holds them. Returns (the FixedRows, None
+    while other processes work on them; the errors of encoders that cannot be loaded)."""
     waiting = sorted(missing, key=lambda wanted: wanted.kind)  # images first
     failures = []
-    encoders = []
     parts = None
     while waiting:
         encoders = load_encoders(waiting, failures, flags)
@@ -401,7 +400,7 @@ def embed_missing(work, missing, flags):
                 embed_captions(parts, encoder, reused, flags)
         with lock_folder(work.out, wait=True):
             work = finish(work, parts, encoders, flags)
-    return work.fixed, encoders, failures
+    return work.fixed, failures
 
 
 def load_encoders(waiting, failures, flags):
@@ -461,7 +460,7 @@ def main():
             spec = records[wanted.name]["spec"]
             raise BadInput(f"{out}: {wanted.name} stands for {spec} there; give {wanted.spec} another NAME")
     missing = [wanted for wanted in flags.encoders if records[wanted.name] is None]
-    fixed, encoders, failures = embed_missing(work, missing, flags)
+    fixed, failures = embed_missing(work, missing, flags)
 
     if fixed:
         describe(work, fixed)
@@ -485,9 +484,6 @@ def main():
     with lock_folder(out, wait=True):
         seal_folder(out)
         remove_shards(out / ".shards", flags.encoders)
-    for encoder in encoders:
-        if encoder.kind == "text":
-            keep_prompts(out, encoder, flags.templates)
     if flags.standard_set:
         following = f"evaluate.py RUN --task {out.name}={out}"
     else:

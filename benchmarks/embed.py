@@ -41,6 +41,7 @@ ENCODERS = {
     "control": None,
     "mpnet": "mpnet",
 }
+BATCH = 64
 COUNTS = (1, 3, 6)  # encoders in one pass
 MEMORY_ROWS = (500, 2500)
 
@@ -76,10 +77,10 @@ class Timer:
         return cpu, time.monotonic()
 
 
-def embed_command(flags, names, out, rows):
+def embed_command(flags, names, out):
     """The arguments of embed.py."""
     weights = [f"{name}={flags.weights / ENCODERS[name]}" for name in names if ENCODERS[name]]
-    command = ["--encoder", *names, "--data", flags.data, "--rows", rows, "--out", out, "--device", "cpu"]
+    command = ["--encoder", *names, "--data", flags.data, "--rows", flags.rows, "--out", out, "--device", "cpu"]
     command += ["--workers", flags.workers] + (["--weights", *weights] if weights else [])
     return ["embed.py", *map(str, command)]
 
@@ -91,21 +92,23 @@ def silence():
         yield
 
 
-def open_pass(flags, names, out):
-    """What embed.py has before its pass begins: (flags, Work, Parts, encoders)."""
-    sys.argv = embed_command(flags, names, out, flags.rows)
+def open_pass(flags, names, out, loaded):
+    """What embed.py has before its pass begins: (flags, Work, Parts, encoders). loaded: {name: encoder}, loaded once."""
+    sys.argv = embed_command(flags, names, out)
     own = embed.resolve_flags(embed.parse_flags())
     work = embed.open_folder(own)
-    encoders = embed.load_encoders(list(own.encoders), [], own)
-    parts = embed.divide(work, own, 64)
+    for encoder in embed.load_encoders([wanted for wanted in own.encoders if wanted.name not in loaded], [], own):
+        loaded[encoder.name] = encoder
+    parts = embed.divide(work, own, BATCH)
+    encoders = [loaded[name] for name in names]
     embed.open_encoders(work, parts, encoders, own)
     return own, work, parts, encoders
 
 
-def time_pass(flags, names):
-    """Seconds of the pass for these encoders, without loading them."""
+def time_pass(flags, names, loaded):
+    """Seconds of the pass for these encoders."""
     with tempfile.TemporaryDirectory() as folder, silence():
-        own, work, parts, encoders = open_pass(flags, names, Path(folder) / "e")
+        own, work, parts, encoders = open_pass(flags, names, Path(folder) / "e", loaded)
         reused = embed.open_reused([], encoders)
         with Timer() as timer:
             images = [encoder for encoder in encoders if encoder.kind == "image"]
@@ -117,19 +120,16 @@ def time_pass(flags, names):
     return timer.seconds
 
 
-def time_parts(flags):
+def time_parts(flags, loaded):
     """Seconds of decoding alone, for all transforms, and of each encoder on what is decoded already."""
-    found = {}
+    found = {name: {"cpu": 0.0, "wall": 0.0} for name in ["decoding", *ENCODERS]}
     with tempfile.TemporaryDirectory() as folder, silence():
-        _, work, parts, encoders = open_pass(flags, list(ENCODERS), Path(folder) / "e")
+        _, work, _, encoders = open_pass(flags, list(ENCODERS), Path(folder) / "e", loaded)
         reader = PictureReader(work.corpus.root, embed.transforms_of(encoders))
-        starts = range(0, len(work.images()), 64)
-        for encoder in encoders:
-            found[encoder.name] = {"cpu": 0.0, "wall": 0.0}
-        found["decoding"] = {"cpu": 0.0, "wall": 0.0}
-        for start in starts:
+        pictures = work.images()
+        for start in range(0, len(pictures), BATCH):
             with Timer() as timer:
-                _, _, pixels = reader[work.images()[start : start + 64]]
+                _, _, pixels = reader[pictures[start : start + BATCH]]
             add(found["decoding"], timer.seconds)
             for encoder in encoders:
                 if encoder.kind == "image":
@@ -140,7 +140,7 @@ def time_parts(flags):
         for encoder in encoders:
             if encoder.kind == "text":
                 with Timer() as timer:
-                    encoder.model.model.encode(work.captions(), batch_size=64, show_progress_bar=False)
+                    encoder.model.model.encode(work.captions(), batch_size=BATCH, show_progress_bar=False)
                 add(found[encoder.name], timer.seconds)
     return found
 
@@ -171,12 +171,13 @@ def sum_of(seconds):
 def main():
     flags = parse_flags()
     names = list(ENCODERS)
+    loaded = {}
     rounds = []
     for number in range(flags.rounds):
-        measured = {"parts": time_parts(flags), "one_pass": {}, "apart": {}}
-        alone = {name: time_pass(flags, [name]) for name in names}
+        measured = {"parts": time_parts(flags, loaded), "one_pass": {}, "apart": {}}
+        alone = {name: time_pass(flags, [name], loaded) for name in names}
         for count in COUNTS:
-            measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count])
+            measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
             measured["apart"][count] = sum_of(alone[name] for name in names[:count])
         rounds.append(measured)
         print(f"round {number + 1} of {flags.rounds}: {json.dumps(measured)}", flush=True)

@@ -2,20 +2,23 @@
 
 import argparse
 import contextlib
+import json
 import os
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hyma.costs import flop_counter
 from hyma.embedding_work import FixedRows, with_fixed_rows
-from hyma.embeddings import FORMAT_VERSION, Embeddings, hash_keys, unique
+from hyma.embeddings import FORMAT_VERSION, hash_keys, unique
 from hyma.files import sha256_file, write_jsonl
-from hyma.prompts import load_prompts
+from hyma.prompts import RecordedEncoder, load_prompts
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, sort_rows
 from hyma.sealing import add_to_manifest, join_shards, place_items, read_manifest, write_manifest
 from hyma.splits import known_split
-from hyma.tasks import KINDS, RETRIEVAL, TaskNotPossible, choose_rows, recorded_encoder
-from vlm import BadInput
+from hyma.tasks import KINDS, RETRIEVAL, TaskNotPossible, choose_rows
+from vlm import BadInput, Encoder
 
 COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
@@ -33,8 +36,11 @@ def finish(work, parts, encoders, flags):
             continue
         shards = parts.pictures if encoder.kind == "image" else parts.captions
         unfinished = [shard for shard in shards if shard.look({encoder.name: encoder.format})]
-        if not unfinished:
-            add_to_manifest(work.out, encoder.name, make_file(work, encoder, shards))
+        if unfinished:
+            continue
+        if encoder.kind == "text":  # before the record, which says that nothing is left to do
+            keep_prompts(work, encoder, flags.templates)
+        add_to_manifest(work.out, encoder.name, make_file(work, encoder, shards))
     return work
 
 
@@ -138,14 +144,26 @@ def count_truncated(encoder, rows):
         return None
 
 
-def keep_prompts(out, encoder, templates):
+class FolderRows(NamedTuple):
+    """As much of an embedding folder as tasks need to name their prompts, before it is sealed."""
+
+    folder: Path
+    dataset: str
+    manifest: dict
+    rows: list[dict]
+    row_count: int
+
+
+def keep_prompts(work, encoder, templates):
     """Embeds the prompts of the tasks that the folder's rows allow, so that no later command needs the text encoder.
 
     templates: as for `--templates` of evaluate.py, several. The rows are those that evaluate.py takes by default, of the
     folder's own runs and of others.
     """
-    data = Embeddings(out)
-    recorded = recorded_encoder(encoder.name, data, None)
+    manifest = read_manifest(work.out)
+    data = FolderRows(work.out, manifest["dataset"], manifest, work.fixed.rows, len(work.fixed.rows))
+    known = Encoder(encoder.name, encoder.kind, encoder.spec, encoder.model.embed_dim)
+    recorded = RecordedEncoder(known, encoder.plan["weights_sha256"], json.dumps(encoder.plan["transform"]))
     different = []
     for source in templates:
         for run_seed in (0, None):
