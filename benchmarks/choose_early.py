@@ -6,7 +6,7 @@
 A part of 500, 1,000, 2,000 and 4,000 rows is drawn as `embed.py --rows --seed` draws it, three times each, and what
 `train_hyma.py` would print of it is compared with the truth: test scores of the runs' own connectors, the mean over the
 runs, and beside them grid search's of ladder.json.
-Writes benchmarks/choose_early.json; README.md in this folder explains its keys. CPU only, two minutes.
+Writes benchmarks/choose_early.json; README.md in this folder explains its keys. CPU only.
 """
 
 import argparse

@@ -44,7 +44,7 @@ MOST_ROWS = 8192  # of a part, which bounds the time
 WIDTH = 256  # of the space that the texts share
 DRAWS = 2000
 # Measured on icons from 500 to 18,000 rows, which needed exponents from 0.37 to 0.48 for a part's measured 0.39 to 0.55;
-# shown on clip art, which needed 0.33 to 0.43 for 0.55 to 0.67 (NOTES.md).
+# Clip art needed 0.33 to 0.43 for 0.55 to 0.67; both had been seen when these were set (NOTES.md).
 EXPONENT = 0.4
 KEPT = 0.25
 SHARED_ERROR = 0.07  # standard deviation of e

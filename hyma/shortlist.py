@@ -128,7 +128,7 @@ def print_advice(data, subset, pairs, kept, probability):
         print(f"No encoder can be left out with {CERTAIN:.0%} certainty. More rows tell them apart, or embed all:")
     else:
         line = f"Embed all {whole:,} rows with {in_words(images, 'image')} and {in_words(texts, 'text')}."
-        line += f" They hold the best pair with {probability:.0%} probability"
+        line += f" They hold a pair at most {100 * CLOSE:.0f} point below the best with {probability:.0%} probability"
         cost, of_all = embedding_flops(data, kept, whole), embedding_flops(data, names, whole)
         if cost and of_all:
             line += f", and leaving out the others saves {1 - cost / of_all:.0%} of the embedding"

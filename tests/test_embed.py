@@ -313,8 +313,8 @@ def test_a_picture_that_breaks_after_the_scan_stops_the_run(run, refused, corpus
 
 def test_bad_flags(refused, corpus, tmp_path):
     base = ("--data", corpus, "--out", "e")
-    refused("embed.py", "--encoder", "vit_s16", *base, says=["vit_small_patch16_224", "--weights vit_s16=FOLDER"])
-    refused("embed.py", "--encoder", "nolm", *base, says=["sentence-transformers/nolm", "--weights nolm=FOLDER"])
+    refused("embed.py", "--encoder", "vit_s16", *base, says=["vit_small_patch16_224", "--weights vit_s16=weights/vit_s16"])
+    refused("embed.py", "--encoder", "nolm", *base, says=["sentence-transformers/nolm", "--weights nolm=weights/nolm"])
     refused("embed.py", "--encoder", "vit_l61", *base, says="Did you mean vit_l16?")
     refused("embed.py", "--encoder", "nobody_*", *base, says="matches none")
     refused("embed.py", "--encoder", "a=random:test_vit", "a=random:resnet18", *base, says="two different encoders")
