@@ -281,6 +281,8 @@ class Readers:
             data=Path("x"),
             batch_size=1,
             shard_rows=1,
+            rows=None,
+            templates=[],
             workers=1,
             encoder=["control"],
             weights=[],
