@@ -32,7 +32,7 @@ class Generator(Protocol):
 
     def forward(self, features: dict[str, Tensor], pairs) -> tuple[list[Tensor], list[Layer]]:
         """What `connector_mlp` takes for these pairs: inputs, and the layers that end in their image encoders' vectors as the
-        store has them. features: {text encoder: unit vectors [B, D_t]}, of the pairs' text encoders."""
+        store has them. features: {text encoder: unit vectors [B, D_t], float32}, of the pairs' text encoders."""
 
     def predict(self, image: str, text: str) -> list[tuple[Tensor, Tensor]]:
         """The pair's connector as it is exported: (weight [out, in], bias [out]) of each layer."""
@@ -125,8 +125,9 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     """
     features = {}
     for text in texts_of(pairs):
-        features[text] = store.take(text, rows).to(dtype)  # [B, D_t]
+        features[text] = store.take(text, rows)  # [B, D_t]
     inputs, layers = generator(features, pairs)
+    inputs = [x.to(dtype) for x in inputs]  # not before: texts differ little from their mean, which a generator takes away
     z, sumsq = connector_mlp(inputs, cast_layers(layers, dtype))  # [B, sum D_p] not normalised, [P, B] squared lengths
 
     image_names = images_of(pairs)

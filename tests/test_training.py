@@ -10,6 +10,7 @@ from helpers import CPU
 
 from hyma.batches import BLOCK_ROWS, WINDOW_ROWS, Batches, draw_rows, epoch_order
 from hyma.embeddings import Embeddings, RowStore
+from hyma.hypernetworks import FactoredHyperNetwork
 from hyma.metrics import Retrieval
 from hyma.settled import is_settled
 from hyma.splits import split_rows
@@ -212,6 +213,29 @@ def test_lower_precision_has_nearly_the_same_loss(small):
     fp32, _, bf16 = (pair_losses(generator, store, rows, pairs, dtype, 20.0) for dtype in dtypes)
     assert bf16.dtype == torch.float32
     torch.testing.assert_close(bf16, fp32, atol=0, rtol=0.02)
+
+
+def test_lower_precision_keeps_what_little_texts_differ(small):
+    """They are centred in float32: of texts near their mean, bfloat16 would keep a few bits of the difference."""
+
+    class TextsNearTheirMean:
+        def __init__(self, store):
+            self.store, self.dims = store, store.dims
+            self.mean = F.normalize(torch.randn(store.dims["mpnet"]), dim=0)
+
+        def take(self, name, rows):
+            x = self.store.take(name, rows)
+            return self.mean + 0.02 * x if name == "mpnet" else x
+
+    _, store, _, _ = small
+    store = TextsNearTheirMean(store)
+    images, texts = {"efflite1": store.dims["efflite1"]}, {"mpnet": store.dims["mpnet"]}
+    generator = FactoredHyperNetwork(images, texts, hidden_layers=1, rank=images["efflite1"])
+    generator.mean_of("mpnet").copy_(store.mean)
+    generator.scale = 50 * generator.scale
+    rows, pairs = torch.arange(40), [("efflite1", "mpnet")]
+    fp32, bf16 = (pair_losses(generator, store, rows, pairs, dtype, 100.0) for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(bf16, fp32, atol=0, rtol=0.002)
 
 
 def test_validation_is_the_recall_of_each_pairs_connector(small):
