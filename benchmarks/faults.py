@@ -1,6 +1,6 @@
 """The long run of faults: kills, signals, damaged files, fuzzed inputs, the list of known faults. Unattended, on a CPU.
 
-    python benchmarks/faults.py                                   # everything; hours on two cores
+    python benchmarks/faults.py                                   # everything; half an hour on two quiet cores
     python benchmarks/faults.py --kills 10 --fuzz 2000            # the same, smaller
     python benchmarks/faults.py --only kills-grid fuzz            # these parts alone
     python benchmarks/faults.py --again                           # parts that are in the JSON already, too

@@ -40,7 +40,6 @@ class Fault(NamedTuple):
     shown_by: Callable | Tests | Parts | Untried  # a function of (bench, folder) gives a problem or None
 
 
-NO_TAR = Untried("no tar file is read")
 KERNELS = Untried("no process and no file is part of it; needs a GPU or Triton's interpreter, and has tests of its own")
 
 # Numbers: the fifty faults of the design's reliability notes. Letters: what was found wrong before.
@@ -111,8 +110,12 @@ FAULTS = [
     Fault("24 repeated captions", "counted", data.repeated_captions),
     Fault("25 no rows", "one line", data.no_rows),
     Fault("26 one and three processes", "the same bytes", Tests("test_embed.py::test_shards_of_several_processes")),
-    Fault("27 a tar that is cut", "counted", NO_TAR),
-    Fault("28 a prefix over two tars", "not merged", NO_TAR),
+    Fault("27 a tar that is cut", "counted", Tests("test_sources.py::test_a_cut_archive_costs_its_end_and_says_so")),
+    Fault(
+        "28 a prefix over two tars",
+        "not merged",
+        Tests("test_sources.py::test_archives_that_end_and_begin_with_one_name_are_not_mixed"),
+    ),
     Fault("29 unreadable pictures", "quarantined for all encoders", Tests("test_embed.py::test_quarantine")),
     Fault(
         "30 a picture that breaks after the scan",
