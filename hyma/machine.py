@@ -43,18 +43,23 @@ COPIES_BYTES = 2**31  # on a CPU, of copies that a run makes of embeddings besid
 def bytes_for_copies(device) -> int:
     """How much memory copies of embeddings may take: half of what a GPU has free; on a CPU a fixed part."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return free_bytes(device) // 2
     return COPIES_BYTES
 
 
 def bytes_for_files() -> int:
     """How much of the files that this process maps can stay in memory: what the system has available, its page cache
-    included."""
+    included; half of all memory where it does not say so, as on macOS."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
         return 1024 * int(meminfo.partition("MemAvailable:")[2].split()[0])
-    except (OSError, ValueError, IndexError):  # not on Linux
+    except (OSError, ValueError, IndexError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def free_bytes(device) -> int:
+    """How much more memory a device has for models and what they compute."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else bytes_for_files()
 
 
 def peak_bytes(device) -> int:

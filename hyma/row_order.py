@@ -1,4 +1,4 @@
-"""Whether the rows of two encoders belong together, told from their vectors alone, without the encoders.
+"""Whether the rows of two encoders belong together, by their vectors alone, without the encoders.
 
 Pictures that are alike to one encoder are mostly alike to another, and so are their captions. So similarities between rows
 correlate where the rows are the same, and less where one side is shifted: a single row that was lost midway shifts all that

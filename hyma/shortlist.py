@@ -1,7 +1,7 @@
 """Which encoders are worth embedding all rows of a corpus with, by a run on a random part of it, and the command for that.
 
 A pair needs both of its encoders, so images and texts are kept together: the encoders that can be left out are those without
-which the rest still holds the best pair in CERTAIN of the draws of `hyma.prediction`.
+which the rest still holds a pair at most CLOSE below the best in CERTAIN of the draws of `hyma.prediction`.
 """
 
 import shlex
@@ -17,6 +17,7 @@ from vlm import ENCODERS
 CERTAIN = 0.97
 CLOSE = 0.01  # R@10 below the best pair's that makes no difference: what another seed of the training can change
 LEAST_ROWS = 100  # to train on: fewer predict nothing
+REASONABLE_ROWS = 1000  # of a part (benchmarks/README.md, choosing on a part)
 
 
 def whole_corpus(data):
@@ -31,7 +32,12 @@ def advise(out, data, store, pairs, train_rows, val_rows, seed):
     """Predicts the pairs' scores on the whole corpus, writes them to prediction.csv and prints which encoders to embed it
     with. Does nothing where the folder is a whole corpus. out: the run folder. pairs: of the run. rows: of its split."""
     subset = whole_corpus(data)
-    if subset is None or len(pairs) < 2 or len(train_rows) < LEAST_ROWS:
+    if subset is None or len(pairs) < 2:
+        return
+    if len(train_rows) < LEAST_ROWS:
+        print(
+            f"{len(train_rows)} training rows are too few to predict from; embed a larger part: --rows {REASONABLE_ROWS}"
+        )
         return
     pairs = sorted(pairs, key=lambda pair: images_of(pairs).index(pair[0]))
     growth = subset["whole"]["rows"] / data.row_count

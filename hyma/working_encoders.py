@@ -7,6 +7,7 @@ import time
 import torch
 
 import vlm
+from hyma.machine import free_bytes
 from vlm import BadInput
 
 CPU_BATCH = 64
@@ -142,17 +143,6 @@ def can_hold_more(loaded, device):
         size = sum(tensor.nbytes for tensor in encoder.model.state_dict().values())
         largest = max(largest, size)
     return free_bytes(device) > 3 * largest
-
-
-def free_bytes(device):
-    """Memory that is free on a device, as far as the system says so."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return float("inf")
 
 
 def load_encoder(wanted, weights, device, precision):
