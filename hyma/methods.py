@@ -73,9 +73,11 @@ def choose_oracle(methods, oracle_folders):
     if oracles:
         return first_of_depth(oracles, primary.runs[0].hidden_layers), primary, []
     if primary.trained:
+        refined = any(run.config["flags"].get("refine_steps") for run in primary.runs)
+        favoured = ", and of which the chosen pair's was trained further than the others" if refined else ""
         warning = (
-            f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed; add the "
-            "runs of train_grid.py with its whole budget, or name others with --oracle"
+            f"no oracle: the truth is {primary.name}'s own connectors, which cannot show what it has missed{favoured}; add "
+            "the runs of train_grid.py with its whole budget, or name others with --oracle"
         )
     else:
         warning = f"{primary.name}: only the evaluated rows rank these connectors, so the best one's score is too high"
