@@ -12,6 +12,7 @@ from kernels import true_rank
 
 INTERVAL = (2.5, 97.5)  # the percentiles that bound a 95 % interval
 SCORES_BYTES = 2**23  # of similarities at a time, which stay in the cache: a third less time than all at once
+ONE_MATRIX_BYTES = 2**28  # of all similarities of a search, which both directions then share
 
 
 # --------------------------------------------------------------------------------------------------------- retrieval
@@ -46,6 +47,10 @@ class Retrieval:
             place, first = number_names(names)
             self.queries[part] = int(place[: self.query_rows].max()) + 1
             self.place[part], self.first[part] = place.to(device), first.to(device)
+        captions, images = len(self.first["caption"]), len(self.first["image"])
+        products = self.queries["caption"] * images + self.queries["image"] * captions  # of both directions by themselves
+        size = 4 * captions * images
+        self.one_matrix = torch.device(device).type == "cpu" and captions * images < products and size <= ONE_MATRIX_BYTES
         to_text = self.random_recalls("image", "caption")
         to_image = self.random_recalls("caption", "image")
         self.chance = ((np.array(to_text) + np.array(to_image)) / 2).tolist()
@@ -72,12 +77,17 @@ class Retrieval:
         vectors = {"caption": F.normalize(text, dim=1), "image": image}
         own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"])  # [n]
         own = own.nan_to_num(nan=-torch.inf)
-        found = []
+        candidates, match = {}, {}
         for query, target in (("caption", "image"), ("image", "caption")):
             rows = self.nearest_right_rows(own, query)  # [queries]
-            candidates = vectors[target][self.first[target]]  # [candidates, D]
-            place = self.place[target][rows]
-            found.append(true_rank(vectors[query][rows], candidates, place, block_bytes=SCORES_BYTES))
+            match[query] = self.place[target][rows]
+            candidates[query] = vectors[query][self.first[query]]  # [candidates, D]
+        if self.one_matrix:
+            return ranks_of_both(candidates["caption"], candidates["image"], match["caption"], match["image"])
+        found = []
+        for query, target in (("caption", "image"), ("image", "caption")):
+            queries = candidates[query][: self.queries[query]]
+            found.append(true_rank(queries, candidates[target], match[query], block_bytes=SCORES_BYTES))
         return found
 
     def nearest_right_rows(self, own, query):
@@ -96,6 +106,26 @@ class Retrieval:
             for k in self.ks:
                 recalls.append((ranks < k).double().mean().item())
         return recalls
+
+
+def ranks_of_both(captions, images, image_of, caption_of):
+    """`true_rank` of captions [C, D] among images [I, D] and of images among captions, by one matrix of similarities: half of
+    the products. image_of [<= C], caption_of [<= I]: the match of the first captions and of the first images."""
+    scores = captions.new_empty(len(captions), len(images))
+    ranks = []
+    block = max(1, SCORES_BYTES // (4 * len(images)))  # rows, which are counted while they are in the cache
+    matches = image_of.split(block)
+    for k, (rows, texts) in enumerate(zip(scores.split(block), captions.split(block))):
+        torch.mm(texts, images.T, out=rows)
+        if k < len(matches):
+            queries = rows[: len(matches[k])]
+            own = queries.gather(1, matches[k][:, None])  # [block, 1]
+            ranks.append((~(queries < own)).sum(1) - 1)
+    own = scores[caption_of, torch.arange(len(caption_of))]
+    ahead = torch.zeros_like(caption_of)
+    for rows in scores[:, : len(caption_of)].split(block):
+        ahead += (~(rows < own)).sum(0)
+    return [torch.cat(ranks), ahead - 1]
 
 
 def number_names(names):

@@ -17,11 +17,14 @@ from hyma.ranking import expected_recall10, rank_pairs
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-def test_recalls_against_brute_force():
+@pytest.mark.parametrize("one_matrix", [True, False])
+def test_recalls_against_brute_force(one_matrix):
+    """By one matrix of similarities for both directions, or by one for each."""
     random = torch.Generator().manual_seed(0)
     rows = [{"image": str(k // 2), "caption": "the same" if k in (3, 8) else str(k)} for k in range(40)]
     data = Rows(rows)
     retrieval = Retrieval(data, torch.arange(40), CPU)
+    retrieval.one_matrix = one_matrix
     image = F.normalize(torch.randn(20, 8, generator=random), dim=1).repeat_interleave(2, 0)
     text = image + 0.7 * torch.randn(40, 8, generator=random)
     text[8] = text[3]
@@ -39,6 +42,24 @@ def test_recalls_against_brute_force():
             hits[row[query]] = min(order.index(name) for name in right)
         expected += [sum(rank < k for rank in hits.values()) / len(hits) for k in (1, 5, 10)]
     assert retrieval.recalls(text, image) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("block", [1, 2**23])
+def test_one_matrix_ranks_as_two_do_with_distractors(block, monkeypatch):
+    """Fewer queries than candidates, several captions a picture, captions of several pictures, a vector that is not finite."""
+    monkeypatch.setattr("hyma.metrics.SCORES_BYTES", block)
+    random = torch.Generator().manual_seed(0)
+    rows = [{"image": str(k // 3), "caption": str(k % 85)} for k in range(90)]
+    retrieval = Retrieval(Rows(rows), torch.arange(60), CPU, torch.arange(60, 90))
+    image = F.normalize(torch.randn(30, 8, generator=random), dim=1).repeat_interleave(3, 0)
+    text = (image + torch.randn(90, 8, generator=random))[torch.arange(90) % 85]
+    text[7] = torch.nan
+    assert retrieval.one_matrix
+    by_one = retrieval.ranks(text, image)
+    retrieval.one_matrix = False
+    by_two = retrieval.ranks(text, image)
+    assert [len(ranks) for ranks in by_one] == [60, 20]
+    assert all(map(torch.equal, by_one, by_two))
 
 
 def test_a_collapsed_connector_scores_nothing():
