@@ -221,26 +221,27 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
             folds = closed_form.fold_rows(data, train_rows, flags.seed)
             state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
-        store = project_store(generator, store, pairs, train_rows, val_rows)
+        store = project_store(flags, generator, store, pairs, train_rows, val_rows)
     if pairs.base_state:
         state["fold_recall10"] |= pairs.base_state["fold_recall10"]
     state["start_flops"] = state["flops"] = counter.get_total_flops()
     return state, store
 
 
-def resume_training(saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
+def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
     generator.load_state_dict(saved["generator"])
     optimizer.load_state_dict(saved["optimizer"])
     for moment, saved_moment in zip(moments, saved["moments"]):
         moment.copy_(saved_moment)
-    store = project_store(generator, store, pairs, train_rows, val_rows)
+    store = project_store(flags, generator, store, pairs, train_rows, val_rows)
     return new_state(pairs) | saved["state"], store
 
 
-def project_store(generator, store, pairs, train_rows, val_rows):
+def project_store(flags, generator, store, pairs, train_rows, val_rows):
     """The store with image vectors in the space that the generator's connectors end in, k coordinates for D."""
-    return generator.project_images(store, images_of(pairs.scored), torch.cat([train_rows, val_rows]))
+    rows, dtype = torch.cat([train_rows, val_rows]), training_dtype(flags.precision)
+    return generator.project_images(store, images_of(pairs.scored), rows, dtype)
 
 
 def update(generator, optimizer, moments, count, lr, flags):
@@ -309,7 +310,7 @@ def main():
     saved = checkpoints.load("generator", "optimizer", "moments", "state")
     refinement = None
     if saved:
-        state, store = resume_training(saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
+        state, store = resume_training(flags, saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
         refinement = saved.get("refinement")
         done = state["step"] + (refinement["state"]["step"] if refinement else 0)
         is_finished = (flags.out / "ledger.json").is_file()  # also where the base run has refined the chosen pair

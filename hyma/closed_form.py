@@ -237,11 +237,13 @@ def image_map(cross, shared, pictures, rank):
     """The whitened map from s to pictures along k = `rank` axes of theirs, its outputs of unit length in the mean.
 
     cross: pictures.T @ s [D, m]. shared, pictures: CentredRows. The axes are the leading directions of the outputs W s, the
-    left singular vectors of W L with C_ss = L L^T; or, where all outputs fit, any basis of them and of as much more as
-    makes k columns.
+    left singular vectors of W L with C_ss = L L^T; where all of the pictures' space fits, its own axes; where all outputs
+    fit, any basis of them and of as much more as makes k columns.
     """
     weight = whitened_map(cross, shared, pictures)  # W [D, m]
-    if min(weight.shape) > rank:
+    if len(weight) == rank:
+        axes = torch.eye(rank).to(weight)  # which need no product
+    elif min(weight.shape) > rank:
         spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))  # L [m, m]
         axes = torch.svd_lowrank(weight @ spread, rank, niter=2)[0]  # [D, k]
     else:

@@ -250,13 +250,13 @@ class RowStore:
         self.batch = None  # the rows of the step that the window is used for
         self.places = None  # where these are in the window
 
-    def take(self, name, rows):
-        """Unit vectors [len(rows), dim], float32, on the device."""
+    def take(self, name, rows, dtype=torch.float32):
+        """Unit vectors [len(rows), dim], on the device. They are of unit length before they are rounded to dtype."""
         if rows is self.batch and name in self.window:
             tensor, rows = self.window[name], self.places
         else:
             tensor = self.tensors[name]
-        return F.normalize(tensor[rows.to(tensor.device)].to(self.device).float(), dim=1)
+        return F.normalize(tensor[rows.to(tensor.device)].to(self.device).float(), dim=1).to(dtype)
 
 
 def hash_keys(rows) -> str:

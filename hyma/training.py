@@ -116,7 +116,7 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
-    negatives. store: its `take(encoder, rows)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
+    negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
     shorter ones, coordinates along orthonormal axes of that space (`project_images`).
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
@@ -133,7 +133,7 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     image_names = images_of(pairs)
     image_vectors = []  # of each image encoder, [B, D_i]
     for image in image_names:
-        image_vectors.append(store.take(image, rows).to(dtype))
+        image_vectors.append(store.take(image, rows, dtype))
     image_of_pair = [image_names.index(image) for image, _ in pairs]
     losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)  # [P]
     return losses

@@ -205,7 +205,7 @@ def test_cross_validation_of_shuffled_pictures_is_at_chance(initialise):
     retrieval = Retrieval(found.data, torch.cat(found.folds[:-1]), CPU)
     values = [value for folds in found.cv_recall10.values() for value in folds]
     assert sum(values) / len(values) < 1.5 * retrieval.chance[2]
-    targets = found.generator.project_images(found.store, ["efflite1"], found.rows)
+    targets = found.generator.project_images(found.store, ["efflite1"], found.rows, torch.float32)
     six = validate(found.generator, targets, retrieval, [("efflite1", "mpnet")])["efflite1:mpnet"]
     assert recall10(six) > 3 * retrieval.chance[2]
 

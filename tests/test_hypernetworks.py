@@ -120,21 +120,34 @@ def test_flops_of_samples_grow_with_the_batch_and_those_of_steps_do_not(hidden_l
         assert (of_steps > 0) == isinstance(generator, HyperNetwork)
 
 
-def test_pictures_along_axes_have_the_products_that_training_compares(initialise, monkeypatch):
-    """cos(axes @ y, x) is that of y with axes.T @ x: of the rows that a run uses, once, or of each batch where they are many."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pictures_along_axes_have_the_products_that_training_compares(initialise, monkeypatch, dtype):
+    """cos(axes @ y, x) is that of y with axes.T @ x: of the rows that a run uses, once, or of each batch where they are many,
+    to the same bits. Validation takes them in float32."""
     found = initialise(0)
-    rows = torch.cat([found.rows, found.val_rows])
-    targets = found.generator.project_images(found.store, ["efflite1"], rows)
-    axes = found.generator.axes[found.generator.image_names.index("efflite1")]
-    torch.testing.assert_close(targets.take("efflite1", rows[:7]), found.store.take("efflite1", rows[:7]) @ axes)
+    rows, batch = torch.cat([found.rows, found.val_rows]), found.rows[:50]
+    axes = found.generator.axes_of("efflite1")
+    targets = found.generator.project_images(found.store, ["efflite1"], rows, dtype)
+    exact = found.store.take("efflite1", batch) @ axes
+    torch.testing.assert_close(targets.take("efflite1", batch), exact)
+    rounding = {"atol": 2e-3, "rtol": 0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(targets.take("efflite1", batch, dtype), exact.to(dtype), **rounding)
     assert targets.dims["efflite1"] == 64 and targets.dims["mpnet"] == 768
-    torch.testing.assert_close(targets.take("mpnet", rows[:7]), found.store.take("mpnet", rows[:7]))
+    torch.testing.assert_close(targets.take("mpnet", batch), found.store.take("mpnet", batch))
     monkeypatch.setattr("hyma.hypernetworks.bytes_for_copies", lambda device: 1000)
-    of_batches = found.generator.project_images(found.store, ["efflite1"], rows)
+    of_batches = found.generator.project_images(found.store, ["efflite1"], rows, dtype)
     assert targets.coordinates and not of_batches.coordinates and of_batches.dims == targets.dims
-    torch.testing.assert_close(of_batches.take("efflite1", rows[:7]), targets.take("efflite1", rows[:7]))
+    assert torch.equal(of_batches.take("efflite1", batch, dtype), targets.take("efflite1", batch, dtype))
     paper = HyperNetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
-    assert paper.project_images(found.store, ["efflite1"], rows) is found.store
+    assert paper.project_images(found.store, ["efflite1"], rows, dtype) is found.store
+
+
+def test_pictures_of_a_space_that_fits_whole_are_taken_as_they_are(initialise):
+    found = initialise(0, rank=1280)
+    assert torch.equal(found.generator.axes_of("efflite1"), torch.eye(1280))
+    targets = found.generator.project_images(found.store, ["efflite1"], found.rows, torch.float32)
+    assert not targets.coordinates
+    assert torch.equal(targets.take("efflite1", found.rows), found.store.take("efflite1", found.rows))
 
 
 @pytest.mark.parametrize(

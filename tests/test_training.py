@@ -223,8 +223,8 @@ def test_lower_precision_keeps_what_little_texts_differ(small):
             self.store, self.dims = store, store.dims
             self.mean = F.normalize(torch.randn(store.dims["mpnet"]), dim=0)
 
-        def take(self, name, rows):
-            x = self.store.take(name, rows)
+        def take(self, name, rows, dtype=torch.float32):
+            x = self.store.take(name, rows, dtype)
             return self.mean + 0.02 * x if name == "mpnet" else x
 
     _, store, _, _ = small
