@@ -28,6 +28,16 @@ MOST_START_ROWS = 32768  # of the training rows, which bounds the memory of the 
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
 
 
+def gram_matrix(rows):
+    """rows.T @ rows [D, D] of rows [n, D]. It is symmetric, so what its halves have to do with each other is computed once."""
+    width = rows.shape[1]
+    if width <= 256:
+        return rows.T @ rows
+    left, right = rows[:, : width // 2], rows[:, width // 2 :]
+    cross = left.T @ right
+    return torch.cat([torch.cat([gram_matrix(left), cross], 1), torch.cat([cross.T, gram_matrix(right)], 1)])
+
+
 def regularised(gram, strength):
     """A Gram matrix [D, D] with `strength` times its mean eigenvalue added to its diagonal.
 
@@ -53,7 +63,7 @@ class CentredRows:
         self.mean = rows.mean(0)  # [D]
         self.strength = noise_rows / len(rows)
         self.rows = rows - self.mean  # [n, D]
-        self.gram = self.rows.T @ self.rows  # [D, D]
+        self.gram = gram_matrix(self.rows)  # [D, D]
         self.factor = torch.linalg.cholesky(regularised(self.gram, self.strength))  # [D, D], lower
 
     def solve(self, cross):
@@ -63,7 +73,7 @@ class CentredRows:
 
     def solve_without(self, rows, cross):
         """The same as if `rows` [h, D], some of its own, had not been among them."""
-        gram = regularised(self.gram - rows.T @ rows, self.strength)
+        gram = regularised(self.gram - gram_matrix(rows), self.strength)
         return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
 
 
@@ -298,7 +308,7 @@ def cross_validate(space, folds, data, pairs):
         for k, (y, _, cross) in enumerate(held_out(space, image)):
             weight = without_mean_direction(centred.solve_without(y, cross), centred.mean)  # [D, m]
             # Along the columns of `root` outputs have the lengths and products that they have in the images' space.
-            root = torch.linalg.cholesky(regularised(weight.T @ weight, 1e-4))  # [m, m]
+            root = torch.linalg.cholesky(regularised(gram_matrix(weight), 1e-4))  # [m, m]
             candidates = torch.linalg.solve_triangular(root, (vectors @ weight).T, upper=False)  # [m, all h]
             for text in texts:
                 outputs = F.normalize(mapped[text][k] @ root, dim=1)  # [h, m]

@@ -13,6 +13,7 @@ from hyma.closed_form import (
     TEXT_NOISE_ROWS,
     CentredRows,
     fold_rows,
+    gram_matrix,
     image_map,
     leading_coordinates,
     procrustes_map,
@@ -49,6 +50,16 @@ def correlated_rows():
     x, y = torch.randn(500, 24), torch.randn(500, 40)
     y[:, :24] += 0.5 * x
     return x - x.mean(0), y - y.mean(0)
+
+
+@pytest.mark.parametrize("width", [1, 256, 513, 1280])
+def test_a_gram_matrix_against_float64(width):
+    rows = torch.randn(60, width, generator=torch.Generator().manual_seed(0))
+    with flop_counter() as counter:
+        gram = gram_matrix(rows)
+    torch.testing.assert_close(gram.double(), rows.double().T @ rows.double(), atol=1e-4, rtol=1e-5)
+    assert torch.equal(gram, gram.T)
+    assert counter.get_total_flops() < (0.7 if width > 512 else 1.01) * 2 * 60 * width**2
 
 
 def test_the_whitened_map_against_float64():
