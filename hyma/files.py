@@ -172,6 +172,8 @@ def run_script(main):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `hyma.signals` there is nothing to save
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until here it was `hyma.before_main`'s
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    earlier_hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
     try:
         main()
     except BadInput as error:
@@ -187,3 +189,14 @@ def run_script(main):
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.unraisablehook = earlier_hook
+
+
+def interrupt_again(dropped):
+    """A `sys.unraisablehook`: Python drops an exception that is raised in a `__del__` or in the callback of a weak reference, and
+    Ctrl-C with it. It is sent once more, a moment later."""
+    if dropped.exc_type is KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    else:
+        sys.__unraisablehook__(dropped)

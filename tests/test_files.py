@@ -100,6 +100,24 @@ def test_an_error_that_the_user_can_mend_is_one_line(monkeypatch, capsys, main, 
         assert code == 1 and stop.value.code == message  # Python prints it and exits with status 1
 
 
+def test_ctrl_c_is_not_lost_where_python_drops_exceptions():
+    """In a __del__, as libraries have them: Python would print the KeyboardInterrupt and go on."""
+    script = """
+import signal, time
+from hyma.files import run_script
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+def main():
+    Dropped()
+    time.sleep(60)
+run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.strip() == "-c: interrupted; run the same command again to resume"
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
