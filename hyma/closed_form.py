@@ -296,56 +296,43 @@ def cross_validate(space, folds, data, pairs):
     """
     retrieval = Retrieval(data, torch.cat(folds[:-1]), space.shared.mean.device)
     fold_of_row = torch.repeat_interleave(torch.arange(len(folds) - 1), torch.tensor(space.sizes[:-1]))  # [h]
+    is_first_of_caption = torch.zeros(len(fold_of_row), dtype=torch.bool)
+    is_first_of_caption[retrieval.first["caption"].cpu()] = True
     mapped = {}
     for text in texts_of(pairs):
-        mapped[text] = map_held_out_texts(space, text)  # [h, m] of each fold
+        mapped[text] = []  # of each fold, [its captions, m]
+        for outputs, is_first in zip(map_held_out_texts(space, text), is_first_of_caption.split(space.sizes[:-1])):
+            mapped[text].append(outputs[is_first])
     recall10 = {}
     for image in tqdm(images_of(pairs), desc="cross-validate", unit="encoder"):
         centred = space.encoders[image]
-        vectors = centred.rows[: len(fold_of_row)]  # [all h, D]
+        vectors = centred.rows[retrieval.first["image"]]  # [images, D]
         texts = [text for other, text in pairs if other == image]
-        cosines = {text: [] for text in texts}  # of all images with each fold's texts, [all h, h]
+        cosines = {text: [] for text in texts}  # of each fold's captions with all images, [captions of the fold, images]
         for k, (y, _, cross) in enumerate(held_out(space, image)):
             weight = without_mean_direction(centred.solve_without(y, cross), centred.mean)  # [D, m]
             # Along the columns of `root` outputs have the lengths and products that they have in the images' space.
             root = torch.linalg.cholesky(regularised(gram_matrix(weight), 1e-4))  # [m, m]
-            candidates = torch.linalg.solve_triangular(root, (vectors @ weight).T, upper=False)  # [m, all h]
+            candidates = torch.linalg.solve_triangular(root, (vectors @ weight).T, upper=False)  # [m, images]
             for text in texts:
-                outputs = F.normalize(mapped[text][k] @ root, dim=1)  # [h, m]
-                cosines[text].append((outputs @ candidates).T)
+                outputs = F.normalize(mapped[text][k] @ root, dim=1)  # [captions of the fold, m]
+                cosines[text].append(outputs @ candidates)
         for text in texts:
-            scores = torch.cat(cosines[text], dim=1)  # [all h, all h]
+            scores = torch.cat(cosines[text])  # [captions, images]
             recall10[pair_name((image, text))] = recall10_of_folds(retrieval, scores, fold_of_row.to(scores.device))
     return {pair_name(pair): recall10[pair_name(pair)] for pair in pairs}
 
 
 def recall10_of_folds(retrieval, scores, fold_of_row):
-    """[R@10 of the queries of each fold, the mean of both directions]. scores [n, n]: of the image of a row (first index) with
-    the text of another, n the rows of `retrieval`. fold_of_row [n]. A query is of the fold of its first row."""
+    """[R@10 of the queries of each fold, the mean of both directions]. scores [captions, images]: of the candidates of
+    `retrieval`. fold_of_row [n]. A query is of the fold of its first row."""
     fold_count = int(fold_of_row.max()) + 1
     total = 0
-    for query, ranks in ranks_of_scores(retrieval, scores).items():
+    for query, ranks in zip(("caption", "image"), retrieval.ranks_of_scores(scores)):
         fold = fold_of_row[retrieval.first[query]]
         hits = torch.bincount(fold, (ranks < 10).double(), minlength=fold_count)
         total = total + hits / torch.bincount(fold, minlength=fold_count).clamp(min=1)
     return (total / 2).tolist()
-
-
-def ranks_of_scores(retrieval, scores):
-    """{"caption", "image": [queries]}: how many candidates score as high as a query's first right one. Arguments as for
-    `recall10_of_folds`."""
-    first, place = retrieval.first, retrieval.place
-    scores = scores[first["image"]][:, first["caption"]]  # [images, captions]
-    right = torch.zeros_like(scores, dtype=torch.bool)
-    right[place["image"], place["caption"]] = True
-    ranks = {}
-    for query, similarity, is_right in (
-        ("caption", scores, right),
-        ("image", scores.T, right.T),
-    ):  # [candidates, queries]
-        own = similarity.masked_fill(~is_right, -torch.inf).amax(0)  # [queries]
-        ranks[query] = ((similarity >= own) & ~is_right).sum(0)
-    return ranks
 
 
 def held_out(space, name):

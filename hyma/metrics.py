@@ -75,23 +75,37 @@ class Retrieval:
         text [n, D]: of the rows, of any length. image [n, D]: unit vectors, or their coordinates along orthonormal axes.
         """
         vectors = {"caption": F.normalize(text, dim=1), "image": image}
-        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"])  # [n]
-        own = own.nan_to_num(nan=-torch.inf)
-        candidates, match = {}, {}
-        for query, target in (("caption", "image"), ("image", "caption")):
-            rows = self.nearest_right_rows(own, query)  # [queries]
-            match[query] = self.place[target][rows]
-            candidates[query] = vectors[query][self.first[query]]  # [candidates, D]
+        candidates = {}  # [candidates, D]
+        for part in vectors:
+            candidates[part] = vectors[part][self.first[part]]
         if self.one_matrix:
-            return ranks_of_both(candidates["caption"], candidates["image"], match["caption"], match["image"])
+            return self.ranks_of_scores(candidates["caption"] @ candidates["image"].T)
+        own = torch.einsum("nd,nd->n", vectors["caption"], vectors["image"])  # [n]
         found = []
         for query, target in (("caption", "image"), ("image", "caption")):
+            match = self.place[target][self.nearest_right_rows(own, query)]  # [queries]
             queries = candidates[query][: self.queries[query]]
-            found.append(true_rank(queries, candidates[target], match[query], block_bytes=SCORES_BYTES))
+            found.append(true_rank(queries, candidates[target], match, block_bytes=SCORES_BYTES))
+        return found
+
+    def ranks_of_scores(self, scores):
+        """The same of similarities [captions, images] of all candidates: both directions share one product."""
+        own = scores[self.place["caption"], self.place["image"]]  # [n]
+        found = []
+        for query, of_queries in (("caption", scores), ("image", scores.T)):
+            matches = own[self.nearest_right_rows(own, query)]  # [queries]
+            rows = max(1, SCORES_BYTES // (4 * of_queries.shape[1]))
+            ranks = []
+            for match, similarities in zip(matches.split(rows), of_queries.split(rows)):
+                similarities = similarities[: len(match)]
+                ranks.append((~(similarities < match[:, None])).sum(1) - 1)  # a tie and a NaN count against the match
+            found.append(torch.cat(ranks))
         return found
 
     def nearest_right_rows(self, own, query):
-        """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest."""
+        """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest. own: a row's
+        similarity of picture and caption [n]."""
+        own = own.nan_to_num(nan=-torch.inf)
         place, count = self.place[query], len(own)
         candidates = self.first[query].shape
         best = own.new_full(candidates, -torch.inf).scatter_reduce(0, place, own, "amax")  # [candidates]
@@ -106,26 +120,6 @@ class Retrieval:
             for k in self.ks:
                 recalls.append((ranks < k).double().mean().item())
         return recalls
-
-
-def ranks_of_both(captions, images, image_of, caption_of):
-    """`true_rank` of captions [C, D] among images [I, D] and of images among captions, by one matrix of similarities: half of
-    the products. image_of [<= C], caption_of [<= I]: the match of the first captions and of the first images."""
-    scores = captions.new_empty(len(captions), len(images))
-    ranks = []
-    block = max(1, SCORES_BYTES // (4 * len(images)))  # rows, which are counted while they are in the cache
-    matches = image_of.split(block)
-    for k, (rows, texts) in enumerate(zip(scores.split(block), captions.split(block))):
-        torch.mm(texts, images.T, out=rows)
-        if k < len(matches):
-            queries = rows[: len(matches[k])]
-            own = queries.gather(1, matches[k][:, None])  # [block, 1]
-            ranks.append((~(queries < own)).sum(1) - 1)
-    own = scores[caption_of, torch.arange(len(caption_of))]
-    ahead = torch.zeros_like(caption_of)
-    for rows in scores[:, : len(caption_of)].split(block):
-        ahead += (~(rows < own)).sum(0)
-    return [torch.cat(ranks), ahead - 1]
 
 
 def number_names(names):

@@ -25,14 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import betabinom
 from tqdm import tqdm
 
-from hyma.closed_form import (
-    IMAGE_NOISE_ROWS,
-    TEXT_NOISE_ROWS,
-    CentredRows,
-    leading_coordinates,
-    ranks_of_scores,
-    whitened_map,
-)
+from hyma.closed_form import IMAGE_NOISE_ROWS, TEXT_NOISE_ROWS, CentredRows, leading_coordinates, whitened_map
 from hyma.metrics import INTERVAL, Retrieval, number_names
 from hyma.pairs import images_of, texts_of
 from hyma.seeds import seeded_generator
@@ -138,7 +131,7 @@ def splits_share_captions(data):
 
 
 def held_out_scores(store, pairs, train_rows, held_out):
-    """For each of the pairs, which are grouped by image encoder, the scores [h, h] of the pictures of rows with the texts of
+    """For each of the pairs, which are grouped by image encoder, the scores [h, h] of the texts of rows with the pictures of
     rows, by the closed form of the training rows: ridge regression from a text to the space that texts share, and from there
     the whitened map to the picture (`hyma.closed_form`)."""
     texts = {name: CentredRows(store.take(name, train_rows), TEXT_NOISE_ROWS) for name in texts_of(pairs)}
@@ -156,13 +149,14 @@ def held_out_scores(store, pairs, train_rows, held_out):
         for text in [text for other, text in pairs if other == image]:
             s = predicted[text]
             squares = ((s @ gram) * s).sum(1)  # [h] squared lengths of the outputs W s
-            yield candidates @ s.T / squares.clamp(min=1e-30).sqrt()
+            yield s @ candidates.T / squares.clamp(min=1e-30).sqrt()[:, None]
 
 
 def hits_of_rows(retrieval, scores, chances):
     """[h]: of each row, the chance of a hit, the mean of both directions. chances: the `chances_of_hits` of the retrieval."""
+    scores = scores[retrieval.first["caption"]][:, retrieval.first["image"]]  # [captions, pictures]
     total = 0
-    for query, ranks in ranks_of_scores(retrieval, scores).items():
+    for query, ranks in zip(("caption", "image"), retrieval.ranks_of_scores(scores)):
         total = total + chances[query][ranks.cpu()][retrieval.place[query].cpu()]
     return total / 2
 

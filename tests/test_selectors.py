@@ -203,7 +203,7 @@ def selectors(probed):
 GRAMS = 2 * 300 * (48**2 + 40**2 + 24**2 + 48 * 24 + 40 * 24)  # 300 rows; 48, 40 and 24 dimensions
 
 
-PROBED = 2 * 2 * 60**2 + 2 * 60  # of a dimension: 60 captions against 60 pictures and back, and each with its own
+PROBED = 2 * 60**2  # of a dimension: 60 captions against 60 pictures, which both directions share
 
 
 FLOPS = {
