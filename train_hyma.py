@@ -394,14 +394,15 @@ def main():
     chosen = pair_of_name(name_of_row(ranking[0]))
     refined = None
     if flags.refine_steps and pair_name(chosen) not in state["refined"]:
-        layers, recalls = generator.predict(*chosen), state["best"]["recalls"][pair_name(chosen)]
+        recalls = state["best"]["recalls"][pair_name(chosen)]
 
         def save_refinement(refinement, force):
             if force or checkpoints.due():
                 check_weights(refinement["connectors"], refinement["state"]["step"])
                 save_checkpoint(refinement=refinement)
 
-        refined = refine(flags, chosen, layers, recalls, vectors, retrieval, train_rows, refinement, save_refinement)
+        parts = generator, recalls, vectors, retrieval, train_rows
+        refined = refine(flags, chosen, *parts, refinement, save_refinement)
         for key in COSTS:
             state[key] += refined[key]
         state["step"] += refined["step"]

@@ -45,6 +45,12 @@ class Hypernetwork(Generator, Protocol):
         """The store that losses and validation take image vectors from, in the space that `forward`'s layers end in: `store`
         itself, or one of `rows` alone with k coordinates for each image encoder's D. dtype: of the training steps."""
 
+    def predict_projected(self, image: str, text: str) -> list[tuple[Tensor, Tensor]]:
+        """The pair's connector as `predict` gives it, but ending in what `project_images` has of the image encoder."""
+
+    def lift(self, image: str, layers) -> list[tuple[Tensor, Tensor]]:
+        """Layers that end there, to ones that end in the image encoder's own space."""
+
     def outer_moments(self) -> list[Tensor]:
         """AdamW's two moments of a weight `head` whose gradient is never formed, zeros at first: [first, second]. [] where
         there is no such weight. Where there is, `head` holds it and, after each backward pass, `outer` the two factors
@@ -232,20 +238,27 @@ class FactoredHyperNetwork(nn.Module):
         """There are none, as autograd forms every gradient."""
         return []
 
-    @torch.no_grad()
     def predict(self, image, text):
         """The layers of both parts, taking texts as they are and ending in the image encoder's own space."""
+        return self.lift(image, self.predict_projected(image, text))
+
+    @torch.no_grad()
+    def predict_projected(self, image, text):
+        """The same, ending in coordinates along the image encoder's axes."""
         linears = [*self.text_part(text), self.image_part(image)]
         layers = [(linear.weight, linear.bias) for linear in linears]
-
         weight, bias = layers[0]  # W (scale (x - mean)) + b = (scale W) x + (b - scale W mean)
         layers[0] = self.scale * weight, bias - self.scale * (weight @ self.mean_of(text))
-        weight, bias = layers[-1]  # coordinates y [k] along the axes are the vector axes @ y [D]
-        layers[-1] = self.axes_of(image) @ weight, self.axes_of(image) @ bias
         if self.hidden_layers == 0:
             (first, first_bias), (last, last_bias) = layers
             return [(last @ first, last @ first_bias + last_bias)]
         return layers
+
+    @torch.no_grad()
+    def lift(self, image, layers):
+        """Coordinates y [k] along the axes are the vector axes @ y [D]."""
+        weight, bias = layers[-1]
+        return [*layers[:-1], (self.axes_of(image) @ weight, self.axes_of(image) @ bias)]
 
 
 def layer_of(linears, wiring):
@@ -400,6 +413,14 @@ class HyperNetwork(nn.Module):
     def predict(self, image, text):
         """The pair's predicted layers."""
         return self.weights([(image, text)])[0]
+
+    def predict_projected(self, image, text):
+        """The same: nothing is projected."""
+        return self.predict(image, text)
+
+    def lift(self, image, layers):
+        """The layers as they are."""
+        return layers
 
 
 def cut_layer(row, out, into):

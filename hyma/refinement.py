@@ -1,7 +1,8 @@
 """The connector that is handed over, trained further by itself.
 
 A search trains all pairs as far as it takes to rank them; only the pair that it chooses has to be trained to the end. That
-pair's predicted connector becomes one that shares no weights, and has a schedule of its own. Weights between the predicted ones
+pair's predicted connector becomes one that shares no weights, and has a schedule of its own. It still ends in the axes of
+the image encoder in which the search works: its own space, several times as wide, costs twice as much and delivers no more. Weights between the predicted ones
 and the last ones are better than either (Wortsman et al., arXiv 2109.01903), so these are tried too. Of all its states the one
 with the largest sum of recalls is kept (R@1, 5 and 10 of both directions, "rsum").
 """
@@ -31,15 +32,19 @@ def refinement_steps(steps, pair_count):
     return min(steps // 2, int(MOST_SHARE * steps * pair_count))
 
 
-def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, save_checkpoint):
-    """Trains the pair's connector for flags.refine_steps. Returns a state (`hyma.grid_state`), whose `best` has the layers
-    that score best on the validation rows, the predicted ones among them.
+def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, saved, save_checkpoint):
+    """Trains the pair's connector for flags.refine_steps. Returns a state (`hyma.grid_state`), whose `best` has the layers,
+    as they are exported, that score best on the validation rows, the predicted ones among them.
 
-    layers: the predicted connector, (weight [out, in], bias [out]) of each layer. recalls: its six recalls. store: its
-    image vectors have the width that the last layer ends in. saved: what save_checkpoint was last given by an interrupted
-    run, else None. save_checkpoint(refinement, force): saves it now, or only if it is time to.
+    generator: the Hypernetwork that has predicted it. recalls: the six recalls of that. vectors: a RowStore. saved: what
+    save_checkpoint was last given by an interrupted run, else None. save_checkpoint(refinement, force): saves it now, or
+    only if it is time to.
     """
     pairs, name = [pair], pair_name(pair)
+    image, _ = pair
+    dtype = training_dtype(flags.precision)
+    store = generator.project_images(vectors, [image], torch.cat([train_rows, retrieval.rows]), dtype)
+    layers = generator.predict_projected(*pair)
     connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     if saved:
@@ -49,8 +54,7 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
     else:
         connectors.load(pair, layers)
         state = new_state(pairs)
-        keep_best(state, name, recalls, layers, {"refinement_steps": 0}, key=sum)
-    dtype = training_dtype(flags.precision)
+        keep_best(state, name, recalls, generator.lift(image, layers), {"refinement_steps": 0}, key=sum)
     steps = flags.refine_steps
     warmup_steps = min(flags.warmup_steps, steps // 4)
     validation_period = math.ceil(steps / VALIDATIONS)
@@ -59,7 +63,7 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
     def checkpoint():
         return {"state": state, "connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
 
-    batches = Batches(store, f"{flags.seed}, refinement", train_rows, flags.batch_size)
+    batches = Batches(vectors, f"{flags.seed}, refinement", train_rows, flags.batch_size)
     step_losses = StepLosses([])
 
     progress = tqdm(total=steps, initial=state["step"], desc=f"refine {name}", unit="step")
@@ -84,28 +88,29 @@ def refine(flags, pair, layers, recalls, store, retrieval, train_rows, saved, sa
             if is_validation:
                 step_losses.read()
                 six = validate(connectors, store, retrieval, pairs)[name]
-                keep_best(state, name, six, connectors.predict(*pair), {"refinement_steps": step + 1}, key=sum)
+                trained = generator.lift(image, connectors.predict(*pair))
+                keep_best(state, name, six, trained, {"refinement_steps": step + 1}, key=sum)
             state["seconds"] = time.perf_counter() - started
             save_checkpoint(checkpoint(), force=is_validation or signals.arrived())
             signals.leave_if_asked()
     batches.close()
-    try_weights_between(state, connectors, pair, layers, store, retrieval)
+    try_weights_between(state, connectors, pair, generator, store, retrieval)
     state["seconds"] = time.perf_counter() - started
     save_checkpoint(checkpoint(), force=True)
     return state
 
 
-def try_weights_between(state, connectors, pair, predicted, store, retrieval):
-    """Keeps weights between the predicted ones and those of the connectors if they score better. The connectors stay as they
-    are. predicted: the layers that the pair's training started from."""
+def try_weights_between(state, connectors, pair, generator, store, retrieval):
+    """Keeps weights between those that the generator predicts and those of the connectors if they score better. The connectors
+    stay as they are."""
+    predicted = generator.predict_projected(*pair)
     last = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in connectors.predict(*pair)]
     for share in SHARES:
         between = []
         for (weight, bias), (last_weight, last_bias) in zip(predicted, last):
-            weight, bias = weight.to(last_weight), bias.to(last_bias)
             between.append((torch.lerp(weight, last_weight, share), torch.lerp(bias, last_bias, share)))
         connectors.load(pair, between)
         six = validate(connectors, store, retrieval, [pair])[pair_name(pair)]
         about = {"refinement_steps": state["step"], "refinement_share": share}
-        keep_best(state, pair_name(pair), six, between, about, key=sum)
+        keep_best(state, pair_name(pair), six, generator.lift(pair[0], between), about, key=sum)
     connectors.load(pair, last)

@@ -74,7 +74,7 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
         logit_scale=20.0, precision="fp32",
     )  # fmt: skip
     retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
-    layers = found.generator.predict(*PAIR)
+    predicted = found.generator.predict(*PAIR)
     recalls = [0.0] * 6  # any state is better
     saved = []
 
@@ -82,10 +82,13 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
         saved.append(torch.load(to_file(state), weights_only=True))
 
     def run(earlier):
-        return refine(flags, PAIR, layers, recalls, found.store, retrieval, found.rows, earlier, keep)
+        parts = found.generator, recalls, found.store, retrieval, found.rows
+        return refine(flags, PAIR, *parts, earlier, keep)
 
     whole = run(None)
     best = whole["best"]["efflite1:mpnet"]
+    assert saved[0]["connectors"]["layers.0.1.weight"].shape == (64, 1024)  # along the axes
+    assert best["layers"][1][0].shape == (1280, 1024)
     assert whole["step"] == 12 and whole["updates"] == {"efflite1:mpnet": 12} and best["about"]["refinement_steps"] > 0
     again = run(saved[4])
     assert again["updates"] == whole["updates"] and again["flops"] == whole["flops"]
@@ -101,15 +104,16 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
 
     recalls = [1.0] * 6  # nothing is better than the predicted connector
     kept = run(None)["best"]["efflite1:mpnet"]
-    assert kept["about"]["refinement_steps"] == 0 and torch.equal(kept["layers"][0][0], layers[0][0])
+    assert kept["about"]["refinement_steps"] == 0 and torch.equal(kept["layers"][1][0], predicted[1][0])
 
 
 def test_weights_between_the_predicted_and_the_last_ones_are_tried(initialise):
     """Those are kept that score best, and the connectors are as before."""
     found = initialise(1)
     retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
-    good = found.generator.predict(*PAIR)
-    connectors = FreeConnectors([PAIR], found.store.dims, len(good) - 1, 0)
+    store = found.generator.project_images(found.store, [PAIR[0]], retrieval.rows, torch.float32)
+    good = found.generator.predict_projected(*PAIR)
+    connectors = FreeConnectors([PAIR], store.dims, len(good) - 1, 0)
     far, last = [], []  # so that a quarter of the way from one to the other is the good ones
     for weight, bias in good:
         noise = 10 * torch.randn_like(weight) * weight.std()
@@ -117,10 +121,12 @@ def test_weights_between_the_predicted_and_the_last_ones_are_tried(initialise):
         last.append((weight + 3 * noise, bias))
     connectors.load(PAIR, last)
     state = new_state([PAIR])
-    try_weights_between(state, connectors, PAIR, far, found.store, retrieval)
+    lift = found.generator.lift
+    predicting_far = SimpleNamespace(predict_projected=lambda *pair: far, lift=lift)
+    try_weights_between(state, connectors, PAIR, predicting_far, store, retrieval)
     best = state["best"]["efflite1:mpnet"]
     assert best["about"]["refinement_share"] == 0.25
-    for (weight, bias), (ours, our_bias) in zip(best["layers"], good):
+    for (weight, bias), (ours, our_bias) in zip(best["layers"], lift(PAIR[0], good)):
         assert torch.allclose(weight, ours, atol=1e-5) and torch.allclose(bias, our_bias)
     assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(connectors.predict(*PAIR), last))
 
@@ -161,7 +167,7 @@ def test_the_validation_gallery_is_filled_with_training_rows(initialise):
     filled = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
     assert len(alone.rows) == 90 and len(filled.rows) == 900 and filled.query_rows == 90
     assert filled.chance[2] == pytest.approx(10 / 900)
-    store = found.generator.project_images(found.store, [PAIR[0]], filled.rows)
+    store = found.generator.project_images(found.store, [PAIR[0]], filled.rows, torch.float32)
     few = validate(found.generator, store, alone, [PAIR])["efflite1:mpnet"]
     many = validate(found.generator, store, filled, [PAIR])["efflite1:mpnet"]
     assert all(b <= a for a, b in zip(few, many)) and many[2] > 0
