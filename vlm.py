@@ -121,7 +121,13 @@ def find_encoder(text: str) -> Encoder:
         return Encoder(name, "image", spec, None)
     import timm
 
-    return Encoder(name, "image" if timm.is_model(spec) else "text", spec, None)
+    if timm.is_model(spec):
+        return Encoder(name, "image", spec, None)
+    if Path(spec).is_file():
+        raise BadInput(
+            f"encoder {text!r}: is a file; say what model it holds, and give the file to --weights (in Python: weights=)"
+        )
+    return Encoder(name, "text", spec, None)
 
 
 def without_hub_spelling(spec):
@@ -265,6 +271,8 @@ class TextEncoder(nn.Module):
         for missing in loaded:
             missing = [key for key in missing if "pooler" not in key]  # a pooler is not used
             check_filled(encoder, weights, missing, ())
+        check_finite(encoder, weights, self.model)
+        check_size(encoder, weights, self.model)
         without_connector(self.model)  # of a folder that `save_pretrained` wrote
         self.model.eval().requires_grad_(False)
         dimension = getattr(self.model, "get_embedding_dimension", None)  # the name from version 6 on
@@ -307,6 +315,27 @@ class TextEncoder(nn.Module):
         return [{"text": sentence} for sentence in sentences]
 
 
+# (layers, width) of the registered text encoders: a folder says itself what it holds, and loads whatever that is.
+TEXT_SIZES = {
+    "all-MiniLM-L12-v2": (12, 384),
+    "all-mpnet-base-v2": (12, 768),
+    "all-roberta-large-v1": (24, 1024),
+    "all-MiniLM-L6-v2": (6, 384),
+}
+
+
+def check_size(encoder, weights, model):
+    """Raises BadInput if a sentence-transformers model has another size than the registered one it is loaded for."""
+    expected = TEXT_SIZES.get(encoder.spec)
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    found = (getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None))
+    if expected not in (None, found):
+        raise BadInput(
+            f"{weights_of(encoder, weights)} are not those of {encoder.spec}: {found[0]} layers of width {found[1]}, and it "
+            f"has {expected[0]} of width {expected[1]}"
+        )
+
+
 def describe_text_model(model):
     """What of a sentence-transformers model its vectors depend on beside its weights."""
     modules = {}
@@ -328,6 +357,8 @@ def create_image_model(encoder, weights):
     model without its head from whatever fits, and the rest would stay random.
     """
     untrained = encoder.spec.startswith("random:")
+    if untrained and weights is not None:
+        raise BadInput(f"--weights {encoder.name}={weights}: {encoder.spec} has random weights and takes none")
     if weights is None and not untrained and not encoder.spec.startswith("local-dir:"):
         go_offline_without_hub()
     import timm
@@ -340,6 +371,7 @@ def create_image_model(encoder, weights):
             if weights is not None:
                 source = find_image_weights(encoder, Path(weights))
                 if source.is_dir():
+                    check_architecture(encoder, source)
                     name = f"local-dir:{source}"
                 else:
                     state = read_image_weights(encoder, source, name)
@@ -352,6 +384,7 @@ def create_image_model(encoder, weights):
     for keys in loaded:
         left_over = [key for key in keys.unexpected_keys if not re.match(HEADS, key)]
         check_filled(encoder, weights, keys.missing_keys, left_over)
+    check_finite(encoder, weights, model)
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -365,9 +398,16 @@ def read_image_weights(encoder, path, name):
     """The tensors of a weights file under timm's names. Prefixes that are not the model's own are taken off."""
     import timm
 
-    state = timm.models.load_state_dict(str(path))
+    source = f"--weights {encoder.name}={path}"
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except (AttributeError, IndexError):  # of a list, of one tensor, of names that are none, of what is no torch file
+        raise BadInput(f"{source}: holds no tensors under names, as a file of weights does") from None
     if not any(map(torch.is_tensor, state.values())):
-        raise BadInput(f"--weights {encoder.name}={path}: holds no tensors")
+        raise BadInput(f"{source}: holds no tensors")
+    for key, tensor in state.items():
+        if key.endswith(("weight", "bias")) and not is_plain_tensor(tensor):
+            raise BadInput(f"{source}: {key} is no plain tensor of floating-point numbers")
     if not unwrap(state):
         return state
     own = timm.create_model(name, num_classes=0).state_dict().keys()
@@ -428,24 +468,60 @@ def recorded_pretrained():
         logging.disable(logging.NOTSET)
 
 
+def weights_of(encoder, weights):
+    """What a message calls the weights of an Encoder."""
+    return f"the weights of {encoder.name}" + (f" in {weights}" if weights is not None else "")
+
+
 def check_filled(encoder, weights, missing, left_over):
     """Raises BadInput if weights left tensors of a model unfilled, or hold tensors that it has not."""
-    source = f"the weights of {encoder.name}" + (f" in {weights}" if weights is not None else "")
+    source = weights_of(encoder, weights)
     for keys, problem in ((missing, "lack"), (left_over, "have, and the model has not,")):
         if keys:
             names = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
             raise BadInput(f"{source} {problem} {len(keys)} tensors ({names}): they are not those of {encoder.spec}")
 
 
+def check_finite(encoder, weights, model):
+    """Raises BadInput if a model has weights that are NaN or infinite: so would its vectors be."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            raise BadInput(f"{weights_of(encoder, weights)} are not sound: {key} holds numbers that are not finite")
+
+
+def check_architecture(encoder, folder):
+    """Raises BadInput if the config.json of a folder of weights is not that of the timm model that is asked for."""
+    import timm
+
+    config = read_json(folder / "config.json")
+    found = config.get("architecture")
+    if not isinstance(found, str) or not timm.is_model(found):
+        raise BadInput(f"--weights {encoder.name}={folder}: its config.json names no architecture that timm knows")
+    asked, _, tag = re.sub(r"^timm:|^hf-hub:timm/", "", encoder.spec).partition(".")
+    details = config.get("pretrained_cfg")
+    found_tag = details.get("tag") if isinstance(details, dict) else None
+    if timm.is_model(asked) and (found.partition(".")[0] != asked or tag and found_tag and found_tag != tag):
+        found = f"{found}.{found_tag}" if found_tag else found
+        raise BadInput(
+            f"--weights {encoder.name}={folder}: its config.json says {found}, and {encoder.spec} is asked for"
+        )
+
+
 def find_image_weights(encoder, weights):
     """The file of weights, or the folder if it says itself what model it holds (config.json)."""
+    source = f"--weights {encoder.name}={weights}"
     if not weights.exists():
-        raise BadInput(f"--weights {encoder.name}={weights}: no such file or folder")
-    if weights.is_file() or (weights / "config.json").is_file():
+        raise BadInput(f"{source}: no such file or folder")
+    if not weights.is_dir():
+        check_regular(weights)
         return weights
-    files = [*weights.glob("*.safetensors"), *weights.glob("*.pth")]
+    if (weights / "config.json").is_file():
+        return weights
+    files = sorted(weights.glob("*.safetensors")) or sorted(weights.glob("*.pth"))
     if not files:
-        raise BadInput(f"--weights {encoder.name}={weights}: holds no .safetensors or .pth file")
+        raise BadInput(f"{source}: holds no .safetensors or .pth file")
+    if len(files) > 1:
+        raise BadInput(f"{source}: holds {len(files)} files of weights, {files[0].name} and others; name one")
     return files[0]
 
 
@@ -609,11 +685,11 @@ def read_connector(path, image_dim=None, text_dim=None):
         keys += [layer + "weight", layer + "bias"]
     if not isinstance(state, dict) or set(state) != set(keys):
         found = " ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise BadInput(f"{path}: expected the keys {' '.join(keys)}; found {found or 'none'}")
+        raise BadInput(f"{path}: expected the keys {' '.join(keys)}; found {found[:160] or 'none'}")
     for key, tensor in state.items():
         if not is_plain_tensor(tensor):
             raise BadInput(f"{path}: expected tensors of floating-point numbers under the keys {' '.join(keys)}")
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # of 8 bits, torch cannot tell
             raise BadInput(f"{path}: {key} holds numbers that are not finite: the connector cannot be used")
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
@@ -679,11 +755,13 @@ class CustomVLM(nn.Module):
 
     def __init__(self, image_encoder_name, text_encoder_name, connector_args=None, device=None, weights=None):
         super().__init__()
-        weights = weights or {}
+        image_names = [find_encoder(image_encoder_name).name, image_encoder_name]
+        text_names = [find_encoder(text_encoder_name).name, text_encoder_name]
+        image_weights, text_weights = weights_given(weights, image_names, text_names)
         self.image_encoder, self.text_encoder = build_all(
             [
-                lambda: ImageEncoder(image_encoder_name, device, weights.get(image_encoder_name)),
-                lambda: TextEncoder(text_encoder_name, device, weights.get(text_encoder_name)),
+                lambda: ImageEncoder(image_encoder_name, device, image_weights),
+                lambda: TextEncoder(text_encoder_name, device, text_weights),
             ]
         )
         self.connector = None
@@ -765,6 +843,29 @@ class CustomVLM(nn.Module):
             return hub.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "pair")
 
 
+def weights_given(weights, image_names, text_names):
+    """[file or folder of the image encoder, that of the text encoder] by `weights=`, None for the hub's.
+
+    image_names, text_names: the names that each may be given under. Raises BadInput for a name of neither that is not
+    registered: with a typing error, the weights on the hub would be taken instead of those that are meant.
+    """
+    expected = "expected {encoder name: file or folder}, such as {'efflite0': 'efflite0.safetensors'}"
+    weights = {} if weights is None else weights
+    if not isinstance(weights, dict):
+        raise BadInput(f"weights: {expected}")
+    for name, path in weights.items():
+        if not isinstance(path, str | os.PathLike | None):
+            raise BadInput(f"weights: {name!r} is given a {type(path).__name__}; {expected}")
+        if name not in {*image_names, *text_names, *ENCODERS}:
+            raise BadInput(
+                f"weights: {name!r} is none of the encoders here, which are {image_names[0]} and {text_names[0]}"
+            )
+    found = []
+    for names in (image_names, text_names):
+        found.append(next((weights[name] for name in names if name in weights), None))
+    return found
+
+
 def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=None, weights=None):
     """The stitched model of a connector file (.pt or .safetensors), with nothing else present, or of a folder that
     `save_pretrained` wrote. `hf-hub:OWNER/REPO/FILE` is a connector of the hub, `hf-hub:OWNER/REPO` such a folder there.
@@ -784,8 +885,10 @@ def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=
     image, _, text, _ = read_connector(path)
     image_encoder = image_encoder or encoder_of_connector(path, "image", image)
     text_encoder = text_encoder or encoder_of_connector(path, "text", text)
-    weights = weights or {}
-    given = {image_encoder: weights.get(image), text_encoder: weights.get(text)}
+    image_names = [image, find_encoder(image_encoder).name]
+    text_names = [text, find_encoder(text_encoder).name]
+    image_weights, text_weights = weights_given(weights, image_names, text_names)
+    given = {image_encoder: image_weights, text_encoder: text_weights}
     vlm = CustomVLM(image_encoder, text_encoder, device=device, weights=given)
     check_weights(path, image, vlm.image_encoder.model)
     check_weights(path, text, vlm.text_encoder.model)

@@ -224,31 +224,49 @@ def make_zeroshot(name, data, rows, rows_description, flags):
         texts += [template.replace("{}", readable_label(label)) for template in templates]
     chance = 1 / len(classes)
     prompts = f"prompt {templates[0]!r}" if len(templates) == 1 else f"mean of {len(templates)} prompts"
-    protocol = f"{rows_description}; {len(rows)} pictures, {len(classes)} classes, {prompts}; chance {chance:.2%}"
+    labels = len(labels_of(data))
+    spelt = f" of {labels} labels, some of which differ in spelling alone" if labels > len(classes) else ""
+    protocol = (
+        f"{rows_description}; {len(rows)} pictures, {len(classes)} classes{spelt}, {prompts}; chance {chance:.2%}"
+    )
     return Task(
         name, "zeroshot", protocol, chance, data, rows, texts=tuple(texts), templates=len(templates), right=right
     )
 
 
-def labelled_pictures(data, rows):
-    """(all labels of the folder, sorted; the rows [n] that have a label, each picture and label once; the index of each
-    row's label [n])."""
+def labels_of(data):
+    """All labels of the folder, sorted."""
     labels = {row.get("label") for row in data.rows or []}
-    classes = sorted(filter(None, labels))
+    return sorted(filter(None, labels))
+
+
+def labelled_pictures(data, rows):
+    """(the classes, sorted; the rows [n] that have a label, each picture and class once; the index of each row's class [n]).
+
+    Labels that differ in spelling alone are a class, by its first spelling: their prompts can be the same to a text encoder,
+    and a tie counts against the right one.
+    """
+    spelling = {}  # the words of a class -> its first label
+    for label in labels_of(data):
+        spelling.setdefault(plain_words(label), label)
+    classes = list(spelling.values())
     if not classes:
         raise TaskNotPossible("its rows have no labels")
     if len(classes) == 1:
         raise TaskNotPossible(f"its labels are of one class ({classes[0]})")
-    index = dict(zip(classes, range(len(classes))))
+    index = dict(zip(spelling, range(len(classes))))
     labelled = []
     right = []
     seen = set()
     for i in rows.tolist():
         picture, label = data.rows[i]["image"], data.rows[i].get("label")
-        if label and (picture, label) not in seen:
-            seen.add((picture, label))
+        if not label:
+            continue
+        number = index[plain_words(label)]
+        if (picture, number) not in seen:
+            seen.add((picture, number))
             labelled.append(i)
-            right.append(index[label])
+            right.append(number)
     if not labelled:
         raise TaskNotPossible("the rows to evaluate have no labels")
     return classes, torch.tensor(labelled), torch.tensor(right)
@@ -257,6 +275,11 @@ def labelled_pictures(data, rows):
 def readable_label(label):
     """A label as words: red_fox is "red fox"."""
     return label.replace("_", " ")
+
+
+def plain_words(label):
+    """The words of a label, however it is spelt: of red_fox, "Red Fox" and "red  fox" they are the same."""
+    return " ".join(readable_label(label).casefold().split())
 
 
 def score_zeroshot(task, mapped, images):
@@ -334,7 +357,7 @@ def own_questions(data, rows):
 
 
 def label_questions(data, rows):
-    """(all labels, rows [n] with a label, their Questions): the label and three others, which the row's key draws."""
+    """(all classes, rows [n] with a label, their Questions): the class and three others, which the row's key draws."""
     classes, rows, right = labelled_pictures(data, rows)
     questions = []
     for i, k in zip(rows.tolist(), right.tolist()):

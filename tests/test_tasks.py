@@ -266,6 +266,18 @@ def test_the_rows_that_are_scored_are_not_those_trained_on(tmp_path):
     assert tasks_of(marked, run_seed=0)["retrieval"].protocol.startswith("COCO as it was read; 40 pictures, 40 ")
 
 
+def test_labels_that_differ_in_spelling_alone_are_one_class(tmp_path):
+    """Their prompts are the same to an encoder without capitals, and a tie counts against the right one: both would score 0."""
+    labels = ["Red_fox", "red fox", "cat", "Cat", "dog"]
+    rows = [{"label": label} for label in labels] + [{"image": "0.png", "label": "red fox"}]
+    tasks = tasks_of(make_embedding_folder(tmp_path / "e", rows))
+    zeroshot = tasks["zeroshot"]
+    assert zeroshot.texts == ("a photo of a Cat", "a photo of a Red fox", "a photo of a dog")
+    assert zeroshot.right.tolist() == [1, 1, 0, 0, 2]
+    assert "5 pictures, 3 classes of 5 labels, some of which differ in spelling alone" in zeroshot.protocol
+    assert tasks["vqa"].choices.shape == (5, 3)
+
+
 def test_pictures_with_several_captions_are_classified_once(tmp_path):
     rows = [{"image": f"{k // 2}", "label": f"{k // 2 % 4}"} for k in range(40)]
     tasks = tasks_of(make_embedding_folder(tmp_path / "e", rows))

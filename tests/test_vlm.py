@@ -393,12 +393,14 @@ def test_connectors_that_are_no_plain_numbers_are_refused(tmp_path):
     weight = torch.zeros(512, 384)
     for change, message in (
         ({"weight": weight + torch.nan}, "weight holds numbers that are not finite"),
+        ({"weight": (weight + torch.nan).to(torch.float8_e4m3fn)}, "weight holds numbers that are not finite"),
         ({"bias": torch.full((512,), torch.inf)}, "bias holds numbers that are not finite"),
         ({"weight": weight.to_sparse()}, "expected tensors of floating-point numbers"),
         ({"weight": weight.to("meta")}, "control_mlp0_minilm_l6.pt"),
         ({"weight": weight.long()}, "expected tensors of floating-point numbers"),
         ({"weight": torch.zeros(1).expand(512, 384)}, "expected tensors of floating-point numbers"),
         ({0: weight}, "expected the keys weight bias; found weight bias 0"),
+        ({f"k{k}": weight[0] for k in range(99)}, "found weight bias k0 k1 .{120,145}$"),
     ):
         state = vlm.init_modality_connector(384, [], 512).state_dict() | change
         torch.save(state, path)
