@@ -9,7 +9,8 @@ are the sample's, unless --data names others. The parts:
     speed        one pass for one, three and six encoders, and apart, beside the plain forward pass of timm and `encode` of
                  sentence-transformers on decoded input, and decoding alone
     processes    two processes that share a pass beside one that has it all, a thread each
-    memory       the peak of a pass over 1,000, 10,000 and 100,000 small pictures, with one and three encoders
+    compile      encoders with and without --compile, and what compiling takes
+    memory       the peak of a pass over 1,000 to 100,000 small pictures, with one and three encoders
 
 Every round measures all things once, so that other work on the machine falls on all alike, and results are medians of the
 rounds' ratios. Seconds are of the clock (`wall`) and of the processors (`cpu`, with the processes that decode), which other
@@ -55,7 +56,7 @@ ENCODERS = {
 }
 COUNTS = (1, 3, 6)  # encoders in one pass
 BATCH = 64
-MEMORY_ROWS = (1_000, 10_000, 100_000)
+MEMORY_RUNS = ((1_000, 1), (1_000, 3), (10_000, 1), (10_000, 3), (100_000, 1))  # pictures, encoders
 TINY_ENCODERS = ("tiny=random:test_vit", "other=random:test_resnet", "third=random:test_efficientnet")
 
 
@@ -164,9 +165,9 @@ def measure_speed(flags):
     time_models(flags, loaded)  # the first passes prepare
     rounds = []
     for number in range(flags.rounds):
-        models = time_models(flags, loaded)
+        models, whole_batches = time_models(flags, loaded)
         alone = {name: time_pass(flags, [name], loaded) for name in names}
-        measured = {"models": models, "alone": alone, "decoding": {}, "one_pass": {}}
+        measured = {"models": models, "models_64_at_once": whole_batches, "alone": alone, "decoding": {}, "one_pass": {}}
         for count in COUNTS:
             measured["decoding"][count] = time_decoding(flags, names[:count], loaded)
             measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
@@ -201,8 +202,10 @@ def time_decoding(flags, names, loaded):
 
 
 def time_models(flags, loaded):
-    """{encoder: seconds of timm's own forward pass of pixels that are there, or of sentence-transformers' `encode`}."""
-    found = {}
+    """{encoder: seconds of timm's own forward pass of pixels that are there, or of sentence-transformers' `encode`}, twice:
+    with as many pictures at once as embed.py takes, which is the quickest, and with 64."""
+    few = {}
+    many = {}
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenPass(flags, list(ENCODERS), Path(folder) / "e", loaded)
     reader = PictureReader(opened.work.corpus.root, embed.transforms_of(opened.encoders))
@@ -212,15 +215,17 @@ def time_models(flags, loaded):
         _, _, pixels = reader[pictures[start : start + BATCH]]
         batches.append({name: each.to(memory_format=torch.channels_last) for name, each in pixels.items()})
     for encoder in opened.of_kind("image"):
-        with Timer() as timer, torch.no_grad():
-            for pixels in batches:
-                encoder.model.model(pixels[encoder.transform])
-        found[encoder.name] = timer.seconds
+        for found, at_once in ((few, encoder.at_once), (many, BATCH)):
+            with Timer() as timer, torch.no_grad():
+                for pixels in batches:
+                    for part in pixels[encoder.transform].split(at_once):
+                        encoder.model.model(part)
+            found[encoder.name] = timer.seconds
     for encoder in opened.of_kind("text"):
         with Timer() as timer:
             encoder.model.model.encode(opened.work.captions(), batch_size=BATCH, show_progress_bar=False)
-        found[encoder.name] = timer.seconds
-    return found
+        few[encoder.name] = many[encoder.name] = timer.seconds
+    return few, many
 
 
 def compare(rounds, names, rows):
@@ -229,17 +234,60 @@ def compare(rounds, names, rows):
     one_pass = [measured["one_pass"][count] for measured in rounds]
     apart = [total(measured["alone"][name] for name in names) for measured in rounds]
     models = [total(measured["models"][name] for name in names) for measured in rounds]
+    whole_batches = [total(measured["models_64_at_once"][name] for name in names) for measured in rounds]
     decoding = [measured["decoding"][count] for measured in rounds]
     ceiling = [total(each) for each in zip(models, decoding)]
     row = {"encoders": count}
+    shown = {"pass": one_pass, "apart": apart, "models": models, "models_64_at_once": whole_batches, "decoding": decoding}
     for clock in ("cpu", "wall"):
-        for what, seconds in (("pass", one_pass), ("apart", apart), ("models", models), ("decoding", decoding)):
+        for what, seconds in shown.items():
             median = statistics.median(each[clock] for each in seconds)
             row[f"{what}_rows_per_{clock}_second"] = round(rows / median, 2)
     row["pass_by_models_and_one_decoding"] = median_ratio(one_pass, ceiling)
     row["throughput_of_models_and_one_decoding"] = median_ratio(ceiling, one_pass)
     row["pass_by_passes_apart"] = median_ratio(one_pass, apart)
     return row
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def measure_compile(flags):
+    """Encoders with and without `--compile`, on decoded input."""
+    table = []
+    for name in ("efflite0", "control", "minilm_l6"):
+        wanted = embed.vlm.find_encoder(name)
+        weights = flags.weights / ENCODERS[name] if ENCODERS[name] else None
+        encoders = {"plain": embed.load_encoder(wanted, weights, torch.device("cpu"), "float32")}
+        with silence(), Timer() as timer:
+            encoders["compiled"] = embed.load_encoder(wanted, weights, torch.device("cpu"), "float32", True)
+        inputs = read_inputs(flags, encoders["plain"])
+        rounds = {kind: [] for kind in encoders}
+        for _ in range(flags.rounds):
+            for kind, encoder in encoders.items():
+                with Timer() as measured:
+                    vectors = encoder.encode(inputs)
+                rounds[kind].append(measured.seconds)
+        row = {"encoder": name, "seconds_to_compile": timer.seconds}
+        for kind, seconds in rounds.items():
+            median = statistics.median(each["cpu"] for each in seconds)
+            row[f"{kind}_rows_per_cpu_second"] = round(len(vectors) / median, 1)
+        row["compiled_by_plain"] = median_ratio(rounds["compiled"], rounds["plain"])
+        row["least_cosine"] = (encoders["plain"].encode(inputs) * vectors).sum(1).min().item()
+        table.append(row)
+        print(row, flush=True)
+    return {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table}
+
+
+def read_inputs(flags, encoder):
+    """What an encoder takes: the pixels of the first pictures, or the first captions."""
+    corpus = embed.read_corpus(flags.data)
+    rows = corpus.rows[: flags.rows]
+    if encoder.kind == "text":
+        return [row["caption"] for row in rows]
+    reader = PictureReader(corpus.root, {"pixels": encoder.model.transform})
+    _, _, pixels = reader[[row["image"] for row in rows]]
+    return pixels["pixels"]
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -296,12 +344,11 @@ def run_rounds(flags, number, folder, barrier, results):
 def measure_memory(flags):
     """The most resident memory of embed.py as a process of its own, over more and more pictures."""
     peaks = []
-    for rows in MEMORY_ROWS:
+    for rows, encoders in MEMORY_RUNS:
         with tempfile.TemporaryDirectory() as folder:
             archive = write_small_pictures(Path(folder) / "small.tar", rows)
-            for count in (1, len(TINY_ENCODERS)):
-                peaks.append(peak_memory(archive, Path(folder) / f"e{count}", TINY_ENCODERS[:count]))
-        print(peaks[-2:], flush=True)
+            peaks.append(peak_memory(archive, Path(folder) / "e", TINY_ENCODERS[:encoders]))
+        print(peaks[-1], flush=True)
     return {"peaks": peaks}
 
 
@@ -349,7 +396,12 @@ def peak_memory(data, out, encoders):
     return {"rows": rows, "encoders": len(encoders), "peak_mb": own, "decoder_mb": workers, "seconds": seconds}
 
 
-PARTS = {"speed": measure_speed, "processes": measure_processes, "memory": measure_memory}
+PARTS = {
+    "speed": measure_speed,
+    "compile": measure_compile,
+    "processes": measure_processes,
+    "memory": measure_memory,
+}
 
 
 def main():

@@ -1,4 +1,4 @@
-"""An encoder at work: its precision, how much its memory takes at once, its seconds."""
+"""An encoder at work: its precision, how much its memory takes at once, torch.compile, its seconds."""
 
 import contextlib
 import sys
@@ -153,10 +153,37 @@ def can_hold_more(loaded, device):
     return free_bytes(device) > 3 * largest
 
 
-def load_encoder(wanted, weights, device, precision):
-    """The WorkingEncoder. Raises BadInput if its weights cannot be had or are another model's."""
+def load_encoder(wanted, weights, device, precision, compiled=False):
+    """The WorkingEncoder. Raises BadInput if its weights cannot be had or are another model's, or if it cannot be compiled."""
     build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
     model = build(f"{wanted.name}={wanted.spec}", device, weights)
     if wanted.dim not in (None, model.embed_dim):
         raise BadInput(f"{wanted.name}: gives vectors of width {model.embed_dim}; the registry says {wanted.dim}")
-    return WorkingEncoder(wanted, model, precision)
+    encoder = WorkingEncoder(wanted, model, precision)
+    if compiled:
+        compile_encoder(encoder)
+    return encoder
+
+
+def compile_encoder(encoder):
+    """Has torch.compile make the encoder's network faster, and says how long that took."""
+    if encoder.kind == "image":
+        network = encoder.model.model
+        examples = [torch.zeros(encoder.at_once or CPU_BATCH, *encoder.model.config["input_size"])]
+    else:
+        network = getattr(encoder.model.model[0], "auto_model", None)
+        if network is None:
+            raise BadInput(f"--compile: {encoder.name} is no transformer; embed it in a command without --compile")
+        examples = [["a cat"] * 3, ["a cat beside a dog on a mat"] * 2]  # their lengths differ from caption to caption
+    began = time.monotonic()
+    network.compile(dynamic=encoder.kind == "text")
+    try:
+        for example in examples:
+            encoder.encode_part(example)
+    except Exception as error:  # the compiler's are of many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(
+            f"--compile: {encoder.name} cannot be compiled ({reason[:200]}); a CPU needs a C++ compiler (apt-get install g++), a "
+            "GPU Triton and a C compiler, or leave --compile out"
+        ) from None
+    print(f"{encoder.name}: compiled in {time.monotonic() - began:.0f} s")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -438,6 +439,30 @@ def test_half_precision_is_recorded_and_near(run, weights, corpus, tmp_path):
     assert (low.record("minilm_l6")["precision"], full.record("minilm_l6")["precision"]) == ("bfloat16", "float32")
     cosines = (low.load("minilm_l6").float() * full.load("minilm_l6").float()).sum(1)
     assert cosines.min() > 0.9999 and not torch.equal(low.load("minilm_l6"), full.load("minilm_l6"))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_encoders_are_recorded_and_near(run, refused, corpus, tmp_path):
+    flags = (*TINY, "--data", corpus, "--dtype", "float32")
+    assert run("embed.py", *flags, "--out", "plain").code == 0
+    result = run("embed.py", *flags, "--compile", "--out", "e")
+    assert result.code == 0 and "tiny: compiled in" in result.out, result.err
+    plain, compiled = Embeddings(tmp_path / "plain"), Embeddings(tmp_path / "e")
+    record = compiled.record("tiny")
+    assert record["compiled"] and "compiled" not in plain.record("tiny")
+    assert record["flops_per_row"] == plain.record("tiny")["flops_per_row"]
+    assert (plain.load("tiny") * compiled.load("tiny")).sum(1).min() > 0.99999
+    result = run("embed.py", *flags, "--reuse", "e", "--out", "other", "--rows", "8")
+    assert "its tiny is not reused: another compiled" in result.out
+
+
+def test_without_a_compiler_one_line_says_so(refused, corpus, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **_: setattr(module, "forward", no_compiler))
+    says = ["--compile: tiny cannot be compiled", "No working C++ compiler found", "g++", "leave --compile out"]
+    refused("embed.py", *TINY, "--data", corpus, "--compile", "--out", "e", says=says)
 
 
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
