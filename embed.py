@@ -422,6 +422,11 @@ def load_encoders(waiting, failures, flags):
 
 def open_encoders(work, parts, encoders, flags):
     """Gives the encoders their plans, transforms and folders. Vectors that were made by another plan are made again."""
+    manifest = read_manifest(work.out)
+    name_of_weights = {}
+    for name, record in manifest["encoders"].items() if manifest else ():
+        if record:
+            name_of_weights[record.get("weights_sha256")] = name
     for encoder in encoders:
         encoder.plan = make_plan(encoder, flags, parts.batch_size)
         encoder.transform = json.dumps(encoder.plan["transform"])  # encoders with an equal one share their pixels
@@ -429,6 +434,9 @@ def open_encoders(work, parts, encoders, flags):
         with lock_folder(work.out, wait=True):
             if open_shard_folder(work.out / ".shards" / encoder.name, encoder.plan):
                 print(f"{encoder.name}: an earlier run made shards with other weights or flags; starting over")
+        other = name_of_weights.setdefault(encoder.plan["weights_sha256"], encoder.name)
+        if other != encoder.name:
+            print(f"{encoder.name}: has the weights of {other} ({encoder.spec}); the two are one encoder under two names")
 
 
 def make_plan(encoder, flags, batch_size):

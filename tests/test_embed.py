@@ -630,4 +630,5 @@ def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, 
     first, second = corpus.parent / "0.webp", corpus.parent / "1.webp"
     first.write_bytes(second.read_bytes())
     other = ("--encoder", "other=random:test_vit", "--device", "cpu", "--data", corpus, "--out", "e")
-    refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])
+    result = refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])
+    assert "other: has the weights of tiny (random:test_vit); the two are one encoder" in result.out
