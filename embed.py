@@ -142,6 +142,7 @@ def parse_flags():
         default="float32",
         help="of the encoders' products, by autocast (default: %(default)s)",
     )
+    add("--compile", action="store_true", help="torch.compile the encoders: a minute each, then faster; recorded, as it rounds otherwise")
     add(
         "--workers",
         type=int,
@@ -409,7 +410,8 @@ def load_encoders(waiting, failures, flags):
     while waiting and can_hold_more(encoders, flags.device):
         wanted = waiting.pop(0)
         try:
-            encoders.append(load_encoder(wanted, flags.weights.get(wanted.name), flags.device, flags.precision))
+            weights = flags.weights.get(wanted.name)
+            encoders.append(load_encoder(wanted, weights, flags.device, flags.precision, flags.compile))
         except BadInput as error:  # the others are embedded all the same
             failures.append(error)
             print(f"{wanted.name}: left out: {error}")
@@ -420,6 +422,11 @@ def load_encoders(waiting, failures, flags):
 
 def open_encoders(work, parts, encoders, flags):
     """Gives the encoders their plans, transforms and folders. Vectors that were made by another plan are made again."""
+    manifest = read_manifest(work.out)
+    name_of_weights = {}
+    for name, record in manifest["encoders"].items() if manifest else ():
+        if record:
+            name_of_weights[record.get("weights_sha256")] = name
     for encoder in encoders:
         encoder.plan = make_plan(encoder, flags, parts.batch_size)
         encoder.transform = json.dumps(encoder.plan["transform"])  # encoders with an equal one share their pixels
@@ -427,6 +434,9 @@ def open_encoders(work, parts, encoders, flags):
         with lock_folder(work.out, wait=True):
             if open_shard_folder(work.out / ".shards" / encoder.name, encoder.plan):
                 print(f"{encoder.name}: an earlier run made shards with other weights or flags; starting over")
+        other = name_of_weights.setdefault(encoder.plan["weights_sha256"], encoder.name)
+        if other != encoder.name:
+            print(f"{encoder.name}: has the weights of {other} ({encoder.spec}); the two are one encoder under two names")
 
 
 def make_plan(encoder, flags, batch_size):
@@ -443,6 +453,8 @@ def make_plan(encoder, flags, batch_size):
         "batch_size": batch_size,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "sentence-transformers")},
     }
+    if flags.compile:
+        plan["compiled"] = True
     return json.loads(json.dumps(plan))  # tuples become lists, as in the plan that is read back from a file
 
 

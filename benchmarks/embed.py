@@ -1,23 +1,34 @@
-"""The speed of embed.py: one pass for one, three and six encoders, and apart, beside what its parts take by themselves.
+"""The speed and the memory of embed.py beside what its parts take by themselves.
 
-    python benchmarks/embed.py --weights DIR --json benchmarks/embed.json      # the sample's pictures
-    python benchmarks/embed.py --weights DIR --data icons.csv --rows 500
+    python benchmarks/embed.py --weights DIR                              # every part, into benchmarks/embed.json
+    python benchmarks/embed.py --weights DIR --part speed --rows 256      # one part, or with more pictures
 
-DIR holds efflite0.safetensors, efflite1.safetensors, efflite2.safetensors, and the folders minilm_l6 and mpnet. The parts:
-timm's plain forward pass of pixels that are decoded already, sentence-transformers' `encode`, and decoding alone. Every round
-measures each of them once, so that other work on the machine falls on all alike; seconds are of the processor (`cpu`, workers
-included) and of the clock (`wall`). Memory is measured by processes of their own, over two numbers of rows.
+DIR holds efflite0.safetensors, efflite1.safetensors, efflite2.safetensors, and the folders minilm_l6 and mpnet. The pictures
+are the sample's, unless --data names others. The parts:
+
+    speed        one pass for one, three and six encoders, and apart, beside the plain forward pass of timm and `encode` of
+                 sentence-transformers on decoded input, and decoding alone
+    processes    two processes that share a pass beside one that has it all, a thread each
+    compile      encoders with and without --compile, and what compiling takes
+    memory       the peak of a pass over 1,000 to 100,000 small pictures, with one and three encoders
+
+Every round measures all things once, so that other work on the machine falls on all alike, and results are medians of the
+rounds' ratios. Seconds are of the clock (`wall`) and of the processors (`cpu`, with the processes that decode), which other
+work lengthens less.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import runpy
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from hyma.decoding import PictureReader  # noqa: E402
 from hyma.files import write_json  # noqa: E402
 from hyma.machine import provenance  # noqa: E402
+from vlm import read_json  # noqa: E402
 
 embed = argparse.Namespace(**runpy.run_path(str(ROOT / "embed.py")))  # the script's functions
 
@@ -41,25 +54,30 @@ ENCODERS = {
     "control": None,
     "mpnet": "mpnet",
 }
-BATCH = 64
 COUNTS = (1, 3, 6)  # encoders in one pass
-MEMORY_ROWS = (500, 2500)
+BATCH = 64
+MEMORY_RUNS = ((1_000, 1), (1_000, 3), (10_000, 1), (10_000, 3), (100_000, 1))  # pictures, encoders
+TINY_ENCODERS = ("tiny=random:test_vit", "other=random:test_resnet", "third=random:test_efficientnet")
 
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--data", type=Path, default=embed.SAMPLE, help="table of pictures and captions (default: the sample)")
     add("--weights", type=Path, required=True, help="folder of the encoders' weights")
-    add("--rows", type=int, default=256, help="rows that are embedded (default: %(default)s)")
-    add("--rounds", type=int, default=2, help="default: %(default)s")
+    add("--rows", type=int, default=128, help="rows that are embedded (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="of which the medians are taken (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="as embed.py's (default: %(default)s)")
-    add("--json", type=Path, help="file for the results")
+    add("--json", type=Path, default=ROOT / "benchmarks" / "embed.json", help="file for the results")
     return parser.parse_args()
 
 
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
 class Timer:
-    """Seconds of the processor, of this process and its children, and of the clock."""
+    """Seconds of the processors, for this process and its children that have ended, and of the clock."""
 
     def __enter__(self):
         self.began = self.now()
@@ -77,12 +95,22 @@ class Timer:
         return cpu, time.monotonic()
 
 
-def embed_command(flags, names, out):
-    """The arguments of embed.py."""
-    weights = [f"{name}={flags.weights / ENCODERS[name]}" for name in names if ENCODERS[name]]
-    command = ["--encoder", *names, "--data", flags.data, "--rows", flags.rows, "--out", out, "--device", "cpu"]
-    command += ["--workers", flags.workers] + (["--weights", *weights] if weights else [])
-    return ["embed.py", *map(str, command)]
+def total(several):
+    """The sum of several seconds, of each clock."""
+    found = {"cpu": 0.0, "wall": 0.0}
+    for seconds in several:
+        for clock in found:
+            found[clock] = round(found[clock] + seconds[clock], 3)
+    return found
+
+
+def median_ratio(numerators, denominators):
+    """The median over the rounds of one's seconds by the other's, of each clock."""
+    ratios = {}
+    for clock in ("cpu", "wall"):
+        each = [above[clock] / below[clock] for above, below in zip(numerators, denominators)]
+        ratios[clock] = round(statistics.median(each), 3)
+    return ratios
 
 
 @contextlib.contextmanager
@@ -92,132 +120,297 @@ def silence():
         yield
 
 
-def open_pass(flags, names, out, loaded):
-    """What embed.py has before its pass begins: (flags, Work, Parts, encoders). loaded: {name: encoder}, loaded once."""
-    sys.argv = embed_command(flags, names, out)
-    own = embed.resolve_flags(embed.parse_flags())
-    work = embed.open_folder(own)
-    for encoder in embed.load_encoders([wanted for wanted in own.encoders if wanted.name not in loaded], [], own):
-        loaded[encoder.name] = encoder
-    parts = embed.divide(work, own, BATCH)
-    encoders = [loaded[name] for name in names]
-    embed.open_encoders(work, parts, encoders, own)
-    return own, work, parts, encoders
+class OpenPass:
+    """What embed.py has before its pass begins."""
+
+    def __init__(self, flags, names, out, loaded, *more):
+        """loaded: {name: encoder} of those that are in memory already; gains the others. more: flags of embed.py."""
+        weights = [f"{name}={flags.weights / ENCODERS[name]}" for name in names if ENCODERS[name]]
+        command = ["embed.py", "--encoder", *names, "--data", flags.data, "--rows", flags.rows, "--out", out]
+        command += ["--device", "cpu", "--workers", flags.workers, "--batch-size", BATCH, *more]
+        if weights:
+            command += ["--weights", *weights]
+        sys.argv = [str(part) for part in command]
+        with silence():
+            self.flags = embed.resolve_flags(embed.parse_flags())
+            self.work = embed.open_folder(self.flags)
+            waiting = [wanted for wanted in self.flags.encoders if wanted.name not in loaded]
+            while waiting:
+                for encoder in embed.load_encoders(waiting, [], self.flags):
+                    loaded[encoder.name] = encoder
+            self.encoders = [loaded[name] for name in names]
+            self.parts = embed.divide(self.work, self.flags, BATCH)
+            embed.open_encoders(self.work, self.parts, self.encoders, self.flags)
+
+    def of_kind(self, kind):
+        return [encoder for encoder in self.encoders if encoder.kind == kind]
+
+    def run(self):
+        """The pass, from the first picture to the last vector. Returns its seconds."""
+        reused = embed.open_reused([], self.encoders)
+        with silence(), Timer() as timer:
+            if images := self.of_kind("image"):
+                embed.embed_pictures(self.work, self.parts, images, reused, self.flags)
+            for encoder in self.of_kind("text"):
+                embed.embed_captions(self.parts, encoder, reused, self.flags)
+        return timer.seconds
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def measure_speed(flags):
+    names = list(ENCODERS)
+    loaded = {}
+    time_models(flags, loaded)  # the first passes prepare
+    rounds = []
+    for number in range(flags.rounds):
+        models, whole_batches = time_models(flags, loaded)
+        alone = {name: time_pass(flags, [name], loaded) for name in names}
+        measured = {"models": models, "models_64_at_once": whole_batches, "alone": alone, "decoding": {}, "one_pass": {}}
+        for count in COUNTS:
+            measured["decoding"][count] = time_decoding(flags, names[:count], loaded)
+            measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
+        rounds.append(measured)
+        print(f"round {number + 1} of {flags.rounds}: {json.dumps(measured)}", flush=True)
+    table = []
+    for count in COUNTS:
+        table.append(compare(rounds, names[:count], flags.rows))
+        print(table[-1])
+    return {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table, "rounds": rounds}
 
 
 def time_pass(flags, names, loaded):
     """Seconds of the pass for these encoders."""
-    with tempfile.TemporaryDirectory() as folder, silence():
-        own, work, parts, encoders = open_pass(flags, names, Path(folder) / "e", loaded)
-        reused = embed.open_reused([], encoders)
-        with Timer() as timer:
-            images = [encoder for encoder in encoders if encoder.kind == "image"]
-            if images:
-                embed.embed_pictures(work, parts, images, reused, own)
-            for encoder in encoders:
-                if encoder.kind == "text":
-                    embed.embed_captions(parts, encoder, reused, own)
+    with tempfile.TemporaryDirectory() as folder:
+        return OpenPass(flags, names, Path(folder) / "e", loaded).run()
+
+
+def time_decoding(flags, names, loaded):
+    """Seconds that one process takes to read, check, hash, decode and transform each picture for these encoders."""
+    with tempfile.TemporaryDirectory() as folder:
+        opened = OpenPass(flags, names, Path(folder) / "e", loaded)
+    reader = PictureReader(opened.work.corpus.root, embed.transforms_of(opened.encoders))
+    pictures = opened.work.images()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a process that decodes
+    with Timer() as timer:
+        for start in range(0, len(pictures), BATCH):
+            reader[pictures[start : start + BATCH]]
+    torch.set_num_threads(threads)
     return timer.seconds
 
 
-def time_parts(flags, loaded):
-    """Seconds of decoding alone, for all transforms, and of each encoder on what is decoded already."""
-    found = {name: {"cpu": 0.0, "wall": 0.0} for name in ["decoding", *ENCODERS]}
-    with tempfile.TemporaryDirectory() as folder, silence():
-        _, work, _, encoders = open_pass(flags, list(ENCODERS), Path(folder) / "e", loaded)
-        reader = PictureReader(work.corpus.root, embed.transforms_of(encoders))
-        pictures = work.images()
-        for start in range(0, len(pictures), BATCH):
-            with Timer() as timer:
-                _, _, pixels = reader[pictures[start : start + BATCH]]
-            add(found["decoding"], timer.seconds)
-            for encoder in encoders:
-                if encoder.kind == "image":
-                    batch = pixels[encoder.transform].to(memory_format=torch.channels_last)
-                    with Timer() as timer, torch.no_grad():
-                        encoder.model.model(batch)  # timm's own forward pass
-                    add(found[encoder.name], timer.seconds)
-        for encoder in encoders:
-            if encoder.kind == "text":
-                with Timer() as timer:
-                    encoder.model.model.encode(work.captions(), batch_size=BATCH, show_progress_bar=False)
-                add(found[encoder.name], timer.seconds)
-    return found
-
-
-def add(total, seconds):
-    for clock in total:
-        total[clock] = round(total[clock] + seconds[clock], 3)
-
-
-def peak_memory(flags, rows):
-    """The largest resident memory, in MB, of embed.py as a process of its own, with the quickest encoder there is."""
+def time_models(flags, loaded):
+    """{encoder: seconds of timm's own forward pass of pixels that are there, or of sentence-transformers' `encode`}, twice:
+    with as many pictures at once as embed.py takes, which is the quickest, and with 64."""
+    few = {}
+    many = {}
     with tempfile.TemporaryDirectory() as folder:
-        command = ["embed.py", "--encoder", "tiny=random:test_vit", "--data", flags.data, "--rows", rows]
-        command = [*map(str, command), "--out", folder, "--device", "cpu", "--workers", "0"]
-        code = f"import runpy, sys, torch; sys.argv = {command!r}; runpy.run_path('embed.py', run_name='__main__')"
-        code += "; from hyma.machine import peak_bytes; print(peak_bytes(torch.device('cpu')))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return round(int(done.stdout.split()[-1]) / 1e6)
+        opened = OpenPass(flags, list(ENCODERS), Path(folder) / "e", loaded)
+    reader = PictureReader(opened.work.corpus.root, embed.transforms_of(opened.encoders))
+    pictures = opened.work.images()
+    batches = []
+    for start in range(0, len(pictures), BATCH):
+        _, _, pixels = reader[pictures[start : start + BATCH]]
+        batches.append({name: each.to(memory_format=torch.channels_last) for name, each in pixels.items()})
+    for encoder in opened.of_kind("image"):
+        for found, at_once in ((few, encoder.at_once), (many, BATCH)):
+            with Timer() as timer, torch.no_grad():
+                for pixels in batches:
+                    for part in pixels[encoder.transform].split(at_once):
+                        encoder.model.model(part)
+            found[encoder.name] = timer.seconds
+    for encoder in opened.of_kind("text"):
+        with Timer() as timer:
+            encoder.model.model.encode(opened.work.captions(), batch_size=BATCH, show_progress_bar=False)
+        few[encoder.name] = many[encoder.name] = timer.seconds
+    return few, many
 
 
-def sum_of(seconds):
-    total = {"cpu": 0.0, "wall": 0.0}
-    for each in seconds:
-        add(total, each)
-    return total
+def compare(rounds, names, rows):
+    """The row of the table for these encoders: medians over the rounds."""
+    count = len(names)
+    one_pass = [measured["one_pass"][count] for measured in rounds]
+    apart = [total(measured["alone"][name] for name in names) for measured in rounds]
+    models = [total(measured["models"][name] for name in names) for measured in rounds]
+    whole_batches = [total(measured["models_64_at_once"][name] for name in names) for measured in rounds]
+    decoding = [measured["decoding"][count] for measured in rounds]
+    ceiling = [total(each) for each in zip(models, decoding)]
+    row = {"encoders": count}
+    shown = {"pass": one_pass, "apart": apart, "models": models, "models_64_at_once": whole_batches, "decoding": decoding}
+    for clock in ("cpu", "wall"):
+        for what, seconds in shown.items():
+            median = statistics.median(each[clock] for each in seconds)
+            row[f"{what}_rows_per_{clock}_second"] = round(rows / median, 2)
+    row["pass_by_models_and_one_decoding"] = median_ratio(one_pass, ceiling)
+    row["throughput_of_models_and_one_decoding"] = median_ratio(ceiling, one_pass)
+    row["pass_by_passes_apart"] = median_ratio(one_pass, apart)
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------ compile
+
+
+def measure_compile(flags):
+    """Encoders with and without `--compile`, on decoded input."""
+    table = []
+    for name in ("efflite0", "control", "minilm_l6"):
+        wanted = embed.vlm.find_encoder(name)
+        weights = flags.weights / ENCODERS[name] if ENCODERS[name] else None
+        encoders = {"plain": embed.load_encoder(wanted, weights, torch.device("cpu"), "float32")}
+        with silence(), Timer() as timer:
+            encoders["compiled"] = embed.load_encoder(wanted, weights, torch.device("cpu"), "float32", True)
+        inputs = read_inputs(flags, encoders["plain"])
+        rounds = {kind: [] for kind in encoders}
+        for _ in range(flags.rounds):
+            for kind, encoder in encoders.items():
+                with Timer() as measured:
+                    vectors = encoder.encode(inputs)
+                rounds[kind].append(measured.seconds)
+        row = {"encoder": name, "seconds_to_compile": timer.seconds}
+        for kind, seconds in rounds.items():
+            median = statistics.median(each["cpu"] for each in seconds)
+            row[f"{kind}_rows_per_cpu_second"] = round(len(vectors) / median, 1)
+        row["compiled_by_plain"] = median_ratio(rounds["compiled"], rounds["plain"])
+        row["least_cosine"] = (encoders["plain"].encode(inputs) * vectors).sum(1).min().item()
+        table.append(row)
+        print(row, flush=True)
+    return {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table}
+
+
+def read_inputs(flags, encoder):
+    """What an encoder takes: the pixels of the first pictures, or the first captions."""
+    corpus = embed.read_corpus(flags.data)
+    rows = corpus.rows[: flags.rows]
+    if encoder.kind == "text":
+        return [row["caption"] for row in rows]
+    reader = PictureReader(corpus.root, {"pixels": encoder.model.transform})
+    _, _, pixels = reader[[row["image"] for row in rows]]
+    return pixels["pixels"]
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def measure_processes(flags):
+    """One process that embeds everything, and two that share it, in turn."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = []
+        for number in range(2):
+            workers.append(context.Process(target=run_rounds, args=(flags, number, Path(folder), barrier, results)))
+            workers[-1].start()
+        found = [results.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+    own = {number: rounds for number, rounds in found}
+    rounds = []
+    for alone, first, second in zip(own[0]["alone"], own[0]["shared"], own[1]["shared"]):
+        slower = {clock: max(first[clock], second[clock]) for clock in alone}
+        rounds.append({"one": alone, "two": slower})
+        print(rounds[-1], flush=True)
+    speedup = median_ratio([each["one"] for each in rounds], [each["two"] for each in rounds])
+    print({"speedup": speedup})
+    return {"rows": flags.rows, "threads": 1, "speedup_of_two": speedup, "rounds": rounds}
+
+
+def run_rounds(flags, number, folder, barrier, results):
+    """What each of the two processes does. In every round the first embeds alone, and then both share."""
+    torch.set_num_threads(1)
+    flags = argparse.Namespace(**vars(flags) | {"workers": 0})
+    names = ["efflite0", "minilm_l6"]
+    more = ("--shard-rows", BATCH)
+    rounds = {"alone": [], "shared": []}
+    loaded = {}
+    OpenPass(flags, names, folder / f"warm{number}", loaded, *more).run()
+    for turn in range(flags.rounds):
+        if number == 0:
+            opened = OpenPass(flags, names, folder / f"alone{turn}", loaded, *more)
+        barrier.wait()
+        if number == 0:
+            rounds["alone"].append(opened.run())
+        opened = OpenPass(flags, names, folder / f"shared{turn}", loaded, "--shard", f"{number}/2", *more)
+        barrier.wait()
+        rounds["shared"].append(opened.run())
+    results.put((number, rounds))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(flags):
+    """The most resident memory of embed.py as a process of its own, over more and more pictures."""
+    peaks = []
+    for rows, encoders in MEMORY_RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            archive = write_small_pictures(Path(folder) / "small.tar", rows)
+            peaks.append(peak_memory(archive, Path(folder) / "e", TINY_ENCODERS[:encoders]))
+        print(peaks[-1], flush=True)
+    return {"peaks": peaks}
+
+
+def write_small_pictures(path, count):
+    """A tar of so many different captioned pictures of 32 pixels, made from the sample's."""
+    table = embed.read_corpus(embed.SAMPLE)
+    small = []
+    for row in table.rows:
+        with Image.open(table.root / row["image"]) as image:
+            small.append(image.convert("RGB").resize((32, 32)))
+    with tarfile.open(path, "w") as archive:
+        for number in range(count):
+            picture = small[number % len(small)].copy()
+            picture.putpixel((0, 0), (number % 256, number // 256 % 256, number // 65536))
+            data = io.BytesIO()
+            picture.save(data, "PNG", compress_level=1)
+            caption = f"{table.rows[number % len(small)]['caption']}, number {number}"
+            for ending, content in (("png", data.getvalue()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+PRINT_PEAK = """
+import resource, runpy, sys, torch
+sys.argv = {command!r}
+runpy.run_path("embed.py", run_name="__main__")
+from hyma.machine import peak_bytes
+print(peak_bytes(torch.device("cpu")), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
+def peak_memory(data, out, encoders):
+    """The peak of embed.py and of the largest process that decodes for it, in MB, and its seconds."""
+    command = ["embed.py", "--encoder", *encoders, "--data", str(data), "--out", str(out), "--device", "cpu"]
+    code = PRINT_PEAK.format(command=command)
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    own, workers = (round(int(peak) / 1e6) for peak in done.stdout.split()[-2:])
+    rows = read_json(out / "manifest.json")["rows"]
+    seconds = round(time.monotonic() - began)
+    return {"rows": rows, "encoders": len(encoders), "peak_mb": own, "decoder_mb": workers, "seconds": seconds}
+
+
+PARTS = {
+    "speed": measure_speed,
+    "compile": measure_compile,
+    "processes": measure_processes,
+    "memory": measure_memory,
+}
 
 
 def main():
     flags = parse_flags()
-    names = list(ENCODERS)
-    loaded = {}
-    rounds = []
-    for number in range(flags.rounds):
-        measured = {"parts": time_parts(flags, loaded), "one_pass": {}, "apart": {}}
-        alone = {name: time_pass(flags, [name], loaded) for name in names}
-        for count in COUNTS:
-            measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
-            measured["apart"][count] = sum_of(alone[name] for name in names[:count])
-        rounds.append(measured)
-        print(f"round {number + 1} of {flags.rounds}: {json.dumps(measured)}", flush=True)
-
-    table = []
-    for count in COUNTS:
-        seconds = {}
-        for kind in ("one_pass", "apart"):
-            seconds[kind] = min(measured[kind][count]["cpu"] for measured in rounds)
-        parts = rounds[0]["parts"]
-        for measured in rounds:
-            for name, each in measured["parts"].items():
-                parts[name] = min(parts[name], each, key=lambda found: found["cpu"])
-        forward = sum(parts[name]["cpu"] for name in names[:count])
-        decoding = parts["decoding"]["cpu"]
-        table.append(
-            {
-                "encoders": count,
-                "rows_per_cpu_second": round(flags.rows / seconds["one_pass"], 1),
-                "one_pass": seconds["one_pass"],
-                "apart": seconds["apart"],
-                "forward_passes_alone": round(forward, 2),
-                "decoding_alone": decoding,
-                "pass_by_forward_and_one_decoding": round(seconds["one_pass"] / (forward + decoding), 3),
-            }
-        )
-        print(table[-1])
-    memory = {}
-    for rows in MEMORY_ROWS:
-        memory[rows] = peak_memory(flags, rows)
-    print(memory)
-    if flags.json:
-        results = {
-            "machine": provenance("cpu"),
-            "rows": flags.rows,
-            "table": table,
-            "peak_mb": memory,
-            "rounds": rounds,
-        }
-        write_json(flags.json, results)
+    for part in flags.part:
+        results = PARTS[part](flags)
+        found = read_json(flags.json) if flags.json.is_file() else {}
+        found[part] = {"machine": provenance("cpu")} | results
+        write_json(flags.json, found)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from hyma.annotations import is_token_file, token_records
 from hyma.arrow_tables import find_saved_dataset, read_arrow, read_parquet
+from hyma.braces import expand_braces
 from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
+from hyma.inflating import OPENERS
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
 from hyma.remote import find_remote, list_remote, open_file, open_source
 from hyma.splits import known_split, split_of_file
@@ -32,7 +34,8 @@ from hyma.tars import read_tar
 from vlm import BadInput, check_regular
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")
-SHARD_SUFFIXES = (".parquet", ".arrow", ".tar")  # of which a corpus has many files
+SHARD_SUFFIXES = (".parquet", ".arrow")  # of which a corpus has many files
+TAR_SUFFIXES = (".tar", *sum(OPENERS, ()))
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".tgz", ".zst", ".7z", ".rar")
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder
@@ -57,6 +60,9 @@ class Corpus(NamedTuple):
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
     asked = Asked(image_column, caption_column)
+    paths = expand_braces(str(data))
+    if len(paths) > 1 and not data.exists():
+        return read_files([Path(path) for path in paths], asked)
     if open_source(data):
         return read_remote(data, asked)
     if not data.exists():
@@ -77,6 +83,15 @@ def read_corpus(data, image_column=None, caption_column=None):
     else:
         corpus = read_folder(data, files)
     return corpus._replace(notes=(*notes, *corpus.notes))
+
+
+def read_files(paths, asked):
+    """The Corpus of the tables that a pattern with braces names."""
+    for path in paths:
+        if not open_source(path) and not path.is_file():
+            raise BadInput(f"--data: {path}: no such file; the pattern names {len(paths):,}, from {paths[0]} to {paths[-1]}")
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    return read_tables(root, paths, asked)
 
 
 def read_remote(data, asked):
@@ -157,23 +172,36 @@ def list_tables(files):
     described = set()  # files whose table of the same name is about them, without their suffixes
     folders_of_archives = set()
     for path in files:
-        suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES or suffix == ".tar":
+        if is_tar(path):
+            described.add(path.with_name(path.name[: -len(table_suffix(path))]))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             described.add(path.with_suffix(""))
-        if suffix == ".tar":
+        if is_tar(path):
             folders_of_archives.add(path.parent)
     tables = []
     for path in files:
         suffix = path.suffix.lower()
         is_about_others = path.with_suffix("") in described or path.stem.endswith("_stats")
         lists_archives = suffix == ".json" and path.parent in folders_of_archives  # webdataset's own
-        if suffix == ".tar":
+        if is_tar(path):
             tables.append(path)
         elif is_about_others or lists_archives:
             continue
         elif suffix in TABLE_SUFFIXES or is_token_file(path) or is_text_list(path):
             tables.append(path)
     return tables
+
+
+def table_suffix(path):
+    """The ending of a file's name, small: of a compressed tar, both parts."""
+    for suffix in TAR_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    return path.suffix.lower()
+
+
+def is_tar(path):
+    return table_suffix(path) in TAR_SUFFIXES
 
 
 def is_text_list(path):
@@ -191,8 +219,8 @@ def are_one_corpus(tables):
     folders = {path.parent for path in tables}
     if len(tables) < 2 or len(folders) == len(tables):
         return True
-    suffixes = {path.suffix.lower() for path in tables}
-    if len(suffixes) == 1 and suffixes.issubset(SHARD_SUFFIXES):
+    suffixes = {table_suffix(path) for path in tables}
+    if len(suffixes) == 1 and suffixes.issubset((*SHARD_SUFFIXES, *TAR_SUFFIXES)):
         return True
     return all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables)
 
@@ -244,10 +272,11 @@ def read_tables(root, paths, asked):
             prefix_images(found, os.path.relpath(folder, root))
         rows += found
     understood = [f"{names_from(root, like)}: {note}" for note, like in paths_of_note.items()]
-    if several or is_part(paths[0].stem):
+    stem = paths[0].name[: -len(table_suffix(paths[0]))]
+    if several or is_part(stem):
         name = root.resolve().name
     else:
-        name = paths[0].resolve().parent.name if paths[0].stem in UNNAMED_STEMS else paths[0].stem
+        name = paths[0].resolve().parent.name if stem in UNNAMED_STEMS else stem
     source = names_from(root, paths)
     return Corpus(root if several else folder, name, rows, None, source, (*understood, *notes))
 
@@ -281,8 +310,8 @@ def read_records(path, asked):
             return read_parquet(path, asked.is_known)
         case ".arrow":
             return read_arrow(path, asked.is_known)
-        case ".tar":
-            return read_tar(path, asked.is_known, asked.image)
+    if is_tar(path):
+        return read_tar(path, asked.is_known, asked.image)
     if is_token_file(path):
         records, faults, note = token_records(path, read_text(path))
         return Table(records, faults, note=note)
@@ -403,7 +432,7 @@ def sort_files(root, files):
         suffix = path.suffix.lower()
         if suffix in IMAGE_SUFFIXES or suffix in OTHER_SUFFIXES:
             pictures.append(path)
-        elif suffix in CAPTION_SUFFIXES or suffix in TABLE_SUFFIXES:
+        elif suffix in CAPTION_SUFFIXES or suffix in TABLE_SUFFIXES or is_tar(path):
             continue
         elif holds_picture(path):
             pictures.append(path)

@@ -17,10 +17,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+from hyma.inflating import read_inflated
 from hyma.remote import find_remote, is_file, open_file, read_bytes
 from vlm import BadInput, open_image
 
-ADDRESS = re.compile(r"(?P<file>.*?\.(?P<kind>tar|parquet|arrow))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I)
+ADDRESS = re.compile(r"(?P<file>.*?\.(?P<kind>tar|parquet|arrow|tar\.gz|tgz|tar\.bz2|tbz2?|tar\.xz|txz))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I)
 CELLS_AT_ONCE = 32  # cells of a parquet file that are read together
 BATCHES_KEPT = 8  # of so many cells: threads that read ahead do not come in order
 
@@ -33,7 +34,7 @@ class Address(NamedTuple):
     """Where a packed picture is."""
 
     file: Path  # that it is in
-    kind: str  # tar, parquet or arrow
+    kind: str  # parquet, arrow, or how the name of a tar ends
     name: str  # of the member or of the column
     start: int  # the first byte in a tar, else the row
     size: int | None  # in bytes, in a tar
@@ -79,10 +80,10 @@ def picture_bytes(path):
         return read_bytes(path)
     if not is_file(address.file):
         raise FileNotFoundError(address.file)
-    if address.kind == "tar":
-        return read_member(address)
-    with CELLS_LOCK:
-        return read_cell(address)
+    if address.kind in ("parquet", "arrow"):
+        with CELLS_LOCK:
+            return read_cell(address)
+    return read_member(address)
 
 
 def open_picture(path):
@@ -96,7 +97,8 @@ def read_member(address):
         raise DamagedFile(f"{address.file.name}: no such member: {address.name}")
     data = b""
     if address.start < 2**63:  # a place that a file can have
-        data = read_bytes(address.file, address.start, address.start + address.size)
+        read = read_bytes if address.kind == "tar" else read_inflated
+        data = read(address.file, address.start, address.start + address.size)
     if len(data) < address.size:
         raise DamagedFile(f"{address.file.name} is cut off")
     return data

@@ -5,7 +5,7 @@ import torch
 from hyma.embeddings import Embeddings
 
 # What must be the same of an encoder for its vectors to be the same.
-IDENTITY = ("kind", "weights_sha256", "dim", "dtype", "precision", "transform")
+IDENTITY = ("kind", "weights_sha256", "dim", "dtype", "precision", "compiled", "transform")
 
 
 class ReusedVectors:
@@ -44,7 +44,7 @@ def open_reused(folders, encoders):
             if data.rows is None or encoder.name not in data.encoders:
                 continue
             record = {"precision": "float32"} | data.record(encoder.name)
-            other = [part for part in IDENTITY if record.get(part) != encoder.plan[part]]
+            other = [part for part in IDENTITY if record.get(part) != encoder.plan.get(part)]
             if other:
                 print(f"{folder}: its {encoder.name} is not reused: another {' and '.join(other)}")
             else:

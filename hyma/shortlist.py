@@ -157,7 +157,8 @@ def embed_command(data, subset, names):
     for flag, values in subset.get("options", {}).items():
         if flag == "--weights":  # of encoders that are left out, embed.py would refuse them
             values = [value for value in values if value.partition("=")[0] in names]
-        if values:
-            words += [flag, *values]
+            if not values:
+                continue
+        words += [flag, *values]
     words += ["--reuse", str(data.folder), "--out", f"{data.folder}-chosen"]
     return shlex.join(words)

@@ -8,7 +8,7 @@ from hyma.scan import row_fault, sort_rows
 from vlm import BadInput
 
 # Flags that must be the same for the whole corpus, so that it has the same rows and takes over the vectors of the subset.
-SAME_OPTIONS = ("data", "image_column", "caption_column", "weights", "allow_bad", "templates", "dtype", "precision")
+SAME_OPTIONS = ("data", "image_column", "caption_column", "weights", "allow_bad", "templates", "dtype", "precision", "compile")
 
 
 def take_subset(corpus, count, seed):
@@ -60,7 +60,7 @@ def typed_options(parser, flags):
     for name in SAME_OPTIONS:
         value = getattr(flags, name)
         if value != parser.get_default(name):
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [] if value is True else [value]
             options[f"--{name.replace('_', '-')}"] = [str(one) for one in values]
     return options
 

@@ -1,7 +1,8 @@
 """Tar archives of samples, as webdataset reads and img2dataset writes them, to records: key.jpg, key.txt, key.json, key.cls.
 
 The members of a sample have one name up to the first dot. Only headers and texts are read here; a picture becomes its
-address in the archive (`hyma/packed.py`), and nothing is extracted.
+address in the archive (`hyma/packed.py`), and nothing is extracted. A compressed archive is inflated as it is read
+(`hyma/inflating.py`).
 """
 
 import json
@@ -9,9 +10,11 @@ import os
 import tarfile
 from pathlib import Path
 
+from hyma.columns import CLASS_FILES, as_number, named, read_class_file
+from hyma.inflating import DAMAGE, find_opener, inflated_size, open_inflated
 from hyma.packed import tar_address
 from hyma.pictures import IMAGE_SUFFIXES
-from hyma.remote import open_file
+from hyma.remote import find_remote, open_file
 from hyma.tables import Table
 from vlm import BadInput, read_json
 
@@ -35,7 +38,7 @@ def read_tar(path, is_known, image_column) -> Table:
         raise BadInput(f"--data {path}: holds no files{'' if is_whole else '; it is cut off'}")
     records = []
     faults = {}
-    with open_file(path) as file:
+    with open_archive(path) as file:
         for key, sample in samples.items():
             try:
                 records.append(read_sample(path, file, sample, is_known, image_column))
@@ -46,9 +49,17 @@ def read_tar(path, is_known, image_column) -> Table:
                 records.append({})
     endings = sorted({ending for sample in samples.values() for ending in sample})
     note = f"samples of {' '.join('.' + ending for ending in endings[:8])}"
+    if not any(has_caption(record, is_known) for record in records) and any("label" in record for record in records):
+        name_classes(path, records)
+        note += "; the names of the classes are the captions"
     if not is_whole:
         note += f"; CUT OFF after {len(records):,}{expected_samples(path)} samples: the rest is not there"
     return Table(records, faults, note=note)
+
+
+def open_archive(path):
+    """The bytes of an archive as they are before they are compressed, as a file."""
+    return open_inflated(path) if find_opener(path) else open_file(path)
 
 
 def list_members(path):
@@ -56,9 +67,9 @@ def list_members(path):
     members = []
     is_whole = False
     try:
-        # not compressed: a picture is reached by its place
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            size = file.seek(0, os.SEEK_END)
+        size, is_all = inflated_size(path) if find_opener(path) else (file_size(path), True)
+        # not decompressed by tarfile: a picture is reached by its place
+        with open_archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             file.seek(archive.offset)
             try:
                 for member in archive:
@@ -66,18 +77,23 @@ def list_members(path):
                     if member.isfile() and not member.issparse() and member.offset_data + member.size <= size:
                         members.append(member)
                 file.seek(archive.offset)
-                is_whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-            except tarfile.ReadError:  # cut within a member
+                is_whole = is_all and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            except (tarfile.ReadError, *DAMAGE):  # cut within a member
                 pass
-    except tarfile.ReadError as error:
+    except (tarfile.ReadError, *DAMAGE) as error:
         with open_file(path) as file:
             start = file.read(6)
-        if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        if not find_opener(path) and start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
             raise BadInput(
-                f"--data {path}: is compressed, so that no picture in it can be reached by its place; uncompress it first"
+                f"--data {path}: is compressed, and its name does not say how; name it .tar.gz, .tar.bz2 or .tar.xz, or uncompress it"
             ) from None
         raise BadInput(f"--data {path}: is no tar archive, or is cut off in its first file ({error})") from None
     return members, is_whole
+
+
+def file_size(path):
+    with open_file(path) as file:
+        return file.seek(0, os.SEEK_END)
 
 
 def split_name(name):
@@ -138,9 +154,33 @@ def read_text_member(file, member):
     return file.read(member.size).decode("utf-8-sig", errors="surrogateescape")
 
 
+def has_caption(record, is_known):
+    """Whether a record has a caption in any column that is read as one."""
+    return any(value and is_known(name, "caption") for name, value in record.items())
+
+
+def name_classes(path, records):
+    """Gives samples that have a class and no caption the name of their class as both. Raises BadInput if it has no name."""
+    names = {} if find_remote(path) else read_class_file(path.parent) or {}
+    unnamed = set()
+    for record in records:
+        label = record.get("label")
+        number = as_number(label)
+        if number is not None and number not in names:
+            unnamed.add(number)
+        elif label not in (None, ""):
+            record["label"] = names.get(number, label)
+            record["caption"] = record["label"].replace("_", " ")
+    if unnamed:
+        raise BadInput(
+            f"--data {path}: its samples have classes (.cls) and no captions, and what the classes {named(sorted(unnamed))} are is "
+            f"not known: write their names to {CLASS_FILES[0]} beside it, a line each, counted from 0"
+        )
+
+
 def expected_samples(path):
     """How many samples img2dataset says that it has written to an archive, for a message: "" where it does not."""
-    stats = path.with_name(f"{path.stem}_stats.json")
+    stats = path.with_name(f"{path.name.partition('.')[0]}_stats.json")
     if not stats.is_file():
         return ""
     return f" of {read_json(stats).get('successes', '?')}"

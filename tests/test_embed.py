@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -22,6 +23,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, write_json
 from hyma.pictures import read_picture
 from hyma.tasks import open_tasks, text_inputs
+from hyma.working_encoders import load_encoder
 from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -221,6 +223,7 @@ def test_processes_share_the_shards_and_take_those_of_a_dead_one(run, spawn, cor
 
 
 def test_processes_that_decode_ahead_change_no_byte(run, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("hyma.decoding.PICTURES_PER_WORKER", 64)
     rows = [row | {"image": str(SAMPLE / row["image"])} for row in sample_captions()[:150]]
     rows[70] = rows[70] | {"image": "gone.webp"}
     flags = (*TINY, "--data", write_csv(tmp_path / "t.csv", rows), "--batch-size", "32", "--shard-rows", "64")
@@ -238,6 +241,15 @@ def test_processes_that_decode_ahead_change_no_byte(run, refused, tmp_path, monk
 
     monkeypatch.setattr("hyma.decoding.read_picture", read_or_be_killed)
     refused("embed.py", *flags, "--out", "killed", "--workers", "2", says=["was killed", "--workers 0"])
+
+
+def test_the_bits_of_a_picture_do_not_depend_on_those_beside_it():
+    """Of this network they do where parts have different numbers of pictures."""
+    encoder = load_encoder(vlm.find_encoder("x=random:efficientnet_b0"), None, torch.device("cpu"), "float32")
+    pixels = torch.rand(19, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    together = encoder.encode(pixels)
+    for numbers in ([18], [7, 3], [0, 1, 2, 3, 4]):
+        assert torch.equal(encoder.encode(pixels[numbers]), together[numbers])
 
 
 def test_one_of_torchruns_processes_takes_the_shards_of_a_dead_one(run, corpus, tmp_path, monkeypatch):
@@ -429,6 +441,30 @@ def test_half_precision_is_recorded_and_near(run, weights, corpus, tmp_path):
     assert cosines.min() > 0.9999 and not torch.equal(low.load("minilm_l6"), full.load("minilm_l6"))
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_encoders_are_recorded_and_near(run, refused, corpus, tmp_path):
+    flags = (*TINY, "--data", corpus, "--dtype", "float32")
+    assert run("embed.py", *flags, "--out", "plain").code == 0
+    result = run("embed.py", *flags, "--compile", "--out", "e")
+    assert result.code == 0 and "tiny: compiled in" in result.out, result.err
+    plain, compiled = Embeddings(tmp_path / "plain"), Embeddings(tmp_path / "e")
+    record = compiled.record("tiny")
+    assert record["compiled"] and "compiled" not in plain.record("tiny")
+    assert record["flops_per_row"] == plain.record("tiny")["flops_per_row"]
+    assert (plain.load("tiny") * compiled.load("tiny")).sum(1).min() > 0.99999
+    result = run("embed.py", *flags, "--reuse", "e", "--out", "other", "--rows", "8")
+    assert "its tiny is not reused: another compiled" in result.out
+
+
+def test_without_a_compiler_one_line_says_so(refused, corpus, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **_: setattr(module, "forward", no_compiler))
+    says = ["--compile: tiny cannot be compiled", "No working C++ compiler found", "g++", "leave --compile out"]
+    refused("embed.py", *TINY, "--data", corpus, "--compile", "--out", "e", says=says)
+
+
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
     """config.json and model.safetensors: as `local-dir:` encoder, and as the weights of a registered one."""
     folder = tmp_path / "hub"
@@ -594,4 +630,5 @@ def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, 
     first, second = corpus.parent / "0.webp", corpus.parent / "1.webp"
     first.write_bytes(second.read_bytes())
     other = ("--encoder", "other=random:test_vit", "--device", "cpu", "--data", corpus, "--out", "e")
-    refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])
+    result = refused("embed.py", *other, says=["0.webp", "is not the picture that was read before"])
+    assert "other: has the weights of tiny (random:test_vit); the two are one encoder" in result.out

@@ -1,5 +1,6 @@
 """Sources whose pictures lie in other files, and the caption files of published sets, through embed.py's command line."""
 
+import gzip
 import io
 import json
 import shutil
@@ -39,9 +40,10 @@ def embed(run, tmp_path):
 
 
 def write_tar(path, members):
-    """A tar of {name: bytes or text}."""
+    """A tar of {name: bytes or text}, compressed as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    method = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
+    with tarfile.open(path, f"w:{method}") as archive:
         for name, data in members.items():
             data = data.encode() if isinstance(data, str) else data
             member = tarfile.TarInfo(name)
@@ -81,6 +83,56 @@ def test_pictures_in_tars_give_the_vectors_of_their_files(folder, embed, tmp_pat
     assert all(row["image"].startswith(f"0000{k // 3}.tar/00000000{k}.webp@") for k, row in enumerate(rows))
     assert vectors.equal(embed(folder / "t.csv", out="files")[3])
     assert not list((tmp_path / "e").rglob("*.webp"))  # nothing is extracted
+
+
+def test_compressed_tars_are_inflated_as_they_are_read(folder, embed, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("hyma.decoding.PICTURES_PER_WORKER", 2)
+    for number, ending in enumerate(("tar.gz", "tgz", "tar.bz2", "tar.xz")):
+        write_tar(tmp_path / "in" / ending / f"00000.{ending}", samples(folder, range(6 * number, 6 * number + 6)))
+    write_tar(tmp_path / "in" / "plain" / "00000.tar", samples(folder, range(24)))
+    expected = embed(tmp_path / "in" / "plain")[3]
+    for number, ending in enumerate(("tar.gz", "tgz", "tar.bz2", "tar.xz")):
+        _, rows, quarantine, vectors = embed(tmp_path / "in" / ending, "--workers", "2", out=ending)
+        assert captions_of(rows) == [f"caption {k}" for k in range(6 * number, 6 * number + 6)] and not quarantine
+        assert vectors.equal(expected[6 * number : 6 * number + 6])
+    address = f"in/tgz/{rows_of_tar(tmp_path / 'in' / 'tgz' / '00000.tgz')[2]}"
+    assert picture_bytes(tmp_path / address) == (folder / "8.webp").read_bytes()  # behind where the last one was
+
+    whole = (tmp_path / "in" / "tar.gz" / "00000.tar.gz").read_bytes()
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(whole[: len(whole) // 2])
+    result, rows, _, _ = embed(cut, out="cut")
+    assert "CUT OFF after" in result.out and 0 < len(rows) < 6
+    cut.write_bytes(gzip.compress(b"no tar" * 200))
+    refused("embed.py", *TINY, "--data", cut, says="is no tar archive")
+    cut.write_bytes(gzip.compress(bytes(80 * 2**20)))
+    refused("embed.py", *TINY, "--data", cut, says="inflates to more than 100 times its size")
+
+
+def rows_of_tar(path):
+    """The addresses of the pictures of an archive."""
+    return [row["image"] for row in read_corpus(path).rows]
+
+
+def test_a_pattern_with_braces_names_several_files(folder, refused, tmp_path):
+    for number in range(8, 12):
+        write_tar(tmp_path / "s" / f"{number:03}.tar", samples(folder, [number]))
+    corpus = read_corpus(tmp_path / "s" / "{009..011}.tar")
+    assert captions_of(corpus.rows) == ["caption 9", "caption 10", "caption 11"] and corpus.dataset == "s"
+    assert captions_of(read_corpus(tmp_path / "s" / "{010,008}.tar").rows) == ["caption 10", "caption 8"]
+    refused("embed.py", *TINY, "--data", tmp_path / "s" / "{009..012}.tar", says=["012.tar: no such file", "names 4"])
+
+
+def test_samples_with_a_class_and_no_caption_are_captioned_by_its_name(tmp_path, refused):
+    members = {"a.jpg": b"p", "a.cls": "1", "b.jpg": b"p", "b.cls": "0\n"}
+    path = write_tar(tmp_path / "0.tar", members)
+    refused("embed.py", *TINY, "--data", path, says=["classes 0, 1 are", "classes.txt"])
+    (tmp_path / "classes.txt").write_text("tabby_cat\ndog\n")
+    corpus = read_corpus(path)
+    assert [(row["caption"], row["label"]) for row in corpus.rows] == [("dog", "dog"), ("tabby cat", "tabby_cat")]
+    assert "the names of the classes are the captions" in corpus.notes[0]
+    words = read_corpus(write_tar(tmp_path / "1.tar", {"a.jpg": b"p", "a.cls": "red_fox"})).rows
+    assert [(row["caption"], row["label"]) for row in words] == [("red fox", "red_fox")]
 
 
 def test_samples_of_a_tar(folder, tmp_path):
