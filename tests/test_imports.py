@@ -86,6 +86,7 @@ HYMA = [
     "machine",
     "signals",
     "brackets",
+    "ranks",
     "files",
     "before_main",
 ]
