@@ -53,7 +53,6 @@ HYMA = [
     "settled",
     "halving",
     "grid_state",
-    "shards",
     "starting_run",
     "pairs",
     "runs",
@@ -89,6 +88,7 @@ HYMA = [
     "machine",
     "signals",
     "brackets",
+    "ranks",
     "files",
     "before_main",
 ]
