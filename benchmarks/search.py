@@ -58,7 +58,7 @@ PARTS = {
     "depth": [Search(9, 3, 20_000, ("--connector", depth)) for depth in ("mlp0", "mlp1", "mlp2")],
     "precision": [Search(9, 3, 100_000, ("--precision", precision)) for precision in ("fp32", "bf16")],
     "grid": [Search(9, 3, GRID_ROWS, ("--epochs", "1"), "train_grid.py")],
-    "full": [Search(9, 3, ALL_ROWS), Search(9, 3, ALL_ROWS, ("--precision", "bf16"))],
+    "full": [Search(9, 3, ALL_ROWS, ("--precision", "bf16")), Search(9, 3, ALL_ROWS)],
 }
 
 
