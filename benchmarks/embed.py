@@ -173,11 +173,10 @@ def measure_speed(flags):
             measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
         rounds.append(measured)
         print(f"round {number + 1} of {flags.rounds}: {json.dumps(measured)}", flush=True)
-    table = []
-    for count in COUNTS:
-        table.append(compare(rounds, names[:count], flags.rows))
-        print(table[-1])
-    return {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table, "rounds": rounds}
+        table = [compare(rounds, names[:count], flags.rows) for count in COUNTS]
+        yield {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table, "rounds": rounds}
+    for row in table:
+        print(row)
 
 
 def time_pass(flags, names, loaded):
@@ -276,7 +275,7 @@ def measure_compile(flags):
         row["least_cosine"] = (encoders["plain"].encode(inputs) * vectors).sum(1).min().item()
         table.append(row)
         print(row, flush=True)
-    return {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table}
+    yield {"rows": flags.rows, "threads": torch.get_num_threads(), "table": table}
 
 
 def read_inputs(flags, encoder):
@@ -314,7 +313,7 @@ def measure_processes(flags):
         print(rounds[-1], flush=True)
     speedup = median_ratio([each["one"] for each in rounds], [each["two"] for each in rounds])
     print({"speedup": speedup})
-    return {"rows": flags.rows, "threads": 1, "speedup_of_two": speedup, "rounds": rounds}
+    yield {"rows": flags.rows, "threads": 1, "speedup_of_two": speedup, "rounds": rounds}
 
 
 def run_rounds(flags, number, folder, barrier, results):
@@ -349,7 +348,7 @@ def measure_memory(flags):
             archive = write_small_pictures(Path(folder) / "small.tar", rows)
             peaks.append(peak_memory(archive, Path(folder) / "e", TINY_ENCODERS[:encoders]))
         print(peaks[-1], flush=True)
-    return {"peaks": peaks}
+        yield {"peaks": peaks}
 
 
 def write_small_pictures(path, count):
@@ -407,10 +406,10 @@ PARTS = {
 def main():
     flags = parse_flags()
     for part in flags.part:
-        results = PARTS[part](flags)
-        found = read_json(flags.json) if flags.json.is_file() else {}
-        found[part] = {"machine": provenance("cpu")} | results
-        write_json(flags.json, found)
+        for results in PARTS[part](flags):  # so far
+            found = read_json(flags.json) if flags.json.is_file() else {}
+            found[part] = {"machine": provenance("cpu")} | results
+            write_json(flags.json, found)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_a_measured_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "COUNTS", (1,))
     monkeypatch.setattr(sys, "argv", sys.argv)
     flags = argparse.Namespace(data=SAMPLE / "captions.csv", weights=tmp_path, rows=16, rounds=1, workers=0)
-    result = benchmark.measure_speed(flags)
+    (result,) = benchmark.measure_speed(flags)
     (row,) = result["table"]
     assert row["encoders"] == 1 and row["pass_rows_per_cpu_second"] > 0
     ratio = row["pass_by_models_and_one_decoding"]["cpu"]
