@@ -242,7 +242,7 @@ def open_folder(flags):
             print(printable(note))
         source_sha256 = hashlib.sha256(json.dumps(corpus.rows, default=str).encode()).hexdigest()
         manifest = read_manifest(out)
-        check_source(out, manifest, source_sha256, flags)
+        check_source(out, manifest, corpus, source_sha256, flags)
         subset = manifest.get("subset") if manifest else None
         if flags.rows and not manifest:
             whole = describe_whole(foresee(corpus))

@@ -45,8 +45,11 @@ def plain_caption(row):
     return " ".join(row["caption"].split())
 
 
-def check_source(out, manifest, source_sha256, flags):
+def check_source(out, manifest, corpus, source_sha256, flags):
     """Raises BadInput if the folder holds embeddings of other rows than the data source has and the flags ask for."""
+    if manifest and "adopted" in manifest:
+        check_adopted(out, manifest, corpus, flags)
+        return
     unfinished = read_plan(out / ".shards")
     if not manifest and not unfinished and any(out.glob("*.pt")):
         raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
@@ -69,6 +72,25 @@ def check_source(out, manifest, source_sha256, flags):
         )
 
 
+def check_adopted(out, manifest, corpus, flags):
+    """Raises BadInput unless it is proven that the rows of an adopted folder are those of the data source, in its order."""
+    if flags.rows:
+        raise BadInput(f"{out}: was adopted whole; leave --rows out, or choose another --out")
+    again = f"adopt its files again with --data {flags.data} and the --weights of an encoder that is there, into another --out"
+    if not manifest["keys_sha256"]:
+        raise BadInput(f"{out}: was adopted without --data, so that nobody knows which picture each row is; {again}")
+    if not any("weights_sha256" in record for record in manifest["encoders"].values() if record):
+        raise BadInput(f"{out}: none of its encoders was embedded again when it was adopted, so that the order is not proven; {again}")
+    rows = read_jsonl(out / "rows.jsonl")
+    if [row["image"] for row in rows] != [row["image"] for row in corpus.rows]:
+        raise BadInput(f"{out}: was adopted with other rows than {flags.data} has now; choose another --out")
+    for number, (row, source) in enumerate(zip(rows, corpus.rows), start=1):
+        if row_fault(source):
+            raise BadInput(f"{out}: its row {number:,} cannot be used ({row_fault(source)}), so that no encoder can be added")
+        if row["caption"] != plain_caption(source):
+            raise BadInput(f"{out}: was adopted with another caption in row {number:,} than {flags.data} has now; choose another --out")
+
+
 def read_plan(folder):
     """What the unfinished shards of a folder are of, {} where there are none."""
     return read_json(folder / "plan.json") if (folder / "plan.json").is_file() else {}
@@ -87,7 +109,7 @@ def read_fixed_rows(out, manifest):
     rows = read_jsonl(out / "rows.jsonl")
     if hash_keys(rows) != manifest["keys_sha256"]:
         raise BadInput(f"{out}/rows.jsonl: has changed since the rows were fixed; choose another --out")
-    return FixedRows(rows, manifest["keys_sha256"], manifest["quarantined"])
+    return FixedRows(rows, manifest["keys_sha256"], manifest.get("quarantined", 0))
 
 
 class Parts(NamedTuple):

@@ -60,6 +60,7 @@ def place_items(shards):
                 picture = shard.found[item]
                 if picture.reason:
                     continue
+                places.setdefault(item, (shard_number, vector_number))  # as the rows of an adopted folder name it
                 item = picture.image
             places.setdefault(item, (shard_number, vector_number))
             vector_number += 1

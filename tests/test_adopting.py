@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SAMPLE, TINY, unit_vectors, write_csv
+from helpers import SAMPLE, TINY, read_csv, unit_vectors, write_csv
 
 import vlm
 from hyma.embeddings import Embeddings
@@ -85,6 +85,28 @@ def test_foreign_files_are_proven_by_their_pictures(run, refused, embedded, tmp_
     assert (int(place) + 1) % 40 == int(row) and not (tmp_path / "i" / "manifest.json").exists()
     write_csv(table, [{"image": "0.webp", "caption": "x"}])
     refused(*adopt, says=["has 1 rows", "the embeddings have 40"])
+
+
+def test_an_encoder_is_added_where_the_rows_are_proven(run, refused, embedded, tmp_path):
+    table, vectors = embedded
+    more = ("embed.py", "--encoder", "more=random:test_resnet", "--device", "cpu", "--data", table, "--out")
+    save_npy(tmp_path / "f" / "tiny.npy", vectors)
+    adopt = ("embed.py", "--adopt", "f", *TINY, "--data", table, "--out", "g")
+    assert run(*adopt).code == 0
+    assert run(*more, "g").code == 0 and run(*more, "whole").code == 0
+    data = Embeddings(tmp_path / "g")
+    assert data.names("image") == ["tiny", "more"] and "adopted" in data.manifest
+    assert data.load("more").equal(Embeddings(tmp_path / "whole").load("more"))
+
+    assert run("embed.py", "--adopt", "f", *TINY, "--out", "h").code == 0
+    refused(*more, "h", says=["was adopted without --data", "adopt its files again"])
+    rows = read_csv(table)
+    write_csv(table, [rows[1], rows[0], *rows[2:]])
+    refused(*more, "g", says="was adopted with other rows")
+    write_csv(table, [*rows[:-1], rows[-1] | {"caption": "another"}])
+    refused(*more, "g", says="another caption in row 40")
+    write_csv(table, [*rows[:-1], rows[-1] | {"caption": ""}])
+    refused(*more, "g", says="row 40 cannot be used (empty caption)")
 
 
 def test_rows_that_cannot_be_used_keep_their_place(run, embedded, tmp_path):
