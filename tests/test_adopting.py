@@ -242,6 +242,45 @@ def test_what_is_exported_is_adopted_again(run, tmp_path, form):
 # ----------------------------------------------------------------------------------------------------------- fetching
 
 
+def test_other_programs_read_what_is_exported(run, tmp_path):
+    """embedding-reader, whose readers autofaiss uses, and faiss, where they are installed."""
+    reader = pytest.importorskip("embedding_reader").EmbeddingReader
+    faiss = pytest.importorskip("faiss")
+    for form in ("npy", "parquet"):
+        assert run("embed.py", "--export", form, "--encoder", "efflite0", "--out", form).code == 0
+    expected = Embeddings(SAMPLE / "embeddings").load("efflite0")
+    columns = ["image_path", "caption"]
+    readers = (
+        reader(embeddings_folder=str(tmp_path / "npy/img_emb/efflite0"), file_format="npy"),
+        reader(
+            embeddings_folder=str(tmp_path / "npy/img_emb/efflite0"),
+            metadata_folder=str(tmp_path / "npy/metadata"),
+            meta_columns=columns,
+            file_format="parquet_npy",
+        ),
+        reader(
+            embeddings_folder=str(tmp_path / "parquet/efflite0"),
+            embedding_column="embedding",
+            meta_columns=columns,
+            file_format="parquet",
+        ),
+    )
+    captions = [row["caption"] for row in sample_rows()]
+    for opened in readers:
+        assert (opened.count, opened.dimension) == tuple(expected.shape)
+        for vectors, rows in opened(batch_size=1000, start=0, end=1000, show_progress=False):
+            assert torch.from_numpy(vectors).float().equal(expected[:1000].float())
+            if "caption" in rows:
+                assert list(rows["caption"]) == captions[:1000]
+    index = faiss.IndexFlatIP(expected.shape[1])
+    index.add(np.load(tmp_path / "npy/img_emb/efflite0/img_emb_0.npy").astype(np.float32))
+    assert index.search(expected[5:8].float().numpy(), 1)[1].ravel().tolist() == [5, 6, 7]
+
+
+def sample_rows():
+    return read_jsonl(SAMPLE / "embeddings" / "rows.jsonl")
+
+
 def test_published_embeddings_are_fetched_and_resumed(run, refused, monkeypatch, tmp_path):
     """A hub that breaks off in the third of its four repositories, and then does not."""
     import huggingface_hub
