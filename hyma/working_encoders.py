@@ -7,11 +7,11 @@ import time
 import torch
 
 import vlm
-from hyma.machine import free_bytes
+from hyma.machine import free_bytes, keep_freed_memory
 from vlm import BadInput
 
 CPU_BATCH = 64
-CPU_AT_ONCE = 8  # pictures in a forward pass: with more, the system hands out the memory of each layer's output anew
+CPU_AT_ONCE = 8  # pictures in a forward pass: the outputs of its layers take little memory, and are near the processor
 GPU_BATCHES = (64, 128, 256, 512, 1024)  # tried in turn
 WORTH_DOUBLING = 1.05  # a larger batch must be so much faster
 
@@ -155,6 +155,8 @@ def can_hold_more(loaded, device):
 
 def load_encoder(wanted, weights, device, precision, compiled=False):
     """The WorkingEncoder. Raises BadInput if its weights cannot be had or are another model's, or if it cannot be compiled."""
+    if device.type == "cpu":
+        keep_freed_memory()
     build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
     model = build(f"{wanted.name}={wanted.spec}", device, weights)
     if wanted.dim not in (None, model.embed_dim):
