@@ -165,9 +165,9 @@ def measure_speed(flags):
     time_models(flags, loaded)  # the first passes prepare
     rounds = []
     for number in range(flags.rounds):
-        models, whole_batches = time_models(flags, loaded)
+        models = time_models(flags, loaded)
         alone = {name: time_pass(flags, [name], loaded) for name in names}
-        measured = {"models": models, "models_64_at_once": whole_batches, "alone": alone, "decoding": {}, "one_pass": {}}
+        measured = {"models": models, "alone": alone, "decoding": {}, "one_pass": {}}
         for count in COUNTS:
             measured["decoding"][count] = time_decoding(flags, names[:count], loaded)
             measured["one_pass"][count] = alone[names[0]] if count == 1 else time_pass(flags, names[:count], loaded)
@@ -201,10 +201,8 @@ def time_decoding(flags, names, loaded):
 
 
 def time_models(flags, loaded):
-    """{encoder: seconds of timm's own forward pass of pixels that are there, or of sentence-transformers' `encode`}, twice:
-    with as many pictures at once as embed.py takes, which is the quickest, and with 64."""
-    few = {}
-    many = {}
+    """{encoder: seconds of timm's own forward pass of pixels that are there, or of sentence-transformers' `encode`}."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         opened = OpenPass(flags, list(ENCODERS), Path(folder) / "e", loaded)
     reader = PictureReader(opened.work.corpus.root, embed.transforms_of(opened.encoders))
@@ -214,17 +212,15 @@ def time_models(flags, loaded):
         _, _, pixels = reader[pictures[start : start + BATCH]]
         batches.append({name: each.to(memory_format=torch.channels_last) for name, each in pixels.items()})
     for encoder in opened.of_kind("image"):
-        for found, at_once in ((few, encoder.at_once), (many, BATCH)):
-            with Timer() as timer, torch.no_grad():
-                for pixels in batches:
-                    for part in pixels[encoder.transform].split(at_once):
-                        encoder.model.model(part)
-            found[encoder.name] = timer.seconds
+        with Timer() as timer, torch.no_grad():
+            for pixels in batches:
+                encoder.model.model(pixels[encoder.transform])
+        found[encoder.name] = timer.seconds
     for encoder in opened.of_kind("text"):
         with Timer() as timer:
             encoder.model.model.encode(opened.work.captions(), batch_size=BATCH, show_progress_bar=False)
-        few[encoder.name] = many[encoder.name] = timer.seconds
-    return few, many
+        found[encoder.name] = timer.seconds
+    return found
 
 
 def compare(rounds, names, rows):
@@ -233,11 +229,10 @@ def compare(rounds, names, rows):
     one_pass = [measured["one_pass"][count] for measured in rounds]
     apart = [total(measured["alone"][name] for name in names) for measured in rounds]
     models = [total(measured["models"][name] for name in names) for measured in rounds]
-    whole_batches = [total(measured["models_64_at_once"][name] for name in names) for measured in rounds]
     decoding = [measured["decoding"][count] for measured in rounds]
     ceiling = [total(each) for each in zip(models, decoding)]
     row = {"encoders": count}
-    shown = {"pass": one_pass, "apart": apart, "models": models, "models_64_at_once": whole_batches, "decoding": decoding}
+    shown = {"pass": one_pass, "apart": apart, "models": models, "decoding": decoding}
     for clock in ("cpu", "wall"):
         for what, seconds in shown.items():
             median = statistics.median(each[clock] for each in seconds)

@@ -39,11 +39,9 @@ def announce(work, parts, encoders, flags):
 
 def measure(encoder, captions, batch_size, left):
     """The seconds that one picture, or one caption of these, takes in an encoder, from a few of those that are left."""
-    on_cpu = encoder.model.device.type == "cpu"
-    count = few_of(left) if on_cpu else batch_size
+    count = few_of(left) if encoder.model.device.type == "cpu" else batch_size
     if encoder.kind == "image":
-        encode = encoder.encode_part if on_cpu else encoder.encode  # which would fill the few up
-        return seconds_of(encode, torch.zeros(count, *encoder.model.config["input_size"])) / count
+        return seconds_of(encoder.encode, torch.zeros(count, *encoder.model.config["input_size"])) / count
     spaced = captions[:: max(1, len(captions) // count)][:count]
     return seconds_of(encoder.encode, spaced) / len(spaced)
 

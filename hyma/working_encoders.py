@@ -7,11 +7,10 @@ import time
 import torch
 
 import vlm
-from hyma.machine import free_bytes
+from hyma.machine import free_bytes, keep_freed_memory
 from vlm import BadInput
 
 CPU_BATCH = 64
-CPU_AT_ONCE = 8  # pictures in a forward pass: with more, the system hands out the memory of each layer's output anew
 GPU_BATCHES = (64, 128, 256, 512, 1024)  # tried in turn
 WORTH_DOUBLING = 1.05  # a larger batch must be so much faster
 
@@ -25,9 +24,7 @@ class WorkingEncoder:
         self.name, self.kind, self.spec = wanted.name, wanted.kind, wanted.spec
         self.model = model
         self.precision = precision
-        self.at_once = None  # how many inputs go through it at once; None: as many as are given
-        if self.kind == "image" and model.device.type == "cpu":
-            self.at_once = max(CPU_AT_ONCE, torch.get_num_threads())
+        self.at_once = None  # how many inputs its memory takes; None: as many as are given
         self.seconds = 0.0  # of its forward passes
 
     def encode(self, inputs):
@@ -43,32 +40,27 @@ class WorkingEncoder:
         return vectors
 
     def encode_parts(self, inputs):
-        """As `encode`, a part of the inputs at a time."""
+        """As `encode`, in as many parts as memory asks for."""
         at_once = self.at_once or len(inputs)
         vectors = []
         for start in range(0, len(inputs), at_once):
             part = inputs[start : start + at_once]
-            vectors.append(self.encode_part(self.fill_up(part))[: len(part)])
+            with autocast(self.model.device, self.precision):
+                vectors.append(self.encode_part(part).float().cpu())
         return torch.cat(vectors)
 
-    def fill_up(self, part):
-        """Pictures for a CPU, as many as a full part has: oneDNN chooses its kernels by their number, and the bits of one
-        would depend on how many are beside it."""
-        if self.kind == "text" or self.model.device.type != "cpu":
-            return part
-        filling = part[-1:].expand(self.at_once - len(part), -1, -1, -1)
-        return torch.cat([part, filling]) if len(filling) else part
-
     def encode_part(self, part):
-        with autocast(self.model.device, self.precision):
-            if self.kind == "text":
-                return self.model.encode_text(part, len(part)).float().cpu()
-            return self.model.encode_image(part.to(self.model.device, non_blocking=True)).float().cpu()
+        if self.kind == "text":
+            return self.model.encode_text(part, len(part))
+        if len(part) == 1 and self.model.device.type == "cpu":
+            # a single picture takes another path through oneDNN, and its bits would depend on its being alone
+            return self.model.encode_image(part.expand(2, -1, -1, -1))[:1]
+        return self.model.encode_image(part.to(self.model.device, non_blocking=True))
 
     def halve(self, count, error):
         """Goes on with half as many inputs at once if memory ran out. Raises any other error again."""
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)
-        at_once = min(count, self.at_once or count)
+        at_once = self.at_once or count
         if not out_of_memory or at_once == 1:
             raise error
         self.at_once = at_once // 2
@@ -155,6 +147,8 @@ def can_hold_more(loaded, device):
 
 def load_encoder(wanted, weights, device, precision, compiled=False):
     """The WorkingEncoder. Raises BadInput if its weights cannot be had or are another model's, or if it cannot be compiled."""
+    if device.type == "cpu":
+        keep_freed_memory()
     build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
     model = build(f"{wanted.name}={wanted.spec}", device, weights)
     if wanted.dim not in (None, model.embed_dim):
@@ -169,7 +163,7 @@ def compile_encoder(encoder):
     """Has torch.compile make the encoder's network faster, and says how long that took."""
     if encoder.kind == "image":
         network = encoder.model.model
-        examples = [torch.zeros(encoder.at_once or CPU_BATCH, *encoder.model.config["input_size"])]
+        examples = [torch.zeros(CPU_BATCH, *encoder.model.config["input_size"])]
     else:
         network = getattr(encoder.model.model[0], "auto_model", None)
         if network is None:
@@ -179,7 +173,7 @@ def compile_encoder(encoder):
     network.compile(dynamic=encoder.kind == "text")
     try:
         for example in examples:
-            encoder.encode_part(example)
+            encoder.encode_parts(example)
     except Exception as error:  # the compiler's are of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(

@@ -23,7 +23,6 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, write_json
 from hyma.pictures import read_picture
 from hyma.tasks import open_tasks, text_inputs
-from hyma.working_encoders import load_encoder
 from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -241,15 +240,6 @@ def test_processes_that_decode_ahead_change_no_byte(run, refused, tmp_path, monk
 
     monkeypatch.setattr("hyma.decoding.read_picture", read_or_be_killed)
     refused("embed.py", *flags, "--out", "killed", "--workers", "2", says=["was killed", "--workers 0"])
-
-
-def test_the_bits_of_a_picture_do_not_depend_on_those_beside_it():
-    """Of this network they do where parts have different numbers of pictures."""
-    encoder = load_encoder(vlm.find_encoder("x=random:efficientnet_b0"), None, torch.device("cpu"), "float32")
-    pixels = torch.rand(19, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    together = encoder.encode(pixels)
-    for numbers in ([18], [7, 3], [0, 1, 2, 3, 4]):
-        assert torch.equal(encoder.encode(pixels[numbers]), together[numbers])
 
 
 def test_one_of_torchruns_processes_takes_the_shards_of_a_dead_one(run, corpus, tmp_path, monkeypatch):

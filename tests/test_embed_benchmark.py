@@ -58,7 +58,7 @@ for data, out in {runs!r}:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_grows_by_what_is_known_of_each_row_and_no_more(tmp_path):
     """Neither pixels (100 kB a row and encoder) nor vectors (2 kB a row) stay in memory. The first run prepares."""
-    counts = (300, 300, 2300)
+    counts = (1300, 1300, 3300)
     runs = []
     for number, count in enumerate(counts):
         archive = benchmark.write_small_pictures(tmp_path / f"{number}.tar", count)
@@ -66,6 +66,6 @@ def test_memory_grows_by_what_is_known_of_each_row_and_no_more(tmp_path):
     code = PRINT_PEAKS.format(runs=runs)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert read_json(tmp_path / "e2" / "manifest.json")["rows"] == 2300
+    assert read_json(tmp_path / "e2" / "manifest.json")["rows"] == 3300
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
     assert (peaks[2] - peaks[1]) / (counts[2] - counts[1]) < ROW_BYTES, peaks
