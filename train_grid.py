@@ -2,7 +2,6 @@
 
     python train_grid.py --pairs all                                  # the embedded sample
     python train_grid.py --data embeddings/my --seeds 0 1 2 --out runs/grid       # runs/grid-s0, -s1 and -s2
-    python train_grid.py --data embeddings/my --shard 0/4 --out runs/grid         # and 1/4, 2/4, 3/4 elsewhere
     python train_grid.py --budget-of runs/hyma                        # as many FLOPs as that run has spent
     python train_grid.py --halving                                    # drops the worse half of the pairs, repeatedly
     python train_grid.py --closed-form whitened                       # no training; also ridge, procrustes, unicon
@@ -11,8 +10,7 @@
 
 All pairs go through the kernels in one pass, on the batches that train_hyma.py draws for the same seed, each with its
 own loss, its own gradient norm and its own best state: a pair trains exactly as it would alone. Writes what
-train_hyma.py writes: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt. Whichever of
-the n runs of --shard i/n ends last also writes OUT: every pair's ranking and connectors, the costs added up.
+train_hyma.py writes: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
 if __name__ == "__main__":
@@ -40,7 +38,6 @@ from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.ranking import rank_pairs
 from hyma.runs import Checkpoints, find_run, write_results
-from hyma.shards import read_shards, shard_folders, shard_of, shard_suffix
 from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
@@ -94,7 +91,6 @@ def parse_flags():
     about = "start from that run's connectors, with its data, split and loss settings (default: random weights)"
     add("--from", dest="from_run", metavar="RUN", help=about)
     add("--pairs-per-pass", type=int, help="pairs trained at a time, to bound memory (default: all)")
-    add("--shard", metavar="I/N", help="every N-th pair from the I-th on, into OUT-shard-I-of-N; the last one merges")
     budget = parser.add_mutually_exclusive_group().add_argument
     about = "spend that run's FLOPs (default: %(default)s)"
     budget("--budget-of", "--budget", metavar="RUN", default="full", help=about)
@@ -110,14 +106,10 @@ def parse_flags():
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
     check_seeds("--seeds", flags.seeds)
-    if flags.shard and not flags.out:
-        raise BadInput(f"--shard {flags.shard}: needs --out, the same for all shards")
     if flags.closed_form and flags.from_run:
         raise BadInput(f"--from {flags.from_run}: contradicts --closed-form, which trains nothing")
-    if flags.halving and (flags.shard or flags.pairs_per_pass):
-        raise BadInput(
-            "--halving: compares all pairs while it trains, so neither --shard nor --pairs-per-pass can be used with it"
-        )
+    if flags.halving and flags.pairs_per_pass:
+        raise BadInput("--halving: compares all pairs while it trains, so --pairs-per-pass cannot be used with it")
     return [(flags, None)]
 
 
@@ -126,19 +118,17 @@ def folders_to_resume(flags):
     out = find_run(flags.out)
     if flags.out is None:  # of several seeds, the newest run's name without its seed
         out = out.with_name(re.sub(r"-s\d+$", "", out.name))
-    whole = out.with_name(out.name + shard_suffix(flags))
-    name = re.escape(out.name) + r"-s\d+" + shard_suffix(flags)
+    name = re.escape(out.name) + r"-s\d+"
     folders = sorted(path.parent for path in out.parent.glob("*/config.json"))
     of_seeds = [folder for folder in folders if re.fullmatch(name, folder.name)]
-    if (whole / "config.json").is_file() or not of_seeds:
-        return [whole]
+    if (out / "config.json").is_file() or not of_seeds:
+        return [out]
     return of_seeds
 
 
 def run_folder(flags, seed):
-    """The folder of a seed's run, or of this shard of it."""
-    of_seed = f"-s{seed}" if len(flags.seeds) > 1 else ""
-    return flags.out.with_name(flags.out.name + of_seed + shard_suffix(flags))
+    """The folder of a seed's run."""
+    return flags.out.with_name(f"{flags.out.name}-s{seed}") if len(flags.seeds) > 1 else flags.out
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -265,16 +255,11 @@ def main():
     typed = recorded_flags(flags)
     device = pick_device(flags.device)
 
-    # The data, and this shard's pairs of it.
-    data, all_pairs = open_data(flags)
-    index, count = shard_of(flags)
-    pairs = all_pairs[index::count]
-    if not pairs:
-        raise BadInput(f"--shard {flags.shard}: there are only {len(all_pairs)} pairs")
+    data, pairs = open_data(flags)
     image_names, text_names = images_of(pairs), texts_of(pairs)
     steps = None
     if resumed_config is None:
-        runs, steps = plan_runs(flags, data, all_pairs, pairs, device)
+        runs, steps = plan_runs(flags, data, pairs, device)
         flags = runs[0][0]
     store = RowStore(data, image_names + text_names, device)
     embeddings = data.fingerprint(image_names + text_names)
@@ -303,22 +288,20 @@ def main():
         retrieval = validation_retrieval(data, train_rows, val_rows, device)
         state = run_groups(flags, seed, steps, pairs, store, retrieval, train_rows)
         export(flags, data, state, retrieval, len(train_rows))
-        if flags.shard:
-            merge_shards(flags, must_match, data, all_pairs, retrieval, len(train_rows), device)
 
 
-def plan_runs(flags, data, all_pairs, pairs, device):
+def plan_runs(flags, data, pairs, device):
     """([(flags, None)] of each seed, with numbers for those whose default depends on the data; how many steps)."""
     row_count = len(split_rows(data, flags.seeds[0], flags.rows)[0])
     flags = resolve_training_flags(flags, "grid", device, row_count)
     if flags.closed_form:
         flags.connector = "mlp0"
     if flags.from_run:  # checked before anything is trained
-        check_same_data(flags.from_run, data, all_pairs, flags.seeds)
-        for pair in all_pairs:
+        check_same_data(flags.from_run, data, pairs, flags.seeds)
+        for pair in pairs:
             read_starting_connector(flags.from_run, *pair, hidden_layers_of(flags))
     dims = {name: encoder.dim for name, encoder in data.encoders.items()}
-    steps = plan_steps(flags, all_pairs, dims, row_count)
+    steps = plan_steps(flags, pairs, dims, row_count)
     if flags.halving:
         halving_rungs(len(pairs), steps)
     runs = []
@@ -384,31 +367,6 @@ def export(flags, data, state, retrieval, row_count):
     else:
         description = f"grid, {flags.connector}"
     print_results(ranking, recalls, retrieval, description, state, paths[0])
-
-
-def merge_shards(flags, must_match, data, pairs, retrieval, row_count, device):
-    """Writes OUT from the n folders OUT-shard-i-of-n, once all of them are finished; else prints which are not."""
-    out = flags.out.with_name(flags.out.name.removesuffix(shard_suffix(flags)))
-    _, count = shard_of(flags)
-    folders = shard_folders(out, count)
-    missing = [folder.name for folder in folders if not (folder / "ledger.json").is_file()]
-    if missing:
-        print(f"\n{out} will hold all {len(pairs)} pairs once these are finished: {', '.join(missing)}")
-        return
-    shards = read_shards(folders, out, must_match["steps"])
-    must_match = must_match | {"pairs": [pair_name(pair) for pair in pairs], "embeddings": shards.embeddings}
-    flags = argparse.Namespace(**vars(flags) | {"out": out, "shard": None})
-    resumed_config = read_json(out / "config.json") if (out / "config.json").is_file() else None
-    run_info = describe_grid(flags, data, must_match["seed"])
-    typed = recorded_flags(flags)
-    # Another shard may be merging, so this waits for its turn.
-    lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=True)  # noqa: F841
-    if (out / "ledger.json").is_file():
-        return
-    state = merge_states(shards.states, pairs)
-    Checkpoints(out).save({"done": [state]})
-    print(f"\nall {count} shards are finished; merged into {out}")
-    export(flags, data, state, retrieval, row_count)
 
 
 if __name__ == "__main__":

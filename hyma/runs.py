@@ -29,7 +29,7 @@ HIGHEST_COST = 1e40  # FLOPs beyond which a ledger is damaged: all computers of 
 # ---------------------------------------------------------------------------------------------- created and resumed
 
 
-def create_run(out, flags, typed, must_match, run_info, device, wait=False):
+def create_run(out, flags, typed, must_match, run_info, device):
     """Makes the folder of a new run and writes its config.json. Returns the lock that keeps other processes out.
 
     flags: {name: value}, resolved. typed: the same before that, by which the same command is recognised.
@@ -44,7 +44,7 @@ def create_run(out, flags, typed, must_match, run_info, device, wait=False):
         raise BadInput(f"--out {out}: holds a run already; choose another, or resume it: --resume --out {out}")
     check_run_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out, wait)
+    lock = lock_folder(out)
     make_folder(out / "connectors")
     config = (
         {"script": Path(sys.argv[0]).name, "flags": flags, "typed": typed} | must_match | run_info | provenance(device)
@@ -62,7 +62,7 @@ def check_run_folder(out):
             raise BadInput(f"--out {out}: is a folder with other files in it ({path.name}); choose a new one")
 
 
-def reopen_run(out, resumed_config, must_match, wait=False):
+def reopen_run(out, resumed_config, must_match):
     """Locks the folder of an interrupted run. Raises BadInput if its pairs or embeddings are no longer the same."""
     for key, value in must_match.items():
         if key == "split" and key not in resumed_config:  # of an earlier version
@@ -71,7 +71,7 @@ def reopen_run(out, resumed_config, must_match, wait=False):
             data = resumed_config["flags"]["data"]
             what = "splits" if key == "split" else "embeddings"
             raise BadInput(f"--resume: the {what} in {data} are no longer those that {out} was started with")
-    return lock_folder(out, wait)
+    return lock_folder(out)
 
 
 def check_same_split(what, config, data):

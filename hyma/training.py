@@ -78,13 +78,13 @@ def validation_retrieval(data, train_rows, val_rows, device):
     return Retrieval(data, val_rows, device, distractors)
 
 
-def open_run_folder(flags, typed, resumed_config, must_match, run_info, device, wait=False):
+def open_run_folder(flags, typed, resumed_config, must_match, run_info, device):
     """Makes the run folder or, where the same command made it before, checks that its data are still the same. Returns the lock
     of the folder. resumed_config: config.json of the run that --resume names, else None. Other arguments: see `create_run`."""
     resumed_config = resumed_config or run_of_same_command(flags.out, typed)
     if resumed_config:
-        return reopen_run(flags.out, resumed_config, must_match, wait)
-    return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device, wait)
+        return reopen_run(flags.out, resumed_config, must_match)
+    return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device)
 
 
 def resumed_line(out, step, steps):

@@ -146,7 +146,7 @@ def parse_resumed_flags(parser, out):
 # -------------------------------------------------------------------------------------- what a run says about its method
 
 # Flags that may differ between runs of one method: places, data, pairs, hardware, memory, seed.
-NOT_PART_OF_METHOD = {"seed", "seeds", "out", "data", "device", "precision", "shard", "pairs", "pairs_per_pass"}
+NOT_PART_OF_METHOD = {"seed", "seeds", "out", "data", "device", "precision", "pairs", "pairs_per_pass"}
 
 
 def describe_run(flags, kind, full_grid, train_rows, val_rows):

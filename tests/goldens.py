@@ -156,7 +156,7 @@ def hyma(run):
 
 
 def grid(run):
-    """Grids of several seeds, budgets and shards, halving and the closed forms."""
+    """Grids of several seeds, budgets, halving and the closed forms."""
     flags = ("--connector", "mlp0", "--epochs", 2, "--seeds", 0, 1, "--out", "runs/grid")
     run("sample, two seeds", "train_grid.py", *SAMPLED, *flags, writes=["runs/grid-s0", "runs/grid-s1"])
     flags = ("--connector", "mlp0", "--epochs", 3, "--halving", "--out", "runs/halving")
@@ -176,8 +176,6 @@ def grid(run):
     closed = ("--data", "planted", *CPU, "--pairs", "*:minilm_l6", "--closed-form")
     planted("whitened", "whitened", "whitened", mine=closed)
     planted("procrustes", "procrustes", "procrustes", mine=closed)
-    planted("one of two shards", "shards", "--shard", "0/2", writes=["runs/shards-shard-0-of-2"])
-    planted("the other shard", "shards", "--shard", "1/2", writes=["runs/shards-shard-1-of-2", "runs/shards"])
     planted("another run's budget", "budget", "--budget-of", "runs/seed", "--pairs", "eff*:mpnet", mine=PLANTED)
     planted("another run's connectors", "from", "--from", "runs/seed", "--pairs", "eff*:mpnet", mine=PLANTED)
     planted("a pair at a time", "passes", "--pairs-per-pass", 1, "--pairs", "eff*:mpnet")
@@ -190,9 +188,6 @@ def grid(run):
 
     refused("no such pair", *SHALLOW, "--pairs", "vit_l16:mpnet")
     refused("a seed twice", *SHALLOW, "--seeds", 1, 1)
-    refused("shard", *SHALLOW, "--shard", "x", "--out", "runs/z")
-    refused("a shard of nothing", *SHALLOW, "--shard", "6/7", "--out", "runs/z")
-    refused("a shard without a folder", *SHALLOW, "--shard", "0/2")
     refused("halving in passes", *SHALLOW, "--halving", "--pairs-per-pass", 2)
     refused("halving in few steps", *SHALLOW, "--halving", "--epochs", 1)
     refused("a budget twice", *SHALLOW, "--halving", "--budget-of", "runs/seed")

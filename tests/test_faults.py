@@ -42,7 +42,7 @@ def bench(tmp_path_factory):
     return open_bench(tmp_path_factory.mktemp("faults"), workers=os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize("stage", ["embed", "hyma", "grid", "halving", "shards", "closed"])
+@pytest.mark.parametrize("stage", ["embed", "hyma", "grid", "halving", "closed"])
 def test_a_killed_command_typed_again_ends_with_the_same_bits(bench, stage):
     counts = kills(bench, bench.stages[stage], asked=4, writes=8)
     assert counts.tried == 12 and counts.more["kills"] >= 8

@@ -53,7 +53,6 @@ HYMA = [
     "settled",
     "halving",
     "grid_state",
-    "shards",
     "starting_run",
     "pairs",
     "runs",

@@ -1,4 +1,4 @@
-"""train_grid.py by its command line: the run folder, pairs by themselves, resume, shards, budgets, closed forms, faults."""
+"""train_grid.py by its command line: the run folder, pairs by themselves, resume, budgets, closed forms, faults."""
 
 import argparse
 import math
@@ -149,27 +149,6 @@ def test_halving_resumes_with_the_pairs_it_had(run, planted, tmp_path, monkeypat
     result = run("train_grid.py", "--resume", "--out", "stopped")
     assert result.code == 0 and "resumed" in result.out, result.err
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_shards_merge_into_the_whole(run, refused, planted, tmp_path):
-    flags = ("--data", planted, *QUICK)
-    assert run("train_grid.py", *flags, "--out", "whole").code == 0
-    first = run("train_grid.py", *flags, "--out", "x", "--shard", "0/2")
-    assert "once these are finished: x-shard-1-of-2" in first.out and not (tmp_path / "x").exists()
-    last = run("train_grid.py", *flags, "--out", "x", "--shard", "1/2")
-    assert last.code == 0 and "merged into x" in last.out, last.err
-    assert_same(tmp_path / "x", tmp_path / "whole")
-    assert_same(tmp_path / "whole", tmp_path / "x")
-    assert (tmp_path / "x/ranking.csv").read_bytes() == (tmp_path / "whole/ranking.csv").read_bytes()
-    merged, whole = read_ledger(tmp_path / "x"), read_ledger(tmp_path / "whole")
-    assert list(merged) == LEDGER
-    for key in ("pairs", "flops", "updates_per_pair", "steps", "pair_samples", "trainable_parameters"):
-        assert merged[key] == whole[key]
-    again = run("train_grid.py", "--resume", "--out", "x", "--shard", "0/2")  # finished: nothing is trained again
-    assert again.code == 0 and "step/s" not in again.err
-    refused("train_grid.py", *flags, "--out", "x", "--shard", "2/2", says="--shard 2/2")
-    refused("train_grid.py", *flags, "--out", "y", "--shard", "6/7", says="only 6 pairs")
-    refused("train_grid.py", *flags, "--shard", "0/2", says="needs --out")
 
 
 def test_several_seeds_are_a_run_each(run, planted, tmp_path):
@@ -380,7 +359,6 @@ def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     refused("train_grid.py", *base, "--pairs-per-pass", "0", says="--pairs-per-pass 0")
     refused("train_grid.py", *base, "--lr", "-1", says="--lr -1")
     refused("train_grid.py", *base, "--seeds", "1", "1", says="--seeds 1 1")
-    refused("train_grid.py", *base, "--shard", "x", "--out", "x", says="expected I/N")
     refused("train_grid.py", *base, "--halving", "--pairs-per-pass", "2", says="--halving")
     refused("train_grid.py", *base, *QUICK, "--halving", "--epochs", "1", says="6 steps are too few")
     refused("train_grid.py", "--resume", says="no run in runs/")

@@ -41,7 +41,7 @@ def test_runs_that_differ_in_their_seed_alone_share_a_recipe(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_grid.py"])
     recipe = recipe_of(flags_of())
     assert recipe == {"script": "train_grid.py", "lr": 0.1, "connector": "mlp0", "budget_of": "full"}
-    assert recipe_of(flags_of(seed=1, out="y", data="elsewhere", device="cuda", shard="0/2")) == recipe
+    assert recipe_of(flags_of(seed=1, out="y", data="elsewhere", device="cuda")) == recipe
     assert recipe_of(flags_of(lr=0.2)) != recipe and recipe_of(flags_of(rows=100)) != recipe
     monkeypatch.setattr(sys, "argv", ["train_hyma.py"])
     assert recipe_of(flags_of()) != recipe

@@ -47,7 +47,7 @@ FAULTS = [
     Fault(
         "1 killed while training",
         "the same bits",
-        Parts("kills-hyma", "kills-grid", "kills-halving", "kills-shards", "kills-closed"),
+        Parts("kills-hyma", "kills-grid", "kills-halving", "kills-closed"),
     ),
     Fault(
         "2 killed between write and rename",
@@ -165,7 +165,6 @@ FAULTS = [
             "signals-hyma",
             "signals-grid",
             "signals-halving",
-            "signals-shards",
             "signals-closed",
             "signals-evaluate",
         ),

@@ -38,7 +38,6 @@ class Readers:
         self.folder = Path(folder)
         self.inputs = Path(inputs)
         self.embed = runpy.run_path(str(ROOT / "embed.py"), run_name="embed")
-        self.train_grid = runpy.run_path(str(ROOT / "train_grid.py"), run_name="train_grid")
         self.evaluate = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
         self.data = Embeddings(self.inputs / "embeddings")
         self.manifest = read_json(self.inputs / "embeddings" / "manifest.json")
@@ -276,7 +275,6 @@ class Readers:
 
     def read_shard_flag(self, draw):
         text = self.keep(odd_flag(draw))
-        self.train_grid["shard_of"](argparse.Namespace(shard=text))
         flags = argparse.Namespace(
             data=Path("x"),
             batch_size=1,

@@ -72,7 +72,6 @@ def make_stages(inputs):
         Stage("hyma", [hyma], "r"),
         Stage("grid", [[*grid, "--pairs-per-pass", 2]], "r"),
         Stage("halving", [[*grid, "--halving"]], "r"),
-        Stage("shards", [[*grid, "--shard", "0/2"], [*grid, "--shard", "1/2"]], "r"),
         Stage("closed", [closed], "r"),
         Stage("evaluate", [evaluate], "report"),
     ]
