@@ -45,6 +45,7 @@ from hyma.folder_jobs import add_folder_flags, run_folder_job
 from hyma.forecast import announce
 from hyma.pass_shards import VectorFormat, open_shard_folder, remove_shards
 from hyma.prompts import read_templates
+from hyma.ranks import rank_device
 from hyma.reuse import fill_in, known_to_all, open_reused
 from hyma.scan import describe_rows, printable
 from hyma.sealing import read_manifest, seal_folder, sound_record
@@ -174,9 +175,6 @@ def resolve_flags(flags):
         raise BadInput(f"--shard {flags.shard}: expected I/N with 0 <= I < N, such as 0/4")
     for templates in flags.templates:
         read_templates(templates)
-    device = flags.device
-    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's
     if not flags.encoder:
         raise BadInput("--encoder: name the encoders to embed with, or all")
     encoders = choose_encoders(flags.encoder)
@@ -186,7 +184,7 @@ def resolve_flags(flags):
         "standard_set": standard_set,
         "data": data,
         "shard": (int(index), int(count)) if flags.shard else None,
-        "device": vlm.pick_device(device),
+        "device": vlm.pick_device(rank_device(flags.device)),
     }
     return argparse.Namespace(**vars(flags) | resolved)
 

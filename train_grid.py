@@ -7,10 +7,12 @@
     python train_grid.py --closed-form whitened                       # no training; also ridge, procrustes, unicon
     python train_grid.py --from runs/hyma --pairs vit_l16:mpnet --epochs 2 --lr 3e-4    # trains that run's connector further
     python train_grid.py --resume                                     # the newest run, after an interruption
+    torchrun --nproc-per-node 4 train_grid.py --out runs/grid         # four processes, a GPU each where there are GPUs
 
 All pairs go through the kernels in one pass, on the batches that train_hyma.py draws for the same seed, each with its
-own loss, its own gradient norm and its own best state: a pair trains exactly as it would alone. Writes what
-train_hyma.py writes: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
+own loss, its own gradient norm and its own best state: a pair trains exactly as it would alone. The processes of
+torchrun share the pairs, or each step's rows (--split rows). Writes what train_hyma.py writes: connectors/, ranking.csv,
+ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
 if __name__ == "__main__":
@@ -25,13 +27,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hyma import ranks
 from hyma.batches import Batches
 from hyma.costs import step_flops
 from hyma.embeddings import RowStore
-from hyma.files import run_script, write_jsonl
+from hyma.files import write_jsonl
 from hyma.fitted_connectors import fit_connectors
 from hyma.free_connectors import FreeConnectors
-from hyma.grid_state import keep_best, merge_states, new_state
+from hyma.grid_state import gather_best_layers, keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.machine import peak_bytes
 from hyma.pair_names import pair_name
@@ -43,19 +46,20 @@ from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (
     StepLosses,
+    check_split,
     check_weights,
     learning_rate,
+    losses_on_ranks,
     mean_recall10,
     metrics_line,
     open_data,
     open_run_folder,
-    pair_losses,
     print_results,
     progress_line,
     resumed_line,
     split_for_training,
     training_dtype,
-    validate,
+    validate_on_ranks,
     validation_retrieval,
 )
 from hyma.training_flags import (
@@ -157,15 +161,17 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
 
     store: a RowStore. retrieval: Retrieval of the validation rows. train_rows [n]: row numbers. saved: the last checkpoint,
     {"done": states of the groups before this one} and, where this one was interrupted, its state and tensors.
+    Every rank has the whole state, but for the best layers of other ranks' pairs, which are the first's when it saves.
     """
-    connectors = FreeConnectors(pairs, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
-    optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
+    own = ranks.share(pairs) if flags.split == "pairs" else pairs
+    connectors = FreeConnectors(own, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
+    group = {"params": list(connectors.parameters())}  # may be empty: of few pairs a rank has none
+    optimizer = torch.optim.AdamW([group], weight_decay=flags.weight_decay, fused=True)
     state = new_state(pairs)
 
     # Where training starts: at random weights, at the connectors of --from, or at a checkpoint.
     if "state" in saved:
-        connectors.load_state_dict(saved["connectors"])
-        optimizer.load_state_dict(saved["optimizer"])
+        connectors.load_tensors(optimizer, saved["pairs"])
         state = saved["state"]
         print(resumed_line(flags.out, state["step"], steps))
 
@@ -177,21 +183,28 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
     surviving = surviving_pairs(pairs, state, rungs)
+    mine = [pair for pair in surviving if pair in own]
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     batches = Batches(store, seed, train_rows, flags.batch_size)
-    step_losses = StepLosses(state["losses"])
+    step_losses = StepLosses(state["losses"], flags.split)
 
     def save_checkpoint():
         step_losses.read()
         check_weights(connectors.state_dict(), state["step"])
-        state["peak_bytes"] = max(state["peak_bytes"], peak_bytes(store.device))
-        tensors = {"connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoints.save({"done": saved["done"], "state": state} | tensors)
-        lines = []
-        for group in [*saved["done"], state]:
-            lines += group["metrics"]
-        write_jsonl(flags.out / "metrics.jsonl", lines)
+        (state["peak_bytes"],) = ranks.largest(max(state["peak_bytes"], peak_bytes(store.device)))
+        tensors = connectors.tensors(optimizer)
+        if flags.split == "pairs":
+            gather_best_layers(state, own)
+            for of_rank in ranks.gather(tensors):
+                tensors |= of_rank
+        if ranks.is_first():
+            checkpoints.save({"done": saved["done"], "state": state, "pairs": tensors})
+            lines = []
+            for group in [*saved["done"], state]:
+                lines += group["metrics"]
+            write_jsonl(flags.out / "metrics.jsonl", lines)
+        ranks.wait()  # a rank that ends before the first has saved would end it too
 
     shown = progress_line(state)
     progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step", postfix=shown)
@@ -199,14 +212,17 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
         for step in range(state["step"], steps):
             # A batch of rows, every pair's connector, a loss each.
             rows = batches.rows_of(step)  # [B]
-            losses = pair_losses(connectors, store, rows, surviving, dtype, flags.logit_scale)  # [P]
+            losses = losses_on_ranks(connectors, store, rows, surviving, mine, dtype, flags)  # [P]
             if step_losses.add(step, surviving, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
 
             # The update: each pair is clipped by its own gradient norm.
             optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
-            losses.sum().backward()  # the sum, so that each pair has its own gradient
-            connectors.clip_each(surviving, flags.clip_norm)
+            if mine:
+                losses.sum().backward()  # the sum, so that each pair has its own gradient
+            if flags.split == "rows":
+                ranks.sum_gradients(list(connectors.parameters()))
+            connectors.clip_each(mine, flags.clip_norm)
             lr = learning_rate(step, steps, flags.lr, warmup_steps)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -224,24 +240,28 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             # after a minute without one, and on a signal.
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps or step + 1 in rungs
             if not is_validation:
-                if checkpoints.due() or signals.arrived():
+                if signals.arrived_anywhere(step, checkpoints.due()):
                     save_checkpoint()
                     signals.leave_if_asked()
                 continue
             step_losses.read()
-            recalls = validate(connectors, store, retrieval, surviving)
+            scored = mine if flags.split == "pairs" else ranks.share(surviving)
+            recalls = validate_on_ranks(connectors, store, retrieval, surviving, scored)
             epoch = round((step + 1) / steps_per_epoch, 3)
             card_info = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": epoch}
             for pair in surviving:
-                keep_best(state, pair_name(pair), recalls[pair_name(pair)], connectors.predict(*pair), card_info)
+                layers = connectors.predict(*pair) if pair in own else []
+                keep_best(state, pair_name(pair), recalls[pair_name(pair)], layers, card_info)
             state["seconds"] = time.perf_counter() - started
             line = metrics_line(state, epoch, lr, mean_recall10(recalls), recalls)
             state["metrics"].append(line)
             state["losses"].clear()
             progress.set_postfix(progress_line(state))
+            signals.arrived_anywhere()
             save_checkpoint()
             signals.leave_if_asked()
             surviving = surviving_pairs(pairs, state, rungs)
+            mine = [pair for pair in surviving if pair in own]
     batches.close()
     return state
 
@@ -253,7 +273,7 @@ def main():
     runs = parse_flags()
     flags, resumed_config = runs[0]
     typed = recorded_flags(flags)
-    device = pick_device(flags.device)
+    device = pick_device(ranks.rank_device(flags.device))
 
     data, pairs = open_data(flags)
     image_names, text_names = images_of(pairs), texts_of(pairs)
@@ -261,6 +281,7 @@ def main():
     if resumed_config is None:
         runs, steps = plan_runs(flags, data, pairs, device)
         flags = runs[0][0]
+    check_split(flags, pairs)
     store = RowStore(data, image_names + text_names, device)
     embeddings = data.fingerprint(image_names + text_names)
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
@@ -287,7 +308,8 @@ def main():
         train_rows, val_rows = split_for_training(data, seed, flags.rows)
         retrieval = validation_retrieval(data, train_rows, val_rows, device)
         state = run_groups(flags, seed, steps, pairs, store, retrieval, train_rows)
-        export(flags, data, state, retrieval, len(train_rows))
+        if ranks.is_first():
+            export(flags, data, state, retrieval, len(train_rows))
 
 
 def plan_runs(flags, data, pairs, device):
@@ -324,21 +346,24 @@ def run_groups(flags, seed, steps, pairs, store, retrieval, train_rows):
     """Trains the pairs, --pairs-per-pass at a time, or fits their closed forms. Returns the state of all; arguments as for
     `train`. The checkpoint keeps finished groups."""
     checkpoints = Checkpoints(flags.out)
-    saved = checkpoints.load("done") or {"done": []}
+    saved = ranks.from_first(lambda: checkpoints.load("done")) or {"done": []}
+    if "state" in saved and "pairs" not in saved:
+        raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_grid.py; start it again")
     done = saved["done"]  # the states of the groups that are finished
     finished = sum(len(state["updates"]) for state in done)
     if finished == len(pairs):
         print(resumed_line(flags.out, steps, steps))
         return merge_states(done, pairs)
-    if flags.closed_form:
-        done.append(fit_connectors(flags.closed_form, pairs, store, retrieval, train_rows))
+    if flags.closed_form:  # nothing that ranks would share
+        done.append(ranks.from_first(lambda: fit_connectors(flags.closed_form, pairs, store, retrieval, train_rows)))
         finished = len(pairs)
     group_size = flags.pairs_per_pass or len(pairs)
     for start in range(finished, len(pairs), group_size):
         group = pairs[start : start + group_size]
         done.append(train(flags, seed, steps, group, store, retrieval, train_rows, checkpoints, saved))
         saved = {"done": done}
-    checkpoints.save({"done": done})
+    if ranks.is_first():
+        checkpoints.save({"done": done})
     return merge_states(done, pairs)
 
 
@@ -370,4 +395,4 @@ def export(flags, data, state, retrieval, row_count):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    ranks.run_on_ranks(main)

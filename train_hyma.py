@@ -6,6 +6,7 @@
     python train_hyma.py --rows 1000 --data embeddings/my             # a first choice from a few rows
     python train_hyma.py --add-encoder vit_l16 --from runs/few        # trains only the new encoder's part
     python train_hyma.py --resume                                     # the newest run, after an interruption
+    torchrun --nproc-per-node 4 train_hyma.py --data embeddings/my    # four processes, a GPU each where there are GPUs
 
 Every step draws a mini-batch of rows and a few pairs of one text encoder, lets the hypernetwork predict those pairs'
 connectors, and descends their mean symmetric InfoNCE loss (arXiv 2507.10015, section 3). Two hypernetworks: `factored`
@@ -15,6 +16,7 @@ which is also cross-validated on training rows; the ranking combines these score
 The pair that ranks first is handed over, so its connector is then trained further by itself.
 On a random part of a corpus (embed.py --rows) it also predicts every pair's score on all rows, and prints which encoders
 to embed these with (prediction.csv).
+The processes of torchrun share each step's pairs, or its rows (--split rows), and add up their gradients.
 Writes runs/<name>/: connectors/, ranking.csv, ledger.json, metrics.jsonl, config.json, checkpoint.pt.
 """
 
@@ -31,11 +33,11 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from hyma import closed_form
+from hyma import closed_form, ranks
 from hyma.batches import Batches
 from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
-from hyma.files import run_script, write_jsonl
+from hyma.files import write_jsonl
 from hyma.grid_state import COSTS
 from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
@@ -50,19 +52,20 @@ from hyma.shortlist import advise
 from hyma.signals import Signals
 from hyma.training import (
     StepLosses,
+    check_split,
     check_weights,
     learning_rate,
+    losses_on_ranks,
     mean_recall10,
     metrics_line,
     open_data,
     open_run_folder,
-    pair_losses,
     print_results,
     progress_line,
     resumed_line,
     split_for_training,
     training_dtype,
-    validate,
+    validate_on_ranks,
     validation_retrieval,
 )
 from hyma.training_flags import (
@@ -214,18 +217,19 @@ def start_from_closed_form(generator, store, folds, data, pairs, added):
 
 def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
     """(the state before the first step, the store that the loop trains on): the generator's parts are set to the closed form,
-    or stay the random weights that they are. What that costs is in the state."""
+    or stay the random weights that they are. What that costs is in the state. The first rank does it for all."""
     state = new_state(pairs)
     with flop_counter() as counter:
-        if generator.starts_from_closed_form:
+        if generator.starts_from_closed_form and ranks.is_first():
             folds = closed_form.fold_rows(data, train_rows, flags.seed)
             state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
+        generator.load_state_dict(ranks.from_first(generator.state_dict))
         store = project_store(flags, generator, store, pairs, train_rows, val_rows)
     if pairs.base_state:
         state["fold_recall10"] |= pairs.base_state["fold_recall10"]
     state["start_flops"] = state["flops"] = counter.get_total_flops()
-    return state, store
+    return ranks.from_first(lambda: state), store
 
 
 def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
@@ -242,6 +246,24 @@ def project_store(flags, generator, store, pairs, train_rows, val_rows):
     """The store with image vectors in the space that the generator's connectors end in, k coordinates for D."""
     rows, dtype = torch.cat([train_rows, val_rows]), training_dtype(flags.precision)
     return generator.project_images(store, images_of(pairs.scored), rows, dtype)
+
+
+def sum_over_ranks(generator, moments, mine, batch_pairs, split):
+    """Makes the gradients of this rank's pairs, or rows, those of the whole step. mine: this rank's of the step's pairs.
+    moments: see `update`."""
+    ranks.sum_gradients(list(generator.parameters()))
+    if ranks.count() == 1 or not moments:
+        return
+    if split == "rows":  # the gradient of the outputs is a sum over rows, and the inputs are the same on all ranks
+        grad_out, inputs = generator.outer
+        generator.outer = ranks.sum_over_ranks(grad_out), inputs
+        return
+    factors = generator.outer
+    if not mine:
+        size, width = generator.head.shape
+        factors = generator.head.new_zeros(0, size), generator.head.new_zeros(0, width)
+    most_rows = math.ceil(len(batch_pairs) / ranks.count()) * (generator.hidden_layers + 1)  # of a rank, a row for each layer
+    generator.outer = tuple(ranks.gather_rows(factor, most_rows) for factor in factors)
 
 
 def update(generator, optimizer, moments, count, lr, flags):
@@ -267,16 +289,19 @@ def update(generator, optimizer, moments, count, lr, flags):
 def main():
     flags, resumed_config = parse_flags()
     typed = recorded_flags(flags)
-    device = pick_device(flags.device)
+    device = pick_device(ranks.rank_device(flags.device))
 
     # The data: rows to train on and to choose by, and the pairs.
     data, chosen_pairs = open_data(flags)
     pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
     flags = resolve_flags(flags, device, len(train_rows), pairs)
+    check_split(flags, pairs.trained)
     encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
     per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
     print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
+    if flags.split == "pairs" and flags.pairs_per_step < ranks.count():
+        print(f"{ranks.count()} processes: more than pairs per step; more work at --split rows or a larger --pairs-per-step")
     vectors = RowStore(data, pairs.image_names + pairs.text_names, device)
     retrieval = validation_retrieval(data, train_rows, val_rows, device)
     must_match = {
@@ -307,7 +332,7 @@ def main():
     # Where training starts: at the closed form, at random weights, or at a checkpoint.
     checkpoints = Checkpoints(flags.out)
     started = time.perf_counter()
-    saved = checkpoints.load("generator", "optimizer", "moments", "state")
+    saved = ranks.from_first(lambda: checkpoints.load("generator", "optimizer", "moments", "state"))
     refinement = None
     if saved:
         state, store = resume_training(flags, saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
@@ -323,12 +348,14 @@ def main():
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
     batches = Batches(vectors, flags.seed, train_rows, flags.batch_size)
-    step_losses = StepLosses(state["losses"])
+    step_losses = StepLosses(state["losses"], flags.split)
 
     def save_checkpoint(**more):
         step_losses.read()
         check_weights(generator.state_dict(), state["step"])
-        checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | more)
+        if ranks.is_first():
+            checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | more)
+        ranks.wait()  # a rank that ends before the first has saved would end it too
 
     progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
     with progress, Signals() as signals:
@@ -336,13 +363,16 @@ def main():
             # A batch of rows and of pairs, their connectors, their mean loss.
             rows = batches.rows_of(step)  # [B]
             batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
-            losses = pair_losses(generator, store, rows, batch_pairs, dtype, flags.logit_scale)  # [P]
+            mine = ranks.share(batch_pairs) if flags.split == "pairs" else batch_pairs
+            losses = losses_on_ranks(generator, store, rows, batch_pairs, mine, dtype, flags)  # [P]
             if step_losses.add(step, batch_pairs, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
 
             # The update.
             optimizer.zero_grad(set_to_none=True)
-            losses.mean().backward()
+            if mine:
+                losses.mean().backward()
+            sum_over_ranks(generator, moments, mine, batch_pairs, flags.split)
             lr = learning_rate(step, steps, flags.lr, flags.warmup_steps)
             update(generator, optimizer, moments, step + 1, lr, flags)
 
@@ -358,12 +388,12 @@ def main():
             # Validation: the best state is kept. A checkpoint is saved then, after a minute without one, and on a signal.
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
             if not is_validation:
-                if checkpoints.due() or signals.arrived():
+                if signals.arrived_anywhere(step, checkpoints.due()):
                     save_checkpoint()
                     signals.leave_if_asked()
                 continue
             step_losses.read()
-            recalls = validate(generator, store, retrieval, pairs.scored)
+            recalls = validate_on_ranks(generator, store, retrieval, pairs.scored, ranks.share(pairs.scored))
             of_trained = {name: recalls[name] for name in must_match["pairs"]}  # pairs of --predict choose nothing
             score = mean_recall10(of_trained)
             if pairs.base_state:
@@ -378,8 +408,10 @@ def main():
             progress.set_postfix(progress_line(state))
             if flags.stop_when_stable and step + 1 < steps and is_settled(state["metrics"]):
                 state["settled_at"] = step + 1
+            signals.arrived_anywhere()
             save_checkpoint()
-            write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+            if ranks.is_first():
+                write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
             signals.leave_if_asked()
             if state["settled_at"]:
                 progress.write(
@@ -387,6 +419,8 @@ def main():
                 )
                 break
     batches.close()
+    if not ranks.leave():  # what follows is the first rank's
+        return
 
     # The pair that ranks first, trained further by itself. Its cost is part of the run's.
     generator.load_state_dict(state["best"]["weights"])
@@ -494,4 +528,4 @@ def count_trainable(generator):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    ranks.run_on_ranks(main)

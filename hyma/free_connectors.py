@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from hyma.costs import connector_flops, connector_shapes
+from hyma.pair_names import pair_name
 from hyma.seeds import seeded_generator
 from hyma.starting_run import read_starting_connector
 from hyma.training import separate_layers
@@ -16,18 +17,23 @@ class FreeConnectors(nn.Module):
     def __init__(self, pairs, dims, hidden_layers, seed, source=None):
         super().__init__()
         self.pairs = list(pairs)
+        self.dims, self.hidden_layers = dims, hidden_layers
         self.layers = nn.ModuleList()  # of each pair
         for image, text in pairs:
             connector = nn.ModuleList()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeded_generator("weights", seed, image, text).initial_seed())
-                for out, into in connector_shapes(dims[text], hidden_layers, dims[image]):
+                for out, into in self.shapes(image, text):
                     connector.append(nn.Linear(into, out))
             if source:
                 tensors = read_starting_connector(source, image, text, hidden_layers)
                 for parameter, tensor in zip(connector.parameters(), tensors):
                     parameter.data.copy_(tensor)
             self.layers.append(connector)
+
+    def shapes(self, image, text):
+        """[(out, in)] of a pair's layers; the pair may be another rank's."""
+        return connector_shapes(self.dims[text], self.hidden_layers, self.dims[image])
 
     @torch.no_grad()
     def load(self, pair, layers):
@@ -54,8 +60,7 @@ class FreeConnectors(nn.Module):
         """(of the connectors, 0: nothing is predicted)."""
         total = 0
         for pair in pairs:
-            shapes = [weight.shape for weight, _ in self.predict(*pair)]
-            total += connector_flops(batch_size, shapes)
+            total += connector_flops(batch_size, self.shapes(*pair))
         return total, 0
 
     def clip_each(self, pairs, clip_norm):
@@ -63,3 +68,27 @@ class FreeConnectors(nn.Module):
         for pair in pairs:
             connector = self.layers[self.pairs.index(pair)]
             nn.utils.clip_grad_norm_(connector.parameters(), clip_norm)
+
+    def tensors(self, optimizer):
+        """{pair's name: all that its training has changed, its weights and AdamW's moments}, as a checkpoint has it."""
+        states = optimizer.state_dict()["state"]  # of each parameter, by its number; none before its first update
+        found, number = {}, 0
+        for pair, connector in zip(self.pairs, self.layers):
+            weights = [parameter.detach() for parameter in connector.parameters()]
+            moments = [states.get(number + k) for k in range(len(weights))]
+            found[pair_name(pair)] = {"weights": weights, "moments": moments}
+            number += len(weights)
+        return found
+
+    @torch.no_grad()
+    def load_tensors(self, optimizer, found):
+        """Sets all pairs and the optimizer to what `tensors` gave, for these pairs or for more."""
+        states, number = {}, 0
+        for pair, connector in zip(self.pairs, self.layers):
+            of_pair = found[pair_name(pair)]
+            for parameter, weight, moments in zip(connector.parameters(), of_pair["weights"], of_pair["moments"]):
+                parameter.copy_(weight)
+                if moments:
+                    states[number] = moments
+                number += 1
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,5 +1,6 @@
 """What training the pairs by themselves changes besides the tensors: costs, updates, metrics, each pair's best state."""
 
+from hyma import ranks
 from hyma.metrics import mean_recalls
 from hyma.pair_names import pair_name
 
@@ -38,6 +39,18 @@ def keep_best(state, name, six, layers, card_info, key=selection_key):
     for weight, bias in layers:
         copies.append((weight.detach().cpu().clone(), bias.detach().cpu().clone()))
     state["best"][name] = {"recalls": six, "layers": copies, "about": card_info}
+
+
+def gather_best_layers(state, own):
+    """Brings the layers of every pair's best state to the first rank. own: the pairs whose layers this rank has."""
+    best = state["best"]
+    layers = {}
+    for pair in own:
+        if pair_name(pair) in best:
+            layers[pair_name(pair)] = best[pair_name(pair)]["layers"]
+    for of_rank in ranks.gather(layers):
+        for name, found in of_rank.items():
+            best[name]["layers"] = found
 
 
 def merge_states(states, pairs):

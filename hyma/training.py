@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hyma import ranks
 from hyma.brackets import brackets
 from hyma.embeddings import SAMPLE
+from hyma.machine import provenance
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import choose_pairs, name_of_row, pair_name
@@ -80,11 +82,27 @@ def validation_retrieval(data, train_rows, val_rows, device):
 
 def open_run_folder(flags, typed, resumed_config, must_match, run_info, device):
     """Makes the run folder or, where the same command made it before, checks that its data are still the same. Returns the lock
-    of the folder. resumed_config: config.json of the run that --resume names, else None. Other arguments: see `create_run`."""
+    of the folder, which is the first rank's. resumed_config: config.json of the run that --resume names, else None. Other
+    arguments: see `create_run`."""
+    if ranks.count() > 1:
+        here = provenance(device)
+        code = {"versions of packages": here["versions"], "code": here["commit"]}
+        ranks.check_same({"flags": recorded_flags(flags)} | must_match | code)
+    if not ranks.is_first():
+        return None
     resumed_config = resumed_config or run_of_same_command(flags.out, typed)
     if resumed_config:
         return reopen_run(flags.out, resumed_config, must_match)
     return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device)
+
+
+def check_split(flags, pairs):
+    """Raises BadInput if there are more ranks than what they share. pairs: of a step."""
+    count = ranks.count()
+    if flags.split == "pairs" and count > len(pairs):
+        raise BadInput(f"torchrun: {count} processes for {len(pairs)} pairs; start fewer, or give --split rows")
+    if flags.split == "rows" and ranks.rows_per_rank(flags.batch_size) * (count - 1) >= flags.batch_size:
+        raise BadInput(f"--batch-size {flags.batch_size}: too few rows for {count} processes; start fewer")
 
 
 def resumed_line(out, step, steps):
@@ -112,23 +130,28 @@ def training_dtype(precision):
 # ------------------------------------------------------------------------------------------------ the loss of a step
 
 
-def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
+def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
     negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
-    shorter ones, coordinates along orthonormal axes of that space (`project_images`).
+    shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank maps
+    its share of the texts; the loss is that of all rows, on every rank.
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
     z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
     kernels/reference.py and kernels/contrastive*.py.
     """
+    own = ranks.share_of_rows(len(rows)) if split == "rows" else slice(None)
     features = {}
     for text in texts_of(pairs):
-        features[text] = store.take(text, rows)  # [B, D_t]
+        features[text] = store.take(text, rows)[own]  # [B, D_t]
     inputs, layers = generator(features, pairs)
     inputs = [x.to(dtype) for x in inputs]  # not before: texts differ little from their mean, which a generator takes away
     z, sumsq = connector_mlp(inputs, cast_layers(layers, dtype))  # [B, sum D_p] not normalised, [P, B] squared lengths
+    if split == "rows" and ranks.count() > 1:  # until here B was a rank's share
+        z = ranks.gather_rows(z, ranks.rows_per_rank(len(rows)))[: len(rows)]
+        sumsq = None  # of the other ranks' rows they are not known
 
     image_names = images_of(pairs)
     image_vectors = []  # of each image encoder, [B, D_i]
@@ -139,14 +162,28 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale):
     return losses
 
 
+def losses_on_ranks(generator, store, rows, pairs, own, dtype, flags):
+    """`pair_losses` [P] of a step's pairs. Where this rank has those of `own` alone, the others' are 0, as they are of --split
+    pairs until `StepLosses` reads them."""
+    if own == pairs:
+        return pair_losses(generator, store, rows, pairs, dtype, flags.logit_scale, flags.split)
+    losses = torch.zeros(len(pairs), device=rows.device)
+    if own:
+        places = [place for place, pair in enumerate(pairs) if pair in set(own)]
+        losses[places] = pair_losses(generator, store, rows, own, dtype, flags.logit_scale)
+    return losses
+
+
 class StepLosses:
     """The losses of the last steps, which stay on the device: reading them makes the host wait for it."""
 
     READ_EVERY = 16  # steps
 
-    def __init__(self, means):
-        """means: a list that gets the mean loss of each step, a number, once it is read."""
+    def __init__(self, means, split=None):
+        """means: a list that gets the mean loss of each step, a number, once it is read. split: "pairs" where a rank knows the
+        losses of its own pairs alone, the others' being 0 until they are read."""
         self.means = means
+        self.split = split
         self.unread = []  # (step, its pairs, their losses [P], the mean of these)
 
     def add(self, step, pairs, losses):
@@ -161,6 +198,8 @@ class StepLosses:
     def read(self):
         """Reads what has not been read. Raises BadInput at the first loss that is not finite: every update since is lost, and
         so nothing may be saved before this."""
+        if self.split == "pairs" and self.unread:
+            self.take_from_ranks()
         for step, pairs, losses, mean in self.unread:
             mean = mean.item()
             if not math.isfinite(mean):
@@ -171,6 +210,13 @@ class StepLosses:
                 )
             self.means.append(mean)
         self.unread.clear()
+
+
+    def take_from_ranks(self):
+        """Adds the losses that the other ranks know."""
+        steps, pairs, losses, _ = zip(*self.unread)
+        whole = ranks.sum_over_ranks(torch.cat(losses)).split([len(of_step) for of_step in losses])
+        self.unread = list(zip(steps, pairs, whole, [of_step.mean() for of_step in whole]))
 
 
 def check_weights(weights, step):
@@ -231,6 +277,18 @@ def validate(generator, store, retrieval, pairs):
             image, _ = pair
             recalls[pair_name(pair)] = retrieval.recalls(outputs, store.take(image, retrieval.rows))
     return recalls
+
+
+def validate_on_ranks(generator, store, retrieval, pairs, own):
+    """`validate`, of these pairs each rank its own: all ranks have the recalls of all."""
+    recalls = validate(generator, store, retrieval, own)
+    if ranks.count() == 1:
+        return recalls
+    table = torch.zeros(len(pairs), 6, dtype=torch.float64)  # [P, 6]
+    for k, pair in enumerate(pairs):
+        if pair in own:
+            table[k] = torch.tensor(recalls[pair_name(pair)], dtype=torch.float64)
+    return dict(zip(map(pair_name, pairs), ranks.sum_over_ranks(table).tolist()))
 
 
 def mean_recall10(recalls):

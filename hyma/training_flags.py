@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from hyma import ranks
 from hyma.embeddings import SAMPLE
 from hyma.merging import Folders, as_folders
 from hyma.runs import interrupted_run
@@ -40,6 +41,8 @@ def add_training_flags(parser, name):
     )
     about = "of the matrix products (default: tf32 on CUDA, else fp32)"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
+    about = "what the processes of torchrun share: a step's pairs, or its rows (default: %(default)s)"
+    add("--split", choices=["pairs", "rows"], default="pairs", help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
 
 
@@ -78,7 +81,8 @@ def resolve_training_flags(flags, name, device, row_count):
     if row_count < flags.batch_size:
         raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
     if flags.out is None:
-        flags.out = interrupted_run(typed) or Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        new = Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        flags.out = Path(ranks.from_first(lambda: str(interrupted_run(typed) or new)))
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
     flags.logit_scale = flags.logit_scale or logit_scale_of(row_count)
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")
@@ -96,10 +100,10 @@ RECORDED_NAMES = {"from_run": "from"}
 
 
 def recorded_flags(flags):
-    """{name: value} of the flags, as config.json holds them."""
+    """{name: value} of the flags, as config.json holds them: without those that may differ where a run is resumed."""
     recorded = {}
     for name, value in vars(flags).items():
-        if name != "resume":
+        if name not in ("resume", "split"):
             recorded[RECORDED_NAMES.get(name, name)] = as_recorded(value)
     return recorded
 

@@ -88,6 +88,7 @@ HYMA = [
     "machine",
     "signals",
     "brackets",
+    "ranks",
     "files",
     "before_main",
 ]
