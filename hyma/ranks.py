@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ def join():
     try:
         store, rank, size = next(dist.rendezvous("env://"))
     except ValueError as error:  # a variable is missing
-        raise SystemExit(f"WORLD_SIZE is set, but this process was not started by torchrun: {error}") from None
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script}: WORLD_SIZE is set, but torchrun has not started this process: {error}")
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"

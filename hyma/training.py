@@ -198,7 +198,7 @@ class StepLosses:
     def read(self):
         """Reads what has not been read. Raises BadInput at the first loss that is not finite: every update since is lost, and
         so nothing may be saved before this."""
-        if self.split == "pairs" and self.unread:
+        if ranks.count() > 1 and self.split == "pairs" and self.unread:
             self.take_from_ranks()
         for step, pairs, losses, mean in self.unread:
             mean = mean.item()

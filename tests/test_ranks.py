@@ -35,7 +35,8 @@ def torchrun(tmp_path, planted):
 
     yield torchrun
     for process in started:
-        process.kill()
+        process.terminate()  # which ends those that it has started too
+        process.wait(timeout=600)
 
 
 def workers(process):
@@ -44,7 +45,7 @@ def workers(process):
     return sorted(map(int, children))
 
 
-def after_validations(folder, count, seconds=300):
+def after_validations(folder, count, seconds=600):
     """Returns once a run that is in progress has validated so often."""
     until = time.time() + seconds
     while count_lines(folder / "metrics.jsonl") < count:
@@ -80,7 +81,7 @@ def test_a_grid_whose_rank_is_killed_goes_on_with_one_process_or_with_shared_row
     process = torchrun("train_grid.py", *flags, "--out", "killed")
     after_validations(tmp_path / "killed", 2)
     os.kill(workers(process)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0 and not (tmp_path / "killed" / "ledger.json").exists()
     assert len(own_lines(err, "train_grid.py")) <= 1  # none where torchrun was faster
     shutil.copytree(tmp_path / "killed", tmp_path / "rows")
@@ -93,7 +94,7 @@ def test_a_grid_whose_rank_is_killed_goes_on_with_one_process_or_with_shared_row
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "killed")
 
     process = torchrun("train_grid.py", "--resume", "--split", "rows", "--out", "rows")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.count("best connector") == out.count("resumed: rows") == 1, err
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "rows")
 
@@ -110,18 +111,18 @@ def test_a_search_that_a_signal_ends_goes_on_with_the_other_split(run, torchrun,
     process = torchrun("train_hyma.py", *flags, "--split", splits[0], "--out", "x")
     after_validations(tmp_path / "x", 1)
     os.kill(workers(process)[1], signal.SIGTERM)  # a rank that prints nothing
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0 and "SIGTERM: saved" in err, err
     assert own_lines(err, "train_hyma.py") == ["train_hyma.py: SIGTERM: saved; run the same command again to resume"]
     process = torchrun("train_hyma.py", *flags, "--split", splits[1], "--out", "x")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and out.count("resumed: x at step") == 1, err
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "x")
 
 
 def test_more_processes_than_pairs_end_in_one_line(torchrun):
     process = torchrun("train_grid.py", "--pairs", "efflite0:mpnet", "--out", "x", *FLAGS)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode != 0 and out.count("data: ") <= 1
     (line,) = own_lines(err, "train_grid.py")
     assert "2 processes for 1 pairs" in line and "--split rows" in line
