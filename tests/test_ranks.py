@@ -126,3 +126,16 @@ def test_more_processes_than_pairs_end_in_one_line(torchrun):
     assert process.returncode != 0 and out.count("data: ") <= 1
     (line,) = own_lines(err, "train_grid.py")
     assert "2 processes for 1 pairs" in line and "--split rows" in line
+
+
+def test_processes_with_other_embeddings_end_in_one_line(planted, tmp_path):
+    for rank in ("0", "1"):
+        shutil.copytree(planted, tmp_path / rank / "data")
+    torch.save(torch.load(planted / "mpnet.pt", weights_only=True).flip(0), tmp_path / "1" / "data" / "mpnet.pt")
+    line = f"cd {tmp_path}/$RANK && exec {sys.executable} {ROOT}/train_hyma.py --data data --out x {' '.join(FLAGS)}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*command, "sh", "-c", line], capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and not (tmp_path / "0" / "x").exists()
+    assert own_lines(done.stderr, "train_hyma.py") == [
+        "train_hyma.py: process 1 has other embeddings than process 0; all must have the same"
+    ]
