@@ -18,6 +18,7 @@ from helpers import ROOT, count_lines, read_connectors, read_ledger, read_rankin
 
 from hyma.files import read_jsonl
 
+PATIENCE = 1800  # seconds, of a machine on which much else runs
 FLAGS = ("--epochs", "8", "--batch-size", "128", "--warmup-steps", "3", "--device", "cpu")
 
 
@@ -36,7 +37,7 @@ def torchrun(tmp_path, planted):
     yield torchrun
     for process in started:
         process.terminate()  # which ends those that it has started too
-        process.wait(timeout=600)
+        process.wait(timeout=PATIENCE)
 
 
 def workers(process):
@@ -45,7 +46,7 @@ def workers(process):
     return sorted(map(int, children))
 
 
-def after_validations(folder, count, seconds=600):
+def after_validations(folder, count, seconds=PATIENCE):
     """Returns once a run that is in progress has validated so often."""
     until = time.time() + seconds
     while count_lines(folder / "metrics.jsonl") < count:
@@ -81,7 +82,7 @@ def test_a_grid_whose_rank_is_killed_goes_on_with_one_process_or_with_shared_row
     process = torchrun("train_grid.py", *flags, "--out", "killed")
     after_validations(tmp_path / "killed", 2)
     os.kill(workers(process)[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and not (tmp_path / "killed" / "ledger.json").exists()
     assert len(own_lines(err, "train_grid.py")) <= 1  # none where torchrun was faster
     shutil.copytree(tmp_path / "killed", tmp_path / "rows")
@@ -94,7 +95,7 @@ def test_a_grid_whose_rank_is_killed_goes_on_with_one_process_or_with_shared_row
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "killed")
 
     process = torchrun("train_grid.py", "--resume", "--split", "rows", "--out", "rows")
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and out.count("best connector") == out.count("resumed: rows") == 1, err
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "rows")
 
@@ -111,18 +112,18 @@ def test_a_search_that_a_signal_ends_goes_on_with_the_other_split(run, torchrun,
     process = torchrun("train_hyma.py", *flags, "--split", splits[0], "--out", "x")
     after_validations(tmp_path / "x", 1)
     os.kill(workers(process)[1], signal.SIGTERM)  # a rank that prints nothing
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and "SIGTERM: saved" in err, err
     assert own_lines(err, "train_hyma.py") == ["train_hyma.py: SIGTERM: saved; run the same command again to resume"]
     process = torchrun("train_hyma.py", *flags, "--split", splits[1], "--out", "x")
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and out.count("resumed: x at step") == 1, err
     assert_equal_to_rounding(tmp_path / "whole", tmp_path / "x")
 
 
 def test_more_processes_than_pairs_end_in_one_line(torchrun):
     process = torchrun("train_grid.py", "--pairs", "efflite0:mpnet", "--out", "x", *FLAGS)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and out.count("data: ") <= 1
     (line,) = own_lines(err, "train_grid.py")
     assert "2 processes for 1 pairs" in line and "--split rows" in line
@@ -134,7 +135,7 @@ def test_processes_with_other_embeddings_end_in_one_line(planted, tmp_path):
     torch.save(torch.load(planted / "mpnet.pt", weights_only=True).flip(0), tmp_path / "1" / "data" / "mpnet.pt")
     line = f"cd {tmp_path}/$RANK && exec {sys.executable} {ROOT}/train_hyma.py --data data --out x {' '.join(FLAGS)}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run([*command, "sh", "-c", line], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, "sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and not (tmp_path / "0" / "x").exists()
     assert own_lines(done.stderr, "train_hyma.py") == [
         "train_hyma.py: process 1 has other embeddings than process 0; all must have the same"
