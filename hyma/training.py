@@ -169,7 +169,7 @@ def losses_on_ranks(generator, store, rows, pairs, own, dtype, flags):
         return pair_losses(generator, store, rows, pairs, dtype, flags.logit_scale, flags.split)
     losses = torch.zeros(len(pairs), device=rows.device)
     if own:
-        places = [place for place, pair in enumerate(pairs) if pair in set(own)]
+        places = [place for place, pair in enumerate(pairs) if pair in own]
         losses[places] = pair_losses(generator, store, rows, own, dtype, flags.logit_scale)
     return losses
 
