@@ -192,6 +192,7 @@ def check_same(values):
     for what, value in values.items():
         if value != of_first[what]:
             raise BadInput(f"process {number()} has other {what} than process 0; all must have the same")
+    wait()  # before the first rank writes anything
 
 
 def wait():

@@ -134,9 +134,9 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
-    negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors
-    [B, D_i] or shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each
-    rank maps its share of the texts; the loss is that of all rows, on every rank.
+    negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
+    shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank maps
+    its share of the texts; the loss is that of all rows, on every rank.
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
     z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
@@ -169,7 +169,7 @@ def losses_on_ranks(generator, store, rows, pairs, own, dtype, flags):
         return pair_losses(generator, store, rows, pairs, dtype, flags.logit_scale, flags.split)
     losses = torch.zeros(len(pairs), device=rows.device)
     if own:
-        places = [place for place, pair in enumerate(pairs) if pair in set(own)]
+        places = [place for place, pair in enumerate(pairs) if pair in own]
         losses[places] = pair_losses(generator, store, rows, own, dtype, flags.logit_scale)
     return losses
 
