@@ -233,6 +233,7 @@ def save_connector(out, data, layers, row, card_info):
         "dataset": data.dataset,
         "embeddings_sha256": data.fingerprint([image.name, text.name]),
         "weights_sha256": {encoder.name: data.weights_sha256(encoder.name) for encoder in (image, text)},
+        "settings": {encoder.name: data.record(encoder.name).get("transform") for encoder in (image, text)},
     }
     path = Path(out) / "connectors" / vlm.connector_name(image.name, hidden_layers, text.name)
     save_tensors(state, path)
