@@ -104,10 +104,14 @@ def run_of_same_command(out, typed):
 
 
 def interrupted_run(typed):
-    """The newest folder in runs/ that this same command has left unfinished, or None."""
+    """The newest folder in runs/ that this same command has left unfinished, or None. Prints which cannot be read."""
     configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in configs:
-        config = read_json(path)
+        try:
+            config = read_json(path)
+        except BadInput as error:
+            print(f"{error}; this is taken for another run", file=sys.stderr)
+            continue
         same = config.get("script") == Path(sys.argv[0]).name and config.get("typed") == typed
         if same and not (path.parent / "ledger.json").is_file():
             return path.parent

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hyma.files import write_json
 from hyma.runs import (
     create_run,
     find_run,
+    interrupted_run,
     newest_finished_run,
     read_run,
     reopen_run,
@@ -127,6 +129,15 @@ def test_the_newest_run(tmp_path, monkeypatch):
             os.utime(file, (1e9 - age, 1e9 - age))
     assert find_run().name == "newest" and newest_finished_run().name == "older"
     assert find_run(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+
+
+def test_a_damaged_configuration_stops_no_other_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    create(tmp_path / "runs" / "x").close()
+    (tmp_path / "runs" / "cut").mkdir()
+    (tmp_path / "runs" / "cut" / "config.json").write_text("{")
+    assert interrupted_run({"lr": 0.1}) == Path("runs/x")
+    assert "runs/cut/config.json: cannot be read as JSON" in capfd.readouterr().err
 
 
 def test_connectors_alone_are_read_as_a_run_that_ranks_nothing(runs, tmp_path):
