@@ -134,6 +134,8 @@ def parse_flags():
 
 def flags_to_keep(run):
     """The flags of the run in --from that hold for the encoder that is added to it."""
+    if not (Path(run) / "config.json").is_file():
+        raise BadInput(f"--from {run}: holds no run (no config.json)")
     config = read_json(Path(run) / "config.json")
     able = [name for name, kind in HYPERNETWORKS.items() if kind.takes_encoders]
     kept = config.get("flags")

@@ -257,7 +257,7 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.000222"])
     refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
     refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
-    refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="nowhere")
+    refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="--from nowhere: holds no run")
     (tmp_path / "x" / "config.json").write_text('{"script": "train_hyma.py"}')
     refused("train_hyma.py", *add, says="--from x: no run of train_hyma.py")
 
