@@ -96,9 +96,9 @@ def run_of_same_command(out, typed):
     for name, value in config.get("typed", {"out": None}).items():
         if typed.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
+            made = f"without {flag}" if value is None else f"with {flag} {value} and not {typed.get(name)}"
             raise BadInput(
-                f"--out {out}: holds a run already, made with {flag} {value} and not {typed.get(name)}; choose another, or "
-                f"resume it: --resume --out {out}"
+                f"--out {out}: holds a run already, made {made}; choose another, or resume it: --resume --out {out}"
             )
     return config
 

@@ -18,6 +18,7 @@ from hyma.runs import (
     newest_finished_run,
     read_run,
     reopen_run,
+    run_of_same_command,
     save_connector,
     write_results,
 )
@@ -112,6 +113,11 @@ def test_a_run_folder_belongs_to_one_run_and_one_process(tmp_path):
     reopen_run(out, config, IDENTITY).close()
     with pytest.raises(BadInput, match="the embeddings in planted are no longer those"):
         reopen_run(out, config, IDENTITY | {"embeddings": {"efflite1": "1", "mpnet": "another"}})
+    with pytest.raises(BadInput, match="made with --lr 0.1 and not 1.0; choose another"):
+        run_of_same_command(out, {"lr": 1.0})
+    write_json(out / "config.json", config | {"typed": {"lr": None}})
+    with pytest.raises(BadInput, match="made without --lr; choose another"):
+        run_of_same_command(out, {"lr": 1.0})
 
 
 def test_the_newest_run(tmp_path, monkeypatch):
