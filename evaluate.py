@@ -214,8 +214,37 @@ def open_all_tasks(flags, runs, data):
                 f"{data.folder} has no test split: the validation rows that chose the connectors also score them; "
                 "name another --task"
             )
-        tasks += open_tasks(name, folder, flags, seeds[0] if is_own else None)
+        of_folder = open_tasks(name, folder, flags, seeds[0] if is_own else None)
+        tasks += of_folder
+        if not is_own:
+            warnings += warn_of_seen_pictures(of_folder[0], data, seeds)
     return tasks, warnings
+
+
+def warn_of_seen_pictures(task, data, seeds):
+    """[a warning] if another folder's pictures are among those that the runs were trained on, by their digests, else [].
+
+    data: what the runs were trained on. seeds: the runs'.
+    """
+    seen = set()
+    for seed in seeds if data.rows else []:
+        train_rows, _ = split_rows(data, seed)
+        seen |= digests_of(data, train_rows)
+    shown = digests_of(task.data, task.rows)
+    if shown.isdisjoint(seen):
+        return []
+    count = len(shown & seen)
+    message = f"{count:,} of its {len(shown):,} pictures are among those that the runs were trained on"
+    return [f"{task.data.folder}: {message}, so that its scores are higher than those of new pictures"]
+
+
+def digests_of(data, rows):
+    """The digests of the pictures of these rows, as far as they are recorded."""
+    digests = set()
+    for row in rows.tolist() if data.rows else []:
+        if data.rows[row].get("image_sha256"):
+            digests.add(data.rows[row]["image_sha256"])
+    return digests
 
 
 def check_before_scoring(tasks, methods, pairs, data, flags):

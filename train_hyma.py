@@ -137,11 +137,14 @@ def parse_flags():
 
 def flags_to_keep(run):
     """The flags of the run in --from that hold for the encoder that is added to it."""
+    if not (Path(run) / "config.json").is_file():
+        raise BadInput(f"--from {run}: holds no run (no config.json)")
     config = read_json(Path(run) / "config.json")
     able = [name for name, kind in HYPERNETWORKS.items() if kind.takes_encoders]
-    if config.get("script") != "train_hyma.py" or config["flags"]["generator"] not in able:
+    kept = config.get("flags")
+    is_run = config.get("script") == "train_hyma.py" and isinstance(kept, dict) and "data" in kept
+    if not is_run or kept.get("generator") not in able:
         raise BadInput(f"--from {run}: no run of train_hyma.py with --generator {' or '.join(able)}")
-    kept = dict(config["flags"])
     for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
         kept.pop(name, None)
     return kept

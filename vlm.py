@@ -890,8 +890,8 @@ def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=
     image_weights, text_weights = weights_given(weights, image_names, text_names)
     given = {image_encoder: image_weights, text_encoder: text_weights}
     vlm = CustomVLM(image_encoder, text_encoder, device=device, weights=given)
-    check_weights(path, image, vlm.image_encoder.model)
-    check_weights(path, text, vlm.text_encoder.model)
+    check_trained_on(path, image, vlm.image_encoder)
+    check_trained_on(path, text, vlm.text_encoder)
     vlm.load_connector_checkpoint(path)
     return vlm
 
@@ -928,14 +928,43 @@ def read_card(path):
     return read_json(card) if card.is_file() else {}
 
 
-def check_weights(path, name, model):
-    """Raises BadInput if the card of a connector says that it was trained on other weights of an encoder than `model`'s."""
-    digests = read_card(path).get("weights_sha256")
+def check_trained_on(path, name, encoder):
+    """Raises BadInput if the card of a connector says that it was trained on other weights or settings than `encoder` has."""
+    card = read_card(path)
+    digests, settings = card.get("weights_sha256"), card.get("settings")
     expected = digests.get(name) if isinstance(digests, dict) else None
-    if isinstance(expected, str) and weights_digest(model) != expected:
+    if isinstance(expected, str) and weights_digest(encoder.model) != expected:
         raise BadInput(
             f"{path}: was trained on other weights of {name} than those loaded here (sha256 {expected[:12]}..., see its card)"
         )
+    expected = settings.get(name) if isinstance(settings, dict) else None
+    difference = first_difference(expected, json.loads(json.dumps(encoder.config)))  # as the card has them
+    if difference:
+        setting, then, now = difference
+        raise BadInput(
+            f"{path}: was trained on vectors that {name} made with {setting} {then} (see its card), and it has {setting} "
+            f"{now} here"
+        )
+
+
+def first_difference(settings, others):
+    """(name, value, other value) of the first setting that both have and that differs, or None.
+
+    A setting that one of them lacks is no difference: later versions of the libraries record more of them.
+    """
+    if not isinstance(settings, dict) or not isinstance(others, dict):
+        return None
+    for name, value in settings.items():
+        if name not in others:
+            continue
+        other = others[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = first_difference(value, other)
+            if inner:
+                return (f"{name} {inner[0]}", *inner[1:])
+        elif value != other:
+            return name, value, other
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ a shared pair

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from hyma.files import read_jsonl, sha256_file
 from hyma.machine import bytes_for_copies, bytes_for_files
-from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, is_encoder_name, read_json
+from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, first_difference, is_encoder_name, read_json
 
 FORMAT_VERSION = 1
 SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
@@ -174,26 +174,6 @@ def check_same_encoder(name, data, other):
             f"{data.folder}: its {name} was embedded with {setting} {here}, and {other.folder}'s with {setting} {there}; "
             "embed one of them again"
         )
-
-
-def first_difference(settings, others):
-    """(name, value, other value) of the first setting that both have and that differs, or None.
-
-    A setting that one of them lacks is no difference: later versions of the libraries record more of them.
-    """
-    if not isinstance(settings, dict) or not isinstance(others, dict):
-        return None
-    for name, value in settings.items():
-        if name not in others:
-            continue
-        other = others[name]
-        if isinstance(value, dict) and isinstance(other, dict):
-            inner = first_difference(value, other)
-            if inner:
-                return (f"{name} {inner[0]}", *inner[1:])
-        elif value != other:
-            return name, value, other
-    return None
 
 
 def is_row(row):

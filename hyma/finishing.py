@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from hyma.costs import flop_counter
 from hyma.embedding_work import FixedRows, with_fixed_rows
@@ -18,8 +19,9 @@ from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, 
 from hyma.sealing import add_to_manifest, join_shards, place_items, read_manifest, write_manifest
 from hyma.splits import known_split
 from hyma.tasks import KINDS, RETRIEVAL, TaskNotPossible, choose_rows
-from vlm import BadInput, Encoder
+from vlm import BadInput, Encoder, load_tensors
 
+ALIKE = 0.9999  # mean cosine of vectors that say next to nothing of what they are of; a random network's is 0.93 to 0.97
 COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
 
@@ -104,9 +106,26 @@ def make_file(work, encoder, shards):
     if flops is not None:
         record["flops_per_row"] = flops
     record["file_sha256"] = sha256_file(path)
+    likeness = mean_cosine(load_tensors(path, mmap=True), [row[column] for row in rows])
+    if likeness > ALIKE:
+        record["mean_cosine"] = likeness
     if encoder.kind == "text":
         record["truncated_captions"] = count_truncated(encoder.model, rows)
     return record
+
+
+def mean_cosine(vectors, items):
+    """The mean cosine of different items' vectors: a thousand of them, evenly spaced, and 0 where ten are not there.
+
+    vectors [rows, dim], rounded. items: the picture or caption of each row.
+    """
+    row_of = {item: row for row, item in enumerate(items)}
+    rows = list(row_of.values())
+    count = min(len(rows), 1000)
+    if count < 10:
+        return 0.0
+    chosen = vectors[[rows[k * len(rows) // count] for k in range(count)]]  # [count, dim]
+    return F.normalize(chosen.float(), dim=1).mean(dim=0).square().sum().item()
 
 
 def count_flops(encoder, rows):
@@ -208,4 +227,7 @@ def describe_encoder(name, record):
     """A line about an encoder's file."""
     truncated = record.get("truncated_captions")
     ending = f", {truncated} captions truncated" if truncated else ""
+    if "mean_cosine" in record:
+        items = "pictures" if record["kind"] == "image" else "captions"
+        ending += f"; gives all {items} nearly the same vector (mean cosine {record['mean_cosine']:.4f}): are its weights sound?"
     return f"{name}: {record['full_name']}, {record['rows']} x {record['dim']} {record['dtype']}{ending}"

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import vlm
-from hyma.embeddings import first_difference, has_unit_rows
+from hyma.embeddings import has_unit_rows
 from hyma.files import make_folder, save_tensors
 from vlm import BadInput, Encoder
 
@@ -135,7 +135,7 @@ def open_text_encoder(recorded, weights, device):
                 f"--weights {encoder.name}=FOLDER"
             )
         raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
-    difference = first_difference(json.loads(recorded.settings), json.loads(json.dumps(model.config)))
+    difference = vlm.first_difference(json.loads(recorded.settings), json.loads(json.dumps(model.config)))
     if difference:
         setting, then, now = difference
         raise BadInput(

@@ -96,18 +96,22 @@ def run_of_same_command(out, typed):
     for name, value in config.get("typed", {"out": None}).items():
         if typed.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
+            made = f"without {flag}" if value is None else f"with {flag} {value} and not {typed.get(name)}"
             raise BadInput(
-                f"--out {out}: holds a run already, made with {flag} {value} and not {typed.get(name)}; choose another, or "
-                f"resume it: --resume --out {out}"
+                f"--out {out}: holds a run already, made {made}; choose another, or resume it: --resume --out {out}"
             )
     return config
 
 
 def interrupted_run(typed):
-    """The newest folder in runs/ that this same command has left unfinished, or None."""
+    """The newest folder in runs/ that this same command has left unfinished, or None. Prints which cannot be read."""
     configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in configs:
-        config = read_json(path)
+        try:
+            config = read_json(path)
+        except BadInput as error:
+            print(f"{error}; this is taken for another run", file=sys.stderr)
+            continue
         same = config.get("script") == Path(sys.argv[0]).name and config.get("typed") == typed
         if same and not (path.parent / "ledger.json").is_file():
             return path.parent
@@ -233,6 +237,7 @@ def save_connector(out, data, layers, row, card_info):
         "dataset": data.dataset,
         "embeddings_sha256": data.fingerprint([image.name, text.name]),
         "weights_sha256": {encoder.name: data.weights_sha256(encoder.name) for encoder in (image, text)},
+        "settings": {encoder.name: data.record(encoder.name).get("transform") for encoder in (image, text)},
     }
     path = Path(out) / "connectors" / vlm.connector_name(image.name, hidden_layers, text.name)
     save_tensors(state, path)

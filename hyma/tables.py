@@ -150,11 +150,13 @@ def read_json_table(path, is_known):
     """The Table of a JSON file: lines of objects, a list of them, a dict of them, or a dict that wraps one list."""
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=read_object)
     except ValueError as error:
         if path.suffix.lower() == ".json" and not starts_with_object_line(text):
             raise BadInput(f"--data {path}: is not JSON: {error}") from None
         return read_json_lines(text)
+    if isinstance(value, Repeated):
+        raise BadInput(f"--data {path}: {value.fault}")
     if isinstance(value, dict):
         value, note = published_records(path, value) or unwrap(path, value, is_known)
     else:
@@ -164,10 +166,31 @@ def read_json_table(path, is_known):
     faults = {}
     records = []
     for number, record in enumerate(value):
+        if isinstance(record, Repeated):
+            faults[number] = record.fault
         if not isinstance(record, dict):
             faults[number] = f"not an object: {kind_of(record)}"
         records.append(record if isinstance(record, dict) else {})
     return Table(records, faults, note=note)
+
+
+class Repeated(dict):
+    """An object that gives a name two different values, of which JSON's readers keep the last."""
+
+    fault = ""  # why it cannot be used
+
+
+def read_object(pairs):
+    """The dict of a JSON object's (name, value) pairs."""
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    for name, value in pairs:
+        if values[name] != value:
+            repeated = Repeated(values)
+            repeated.fault = f"a name with two values: {name!r}"
+            return repeated
+    return values
 
 
 def starts_with_object_line(text):
@@ -186,10 +209,12 @@ def read_json_lines(text):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=read_object)
         except (ValueError, RecursionError):
             record = None
             faults[len(records)] = f"not JSON: line {number}"
+        if isinstance(record, Repeated):
+            faults[len(records)] = record.fault
         if record is not None and not isinstance(record, dict):
             faults[len(records)] = f"not an object: line {number} is {kind_of(record)}"
         records.append(record if isinstance(record, dict) else {})

@@ -141,9 +141,21 @@ def find_picture(path, sample, image_column):
             f"with --image-column {endings[0]}"
         )
     if not endings:
+        check_dots(path, sample)
         return None
     member = sample[endings[0]]
     return f"{path.name}/{tar_address(member.name.removeprefix('./'), member.offset_data, member.size)}"
+
+
+def check_dots(path, sample):
+    """Raises BadInput if a sample without a picture has several whose endings hold a dot: their names most likely do."""
+    pictures = [ending for ending in sample if Path(ending).suffix in IMAGE_SUFFIXES]
+    if len(pictures) > 1:
+        one, other = (sample[ending].name for ending in pictures[:2])
+        raise BadInput(
+            f"--data {path}: {one} and {other} would be one sample, as the name of a sample ends at the first dot; rename the "
+            f"files, or, if they are one, name its picture with --image-column {pictures[0]}"
+        )
 
 
 def read_text_member(file, member):

@@ -84,7 +84,7 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
         except TaskNotPossible as reason:
             reasons.append(str(reason))
     if not tasks:
-        raise BadInput(f"--task {name}={folder}: nothing to evaluate: {'; '.join(reasons)}")
+        raise BadInput(f"--task {name}={data.folder}: nothing to evaluate: {'; '.join(unique(reasons))}")
     return tasks
 
 

@@ -359,9 +359,11 @@ def print_ranking(ranking, recalls, retrieval):
 def half_interval(recall, queries):
     """Half of the 95 % interval of a recall of that many queries, 0 to 1.
 
-    That of both directions' mean is at most so wide, and `expected` has no more noise than validation.
+    That of both directions' mean is at most so wide, and `expected` has no more noise than validation. At 0 and 1 it is as wide
+    as Wilson's interval: that few queries found nothing, or all, says no more.
     """
-    recall = min(1, max(0, recall))
+    edge = min(0.5, 1.96**2 / (queries + 1.96**2))
+    recall = min(1 - edge, max(edge, recall))
     return 1.96 * math.sqrt(recall * (1 - recall) / queries)
 
 

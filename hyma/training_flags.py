@@ -78,6 +78,9 @@ def resolve_training_flags(flags, name, device, row_count):
     flags = argparse.Namespace(**vars(flags))
     flags.data = flags.data or SAMPLE
     flags.batch_size = flags.batch_size or max(2, min(512, row_count))
+    if row_count < 2:
+        source = f"--rows {flags.rows}" if flags.rows else flags.data
+        raise BadInput(f"{source}: leaves one row to train on, and a contrastive loss needs at least two")
     if row_count < flags.batch_size:
         raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
     if flags.out is None:

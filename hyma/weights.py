@@ -4,7 +4,6 @@ import functools
 import json
 
 import vlm
-from hyma.embeddings import first_difference
 from hyma.prompts import open_text_encoder
 from hyma.tasks import recorded_encoder
 from vlm import BadInput
@@ -48,7 +47,7 @@ def open_encoder(data, name, weights, device):
         source = f"--weights {name}={weights}" if weights else f"{name}: the weights on the hub"
         raise BadInput(f"{source}: not the weights that the embeddings in {data.folder} were made with")
     settings = json.loads(json.dumps(model.config))  # as the manifest has them
-    difference = first_difference(data.record(name).get("transform"), settings)
+    difference = vlm.first_difference(data.record(name).get("transform"), settings)
     if difference:
         setting, then, now = difference
         raise BadInput(f"{name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here")

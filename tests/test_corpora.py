@@ -154,10 +154,24 @@ def test_json_in_other_shapes(folder, embed):
 
 def test_a_bad_line_costs_one_row(folder, embed):
     table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
-    table.write_text(table.read_text() + '{"image": "0.webp", \n[1]\n')
-    _, rows, quarantine = embed(table)
-    assert len(rows) == 40
-    assert quarantine == {"row 41": "not JSON: line 41", "row 42": "not an object: line 42 is a list"}
+    twice = '{"image": "0.webp", "caption": "one", "caption": "another"}'
+    table.write_text(table.read_text() + '{"image": "0.webp", \n[1]\n' + twice.replace("another", "one") + f"\n{twice}\n")
+    _, rows, quarantine = embed(table, "--allow-bad", "0.1")
+    assert len(rows) == 41 and rows[-1]["caption"] == "one"
+    repeated = "a name with two values: 'caption'"
+    assert quarantine == {
+        "row 41": "not JSON: line 41",
+        "row 42": "not an object: line 42 is a list",
+        "0.webp#3": repeated,
+    }
+    (folder / "list.json").write_text(json.dumps([picture(k) for k in range(40)])[:-1] + f", {twice}]")
+    assert embed(folder / "list.json", out="list")[2] == {"0.webp#2": repeated}
+
+
+def test_a_dict_of_records_that_loses_one_is_refused(folder, refused):
+    """JSON's readers keep the last of two values."""
+    (folder / "dict.json").write_text(f'{{"a": {json.dumps(picture(0))}, "a": {json.dumps(picture(1))}}}')
+    refused("embed.py", *TINY, "--data", folder / "dict.json", says="dict.json: a name with two values: 'a'")
 
 
 def test_conversations_of_every_form(folder, embed):

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 import vlm
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, write_json
+from hyma.finishing import mean_cosine
 from hyma.pictures import read_picture
 from hyma.tasks import open_tasks, text_inputs
 from vlm import BadInput
@@ -612,6 +613,19 @@ def test_encoders_that_can_be_loaded_are_embedded_beside_those_that_cannot(run, 
     again = run("embed.py", "--encoder", "tiny=random:test_vit", *flags[4:])
     assert again.code == 0 and (tmp_path / "e" / "manifest.json").is_file()
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == before
+
+
+def test_an_encoder_that_gives_all_pictures_one_vector_is_named(run, pictures, tmp_path):
+    """A RepVit with random weights does, and the folder keeps the number; different vectors of few pictures say nothing."""
+    folder, rows = pictures
+    corpus = write_csv(folder / "few.csv", rows[:12])
+    encoders = ("--encoder", "constant=random:repvit_m0_9", "tiny=random:test_vit", "--device", "cpu")
+    result = run("embed.py", *encoders, "--data", corpus, "--out", "e")
+    warning = "constant: random:repvit_m0_9, 12 x 384 float16; gives all pictures nearly the same vector (mean cosine 1.0000)"
+    assert result.code == 0 and warning in result.out and result.out.count("nearly the same") == 1, result.out
+    assert "nearly the same" in run("embed.py", *encoders, "--data", corpus, "--out", "e").out
+    constant = torch.ones(12, 4) / 2
+    assert mean_cosine(constant, range(12)) == pytest.approx(1) and mean_cosine(constant, ["one"] * 12) == 0
 
 
 def test_a_picture_exchanged_after_the_scan_stops_the_run(run, refused, corpus, tmp_path):

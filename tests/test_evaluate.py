@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of, write_csv
+from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of, unit_vectors, write_csv
 
 import evaluate
 import vlm
@@ -288,6 +288,23 @@ def test_training_rows_are_never_scored(run, planted, tmp_path):
     assert run("train_grid.py", "--data", planted, "--closed-form", "ridge", "--out", "x", "--device", "cpu").code == 0
     result = run("evaluate.py", "x", "--task", f"own={planted}", "--bootstrap", "10", "--selector-rows", "0")
     assert result.code == 0 and "has no test split" in result.out and "90 pictures" in result.out, result.err
+
+
+def test_a_task_that_shows_training_pictures_says_so(run, tmp_path):
+    """One folder holds pictures of the validation and test rows alone, another 20 of the training rows too."""
+    vectors = {"efflite1": unit_vectors(60, 1280), "mpnet": unit_vectors(60, 768, seed=1)}
+    splits = ["train"] * 40 + ["val"] * 10 + ["test"] * 10
+    rows = [{"split": split, "image_sha256": str(k)} for k, split in enumerate(splits)]
+    data = make_embedding_folder(tmp_path / "e", rows, **vectors)
+    other = make_embedding_folder(tmp_path / "other", [{"image_sha256": str(k + 20)} for k in range(20, 80)], **vectors)
+    seen = make_embedding_folder(tmp_path / "seen", [{"image_sha256": str(k)} for k in range(20, 80)], **vectors)
+    flags = ("--data", data, "--closed-form", "ridge", "--device", "cpu", "--out", "x")
+    assert run("train_grid.py", *flags).code == 0
+    tasks = ("--task", f"own={data}", "--task", f"other={other}", "--task", f"seen={seen}")
+    result = run("evaluate.py", "x", *tasks, "--bootstrap", "10", "--selector-rows", "0")
+    assert result.code == 0, result.err
+    said = "seen: 20 of its 60 pictures are among those that the runs were trained on"
+    assert said in result.out and result.out.count("were trained on") == 1, result.out
 
 
 def test_without_a_test_split_the_validation_rows_are_scored(run, refused, planted, tmp_path):

@@ -63,7 +63,7 @@ def test_a_run_on_merged_folders_is_scored(run, graded, tmp_path):
     assert "e retrieval, 400 pictures" in result.out and "efflite1_mlp0_mpnet.pt" in result.out
 
 
-def test_folders_of_other_rows_are_not_merged(parts, refused, tmp_path):
+def test_folders_of_other_rows_are_not_merged(parts, refused, tmp_path, capfd):
     torch.save(unit_vectors(899, 768), parts[3] / "mpnet.pt")
     says = ["dim-512 has 900 rows", "mpnet has 899", "the same rows"]
     refused("train_hyma.py", "--data", *parts, says=says)
@@ -76,3 +76,11 @@ def test_folders_of_other_rows_are_not_merged(parts, refused, tmp_path):
     other = make_embedding_folder(tmp_path / "other", rows, control=unit_vectors(10, 512))
     with pytest.raises(BadInput, match="differ in the caption of row 7: '6' and 'another'"):
         open_embeddings([one, other])
+    manifest = vlm.read_json(other / "manifest.json")  # as adopted, where nobody knew what the rows are
+    manifest["keys_sha256"] = manifest["encoders"]["control"]["keys_sha256"] = None
+    write_json(other / "manifest.json", manifest)
+    (other / "rows.jsonl").unlink()
+    capfd.readouterr()
+    open_embeddings([one, other])
+    said = capfd.readouterr().err
+    assert f"{other}: has no rows.jsonl; the order of its rows cannot be checked" in said and f"{one}:" not in said

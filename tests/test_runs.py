@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from hyma.files import write_json
 from hyma.runs import (
     create_run,
     find_run,
+    interrupted_run,
     newest_finished_run,
     read_run,
     reopen_run,
+    run_of_same_command,
     save_connector,
     write_results,
 )
@@ -110,6 +113,11 @@ def test_a_run_folder_belongs_to_one_run_and_one_process(tmp_path):
     reopen_run(out, config, IDENTITY).close()
     with pytest.raises(BadInput, match="the embeddings in planted are no longer those"):
         reopen_run(out, config, IDENTITY | {"embeddings": {"efflite1": "1", "mpnet": "another"}})
+    with pytest.raises(BadInput, match="made with --lr 0.1 and not 1.0; choose another"):
+        run_of_same_command(out, {"lr": 1.0})
+    write_json(out / "config.json", config | {"typed": {"lr": None}})
+    with pytest.raises(BadInput, match="made without --lr; choose another"):
+        run_of_same_command(out, {"lr": 1.0})
 
 
 def test_the_newest_run(tmp_path, monkeypatch):
@@ -127,6 +135,15 @@ def test_the_newest_run(tmp_path, monkeypatch):
             os.utime(file, (1e9 - age, 1e9 - age))
     assert find_run().name == "newest" and newest_finished_run().name == "older"
     assert find_run(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+
+
+def test_a_damaged_configuration_stops_no_other_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    create(tmp_path / "runs" / "x").close()
+    (tmp_path / "runs" / "cut").mkdir()
+    (tmp_path / "runs" / "cut" / "config.json").write_text("{")
+    assert interrupted_run({"lr": 0.1}) == Path("runs/x")
+    assert "runs/cut/config.json: cannot be read as JSON" in capfd.readouterr().err
 
 
 def test_connectors_alone_are_read_as_a_run_that_ranks_nothing(runs, tmp_path):

@@ -178,6 +178,12 @@ def test_a_sample_of_several_pictures_is_not_guessed(tmp_path, refused):
     assert picture_bytes(tmp_path / row["image"]) == b"q"
 
 
+def test_names_with_dots_are_not_taken_for_one_sample(tmp_path, refused):
+    members = {"a.b.0.png": b"p", "a.b.0.txt": "one", "a.b.1.png": b"q", "a.b.1.txt": "two", "c.png": b"r", "c.txt": "three"}
+    path = write_tar(tmp_path / "t.tar", members)
+    refused("embed.py", *TINY, "--data", path, says=["a.b.0.png and a.b.1.png would be one sample", "first dot"])
+
+
 @pytest.mark.parametrize("cut", ["between members", "in a header", "in a picture", "in a caption"])
 def test_a_cut_archive_costs_its_end_and_says_so(folder, embed, tmp_path, cut):
     path = write_tar(tmp_path / "s" / "00000.tar", samples(folder, range(8)))

@@ -182,6 +182,7 @@ def test_bad_input_is_refused_in_one_line(run, refused, planted, tmp_path):
     refused("train_hyma.py", *base, "--batch-size", "900", says=["--batch-size 900", "810"])
     refused("train_hyma.py", *base, "--batch-size", "0", says="--batch-size 0")
     refused("train_hyma.py", *base, "--batch-size", "1", says="--batch-size 1")
+    refused("train_hyma.py", *base, "--rows", "1", says="--rows 1: leaves one row")
     refused("train_hyma.py", *base, "--logit-scale", "0.5", says="--logit-scale")
     refused("train_hyma.py", *base, "--epochs", "-1", says="--epochs -1")
     refused("train_hyma.py", "--data", "nowhere", says="no such embedding folder")
@@ -256,7 +257,9 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.000222"])
     refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
     refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
-    refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="nowhere")
+    refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="--from nowhere: holds no run")
+    (tmp_path / "x" / "config.json").write_text('{"script": "train_hyma.py"}')
+    refused("train_hyma.py", *add, says="--from x: no run of train_hyma.py")
 
 
 def test_an_added_encoder_resumes_to_the_same_bits(run, planted, tmp_path):

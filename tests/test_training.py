@@ -17,6 +17,7 @@ from hyma.splits import split_rows
 from hyma.training import (
     StepLosses,
     check_weights,
+    half_interval,
     learning_rate,
     mean_recall10,
     pair_losses,
@@ -269,6 +270,14 @@ def test_the_ranking_leads_with_the_score_that_ranks_and_brackets_what_chance_ca
     assert [line[1:].split()[:2] for line in lines] == [["1", "50.0"], ["2", "47.8"], ["3", "42.2"]]
     assert "± 3.3" in lines[0] and ("expected" in out) == (score == "expected_recall10")
     assert "The 2 pairs in the bracket cannot be told apart on 900 validation pictures." in out
+
+
+def test_a_recall_of_none_or_of_all_is_as_uncertain_as_few_queries_are():
+    """Wilson's interval at 0 and 1; elsewhere the usual one."""
+    wilson = 1.96**2 / (33 + 1.96**2)
+    assert half_interval(0, 33) == pytest.approx(wilson) and half_interval(1, 33) == pytest.approx(wilson)
+    assert half_interval(0.25, 373) == pytest.approx(1.96 * (0.25 * 0.75 / 373) ** 0.5)
+    assert 0 < half_interval(1, 1) <= 1
 
 
 def validation(step, **scores):

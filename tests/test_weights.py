@@ -153,7 +153,7 @@ def test_embed_seals_nothing_made_with_such_weights(refused, pictures, state, tm
 
 
 def test_a_connector_is_not_stitched_to_other_weights(run, weights, tmp_path):
-    """The card holds the digests of the weights that the embeddings were made with."""
+    """The card holds the digests of the weights that the embeddings were made with, and the encoders' settings."""
     pairs = ("--pairs", "efflite0:minilm_l6", "--epochs", "1", "--device", "cpu", "--out", "x")
     assert run("train_grid.py", *pairs).code == 0
     path = tmp_path / "x" / "connectors" / "efflite0_mlp1_minilm_l6.pt"
@@ -164,5 +164,11 @@ def test_a_connector_is_not_stitched_to_other_weights(run, weights, tmp_path):
     others = weights | {"efflite0": saved(tmp_path / "other.safetensors", other)}
     with pytest.raises(BadInput, match="trained on other weights of efflite0"):
         vlm.get_vlm_from_checkpoint(path, "cpu", weights=others)
+    short = tmp_path / "short"  # the same weights, which give other vectors
+    shutil.copytree(weights["minilm_l6"], short)
+    settings = short / "sentence_bert_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_seq_length": 128}))
+    with pytest.raises(BadInput, match="with max_seq_length 256 .see its card., and it has max_seq_length 128 here"):
+        vlm.get_vlm_from_checkpoint(path, "cpu", weights=weights | {"minilm_l6": short})
     path.with_suffix(".json").unlink()  # as published, a connector has no card, and nothing can be compared
     vlm.get_vlm_from_checkpoint(path, "cpu", weights=others)
