@@ -9,6 +9,7 @@ import runpy
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -124,7 +125,7 @@ class Readers:
         data = as_json(mutate_value(card, draw))
         self.write(f"{CONNECTOR}.json", mutate_bytes(data, draw) if draw.random() < 0.3 else data)
         vlm.encoder_of_connector(path, "image", "i1")
-        vlm.check_weights(path, "i1", self.model)
+        vlm.check_trained_on(path, "i1", SimpleNamespace(model=self.model, config={"precision": "float32"}))
 
     def read_encoder_name(self, draw):
         encoder = vlm.find_encoder(self.keep(odd_text(draw)))
