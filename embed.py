@@ -143,7 +143,8 @@ def parse_flags():
         default="float32",
         help="of the encoders' products, by autocast (default: %(default)s)",
     )
-    add("--compile", action="store_true", help="torch.compile the encoders: a minute each, then faster; recorded, as it rounds otherwise")
+    about = "torch.compile the encoders: takes seconds each, then a twentieth to a sixth less; recorded, as it rounds otherwise"
+    add("--compile", action="store_true", help=about)
     add(
         "--workers",
         type=int,

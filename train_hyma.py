@@ -105,7 +105,7 @@ def parse_flags():
         help="pairs per step, of one text encoder (default: a third of its pairs; mlp: all)",
     )
     add("--lr", type=float, help="peak learning rate (default: factored 1e-3, less below 16,384 rows; mlp 1e-3)")
-    about = "steps that the pair ranked first is trained further by itself, at four times --lr; 0 for none (default: half the schedule, or fewer)"
+    about = "steps that the pair ranked first is trained further by itself, at four times --lr (default: half the schedule, or fewer; 0: none)"
     add("--refine-steps", type=int, metavar="N", help=about)
     about = "end the search once three of its ten validations rank the pairs alike (default: train every epoch)"
     add("--stop-when-stable", action="store_true", help=about)

@@ -29,7 +29,7 @@ SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training
 
 
 def gram_matrix(rows):
-    """rows.T @ rows [D, D] of rows [n, D]. It is symmetric, so what its halves have to do with each other is computed once."""
+    """rows.T @ rows [D, D] of rows [n, D]. As it is symmetric, only one of the two blocks beside the diagonal is computed."""
     width = rows.shape[1]
     if width <= 256:
         return rows.T @ rows

@@ -76,7 +76,7 @@ def check_equal_rows(one, other):
             "only if they hold the same rows"
         )
     if one.rows is None or other.rows is None:
-        if other is not one and other.manifest:  # without a manifest it is said already
+        if other is not one and other.manifest:  # without a manifest Embeddings has printed it
             print(f"{other.folder}: has no rows.jsonl; the order of its rows cannot be checked", file=sys.stderr)
         return
     for number, (row, another) in enumerate(zip(one.rows, other.rows), start=1):

@@ -1,10 +1,11 @@
 """The connector that is handed over, trained further by itself.
 
 A search trains all pairs as far as it takes to rank them; only the pair that it chooses has to be trained to the end. That
-pair's predicted connector becomes one that shares no weights, and has a schedule of its own. It still ends in the axes of
-the image encoder in which the search works: its own space, several times as wide, costs twice as much and delivers no more. Weights between the predicted ones
-and the last ones are better than either (Wortsman et al., arXiv 2109.01903), so these are tried too. Of all its states the one
-with the largest sum of recalls is kept (R@1, 5 and 10 of both directions, "rsum").
+pair's predicted connector becomes one that shares no weights, and has a schedule of its own. It still ends in coordinates
+along the axes that the search works in: in the image encoder's whole space, several times as wide, training costs twice as
+much and delivers no more (NOTES.md). Weights between the predicted ones and the last ones are better than either (Wortsman et
+al., arXiv 2109.01903), so these are tried too. Of all its states the one with the largest sum of recalls is kept (R@1, 5 and
+10 of both directions, "rsum").
 """
 
 import math

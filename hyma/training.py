@@ -134,8 +134,8 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
     """Symmetric InfoNCE of each pair on a batch of rows: [P], float32 (arXiv 2507.10015, section 3).
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
-    negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors [B, D_i] or
-    shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank maps
+    negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors
+    [B, D_i] or shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank maps
     its share of the texts; the loss is that of all rows, on every rank.
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
@@ -210,7 +210,6 @@ class StepLosses:
                 )
             self.means.append(mean)
         self.unread.clear()
-
 
     def take_from_ranks(self):
         """Adds the losses that the other ranks know."""
