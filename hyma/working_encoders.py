@@ -170,7 +170,8 @@ def compile_encoder(encoder):
             raise BadInput(f"--compile: {encoder.name} is no transformer; embed it in a command without --compile")
         examples = [["a cat"] * 3, ["a cat beside a dog on a mat"] * 2]  # their lengths differ from caption to caption
     began = time.monotonic()
-    network.compile(dynamic=encoder.kind == "text")
+    # Its `forward`, as sentence-transformers calls that by its name: `network.compile()` would leave it as it is.
+    network.forward = torch.compile(network.forward, dynamic=encoder.kind == "text")
     try:
         for example in examples:
             encoder.encode_parts(example)

@@ -1,5 +1,6 @@
 """embed.py by its command line: quarantine, resume, shards, real weights. What it reads: tests/test_datasets.py."""
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SAMPLE, sample_captions, write_csv
-from helpers import TASK_FLAGS
+from helpers import CPU, TASK_FLAGS
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -24,6 +25,7 @@ from hyma.files import read_jsonl, write_json
 from hyma.finishing import mean_cosine
 from hyma.pictures import read_picture
 from hyma.tasks import open_tasks, text_inputs
+from hyma.working_encoders import load_encoder
 from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -447,11 +449,30 @@ def test_compiled_encoders_are_recorded_and_near(run, refused, corpus, tmp_path)
     assert "its tiny is not reused: another compiled" in result.out
 
 
+def test_what_is_compiled_of_a_text_encoder_is_what_it_calls(weights, monkeypatch):
+    """sentence-transformers calls its network's `forward` by that name, and so passes by what nn.Module.compile sets."""
+    calls = []
+
+    def compile_nothing(function, dynamic):
+        @functools.wraps(function)
+        def counted(*arguments, **named):
+            calls.append(dynamic)
+            return function(*arguments, **named)
+
+        return counted
+
+    monkeypatch.setattr("torch.compile", compile_nothing)
+    encoder = load_encoder(vlm.find_encoder("minilm_l6"), weights["minilm_l6"], CPU, "float32", compiled=True)
+    while_compiling = len(calls)
+    encoder.encode_parts(["a cat"])
+    assert while_compiling and len(calls) > while_compiling and all(calls)
+
+
 def test_without_a_compiler_one_line_says_so(refused, corpus, monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
 
-    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **_: setattr(module, "forward", no_compiler))
+    monkeypatch.setattr("torch.compile", lambda function, **_: no_compiler)
     says = ["--compile: tiny cannot be compiled", "No working C++ compiler found", "g++", "leave --compile out"]
     refused("embed.py", *TINY, "--data", corpus, "--compile", "--out", "e", says=says)
 
