@@ -21,6 +21,7 @@ from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
 from hyma.training import StepLosses, learning_rate, pair_losses, training_dtype, validate
+from vlm import BadInput
 
 VALIDATIONS = 4  # of the pair, at equal distances
 MOST_SHARE = 1 / 50  # of the updates that training every pair over the whole schedule takes
@@ -49,6 +50,9 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
     optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
     if saved:
+        shapes = {name: tensor.shape for name, tensor in connectors.state_dict().items()}
+        if {name: tensor.shape for name, tensor in saved["connectors"].items()} != shapes:
+            raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
         connectors.load_state_dict(saved["connectors"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]

@@ -18,6 +18,7 @@ from hyma.ranking import recall_columns
 from hyma.refinement import refine, refinement_steps, try_weights_between
 from hyma.splits import split_rows
 from hyma.training import validate, validation_retrieval
+from vlm import BadInput
 
 PAIR = ("efflite1", "mpnet")
 
@@ -101,6 +102,12 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
         torch.equal(ours[0], theirs[0])
         for ours, theirs in zip(best["layers"], again["best"]["efflite1:mpnet"]["layers"])
     )
+
+    wide = torch.load(to_file(saved[4]), weights_only=True)  # of the image encoder's whole space, as earlier versions had it
+    wide["connectors"]["layers.0.1.weight"] = torch.zeros(1280, 1024)
+    flags.out = "x"
+    with pytest.raises(BadInput, match="x was started by an earlier version"):
+        run(wide)
 
     recalls = [1.0] * 6  # nothing is better than the predicted connector
     kept = run(None)["best"]["efflite1:mpnet"]
