@@ -1,6 +1,7 @@
 """How good connectors and choices are: retrieval ranks, bootstrap intervals, ranking fidelity."""
 
 import math
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -91,16 +92,16 @@ class Retrieval:
     def ranks_of_scores(self, scores):
         """The same of similarities [captions, images] of all candidates: both directions share one product."""
         own = scores[self.place["caption"], self.place["image"]]  # [n]
-        found = []
-        for query, of_queries in (("caption", scores), ("image", scores.T)):
-            matches = own[self.nearest_right_rows(own, query)]  # [queries]
-            rows = max(1, SCORES_BYTES // (4 * of_queries.shape[1]))
-            ranks = []
-            for match, similarities in zip(matches.split(rows), of_queries.split(rows)):
-                similarities = similarities[: len(match)]
-                ranks.append((~(similarities < match[:, None])).sum(1) - 1)  # a tie and a NaN count against the match
-            found.append(torch.cat(ranks))
-        return found
+        of_captions = own[self.nearest_right_rows(own, "caption")]  # [queries]
+        of_images = own[self.nearest_right_rows(own, "image")]  # [queries]
+        caption_ranks = []
+        image_ranks = torch.full_like(of_images, -1, dtype=torch.int64)  # a query's own is counted, too
+        rows = max(1, SCORES_BYTES // (4 * scores.shape[1]))
+        for block, matches in zip_longest(scores.split(rows), of_captions.split(rows), fillvalue=of_captions[:0]):
+            before = ~(block[: len(matches)] < matches[:, None])  # a tie and a NaN count against the match
+            caption_ranks.append(before.sum(1) - 1)
+            image_ranks += (~(block[:, : len(of_images)] < of_images)).sum(0)
+        return [torch.cat(caption_ranks), image_ranks]
 
     def nearest_right_rows(self, own, query):
         """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest. own: a row's
