@@ -66,7 +66,7 @@ def along_the_ladder(results, method, key):
     """(the rungs that have the method, its number on each), from the smallest rung on."""
     values = {}
     for name, result in results.items():
-        rung, connector = name.split()
+        rung, _, connector = name.partition(" ")
         number = result["summary"].get(method, {}).get(key)
         if connector == CONNECTOR and number is not None:
             values[int(rung)] = number
