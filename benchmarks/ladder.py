@@ -198,7 +198,8 @@ class Trainer:
 
     def grid(self, rate, seed):
         name = f"{self.connector}-grid-{rate}-s{seed}"
-        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", seed)
+        passes = "--pairs-per-pass", 30  # bounds memory and disk; 27 pairs are one pass
+        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", seed, *passes)
 
     def other(self, name, rate, *options):
         """Of seed 0, at grid search's rate."""
