@@ -6,7 +6,7 @@
 A part of 500, 1,000, 2,000 and 4,000 rows is drawn as `embed.py --rows --seed` draws it, three times each, and what
 `train_hyma.py` would print of it is compared with the truth: test scores of the runs' own connectors, the mean over the
 runs, and beside them grid search's of ladder.json.
-Writes benchmarks/choose_early.json; README.md in this folder explains its keys. CPU only.
+Writes benchmarks/choose_early.json, an entry for each corpus; README.md in this folder explains its keys. CPU only.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
             results["draws"].append(result)
             print(f"{count} rows, seed {seed}: {result['without control']}", flush=True)
     results["summary"] = summary(results["draws"], list(kept_pairs))
-    write_json(flags.json, results)
+    write_json(flags.json, (read_json(flags.json) if flags.json.exists() else {}) | {flags.data.name: results})
     print(f"{flags.json}: written")
 
 
@@ -118,7 +118,7 @@ def draw_rows(data, count, seed):
 
 def curves_of(flags, data, pairs, rows, count, seed):
     """The LearningCurves of a part, kept in the work folder."""
-    path = flags.work / f"{count}-{seed}.npz"
+    path = flags.work / flags.data.name / f"{count}-{seed}.npz"
     if not path.exists():
         curves = learning_curves(open_store(data), data, pairs, rows, seed, flags.candidates)
         path.parent.mkdir(parents=True, exist_ok=True)
