@@ -25,7 +25,7 @@ from hyma.annotations import is_token_file, token_records
 from hyma.arrow_tables import find_saved_dataset, read_arrow, read_parquet
 from hyma.braces import expand_braces
 from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
-from hyma.inflating import OPENERS
+from hyma.inflating import METHODS
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
 from hyma.remote import find_remote, list_remote, open_file, open_source
 from hyma.splits import known_split, split_of_file
@@ -35,7 +35,7 @@ from vlm import BadInput, check_regular
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")
 SHARD_SUFFIXES = (".parquet", ".arrow")  # of which a corpus has many files
-TAR_SUFFIXES = (".tar", *sum(OPENERS, ()))
+TAR_SUFFIXES = (".tar", *METHODS)
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".tgz", ".zst", ".7z", ".rar")
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder

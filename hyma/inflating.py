@@ -15,28 +15,42 @@ import zlib
 from hyma.remote import find_remote, open_file
 from vlm import BadInput
 
-OPENERS = {
-    (".tar.gz", ".tgz"): gzip.open,
-    (".tar.bz2", ".tbz2", ".tbz"): bz2.open,
-    (".tar.xz", ".txz"): lzma.open,
+try:
+    from compression import zstd  # from Python 3.14 on
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+
+# How the name of a compressed archive ends -> the module that opens it.
+METHODS = {
+    **dict.fromkeys((".tar.gz", ".tgz"), gzip),
+    **dict.fromkeys((".tar.bz2", ".tbz2", ".tbz"), bz2),
+    **dict.fromkeys((".tar.xz", ".txz"), lzma),
+    **dict.fromkeys((".tar.zst", ".tzst"), zstd),
 }
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # what is raised where the bytes are cut off or are others
+# What is raised where the bytes are cut off or are others.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, *([zstd.ZstdError] if zstd else []))
 MOST_INFLATED = 100  # bytes for each byte of a file: pictures and captions have fewer, a bomb has more
 AT_ONCE = 2**20  # bytes
 INFLATED_LOCK = threading.Lock()  # the place in a file is shared by the threads of a process
 
 
-def find_opener(path):
-    """The function that opens the bytes of a compressed archive, None for any other file."""
-    for endings, opener in OPENERS.items():
-        if path.name.lower().endswith(endings):
-            return opener
+def find_ending(path):
+    """How the name of a compressed archive ends, None for any other file."""
+    for ending in METHODS:
+        if path.name.lower().endswith(ending):
+            return ending
     return None
 
 
 def open_inflated(path):
-    """The inflated bytes of a compressed archive, as a file."""
-    return find_opener(path)(open_file(path), "rb")
+    """The inflated bytes of a compressed archive, as a file. Raises BadInput if what inflates it is not installed."""
+    ending = find_ending(path)
+    if METHODS[ending] is None:
+        raise BadInput(f"--data {path}: {ending} files need a package: pip install backports.zstd")
+    return METHODS[ending].open(open_file(path), "rb")
 
 
 def inflated_size(path):

@@ -17,11 +17,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.inflating import read_inflated
+from hyma.inflating import METHODS, read_inflated
 from hyma.remote import find_remote, is_file, open_file, read_bytes
 from vlm import BadInput, open_image
 
-ADDRESS = re.compile(r"(?P<file>.*?\.(?P<kind>tar|parquet|arrow|tar\.gz|tgz|tar\.bz2|tbz2?|tar\.xz|txz))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I)
+ENDINGS = (".tar", ".parquet", ".arrow", *METHODS)  # of the files that pictures are packed in
+ADDRESS = re.compile(
+    rf"(?P<file>.*?(?P<kind>{'|'.join(map(re.escape, ENDINGS))}))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I
+)
 CELLS_AT_ONCE = 32  # cells of a parquet file that are read together
 BATCHES_KEPT = 8  # of so many cells: threads that read ahead do not come in order
 
@@ -34,7 +37,7 @@ class Address(NamedTuple):
     """Where a packed picture is."""
 
     file: Path  # that it is in
-    kind: str  # parquet, arrow, or how the name of a tar ends
+    kind: str  # how the name of that file ends
     name: str  # of the member or of the column
     start: int  # the first byte in a tar, else the row
     size: int | None  # in bytes, in a tar
@@ -80,7 +83,7 @@ def picture_bytes(path):
         return read_bytes(path)
     if not is_file(address.file):
         raise FileNotFoundError(address.file)
-    if address.kind in ("parquet", "arrow"):
+    if address.kind in (".parquet", ".arrow"):
         with CELLS_LOCK:
             return read_cell(address)
     return read_member(address)
@@ -97,7 +100,7 @@ def read_member(address):
         raise DamagedFile(f"{address.file.name}: no such member: {address.name}")
     data = b""
     if address.start < 2**63:  # a place that a file can have
-        read = read_bytes if address.kind == "tar" else read_inflated
+        read = read_bytes if address.kind == ".tar" else read_inflated
         data = read(address.file, address.start, address.start + address.size)
     if len(data) < address.size:
         raise DamagedFile(f"{address.file.name} is cut off")
@@ -147,7 +150,7 @@ def file_version(path):
 @functools.lru_cache(maxsize=4)
 def open_cells(path, kind, column, *version):
     """The cells of a column. version: of the file, so that a file that has changed is opened again."""
-    return ParquetCells(path, column) if kind == "parquet" else ArrowCells(path, column)
+    return ParquetCells(path, column) if kind == ".parquet" else ArrowCells(path, column)
 
 
 class ArrowCells:

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 from hyma.columns import CLASS_FILES, as_number, named, read_class_file
-from hyma.inflating import DAMAGE, find_opener, inflated_size, open_inflated
+from hyma.inflating import DAMAGE, find_ending, inflated_size, open_inflated
 from hyma.packed import tar_address
 from hyma.pictures import IMAGE_SUFFIXES
 from hyma.remote import find_remote, open_file
@@ -59,7 +59,7 @@ def read_tar(path, is_known, image_column) -> Table:
 
 def open_archive(path):
     """The bytes of an archive as they are before they are compressed, as a file."""
-    return open_inflated(path) if find_opener(path) else open_file(path)
+    return open_inflated(path) if find_ending(path) else open_file(path)
 
 
 def list_members(path):
@@ -67,7 +67,7 @@ def list_members(path):
     members = []
     is_whole = False
     try:
-        size, is_all = inflated_size(path) if find_opener(path) else (file_size(path), True)
+        size, is_all = inflated_size(path) if find_ending(path) else (file_size(path), True)
         # not decompressed by tarfile: a picture is reached by its place
         with open_archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             file.seek(archive.offset)
@@ -83,9 +83,9 @@ def list_members(path):
     except (tarfile.ReadError, *DAMAGE) as error:
         with open_file(path) as file:
             start = file.read(6)
-        if not find_opener(path) and start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        if not find_ending(path) and start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
             raise BadInput(
-                f"--data {path}: is compressed, and its name does not say how; name it .tar.gz, .tar.bz2 or .tar.xz, or uncompress it"
+                f"--data {path}: is compressed, and its name does not say how; name it .tar.gz, .tar.bz2, .tar.xz or .tar.zst, or uncompress it"
             ) from None
         raise BadInput(f"--data {path}: is no tar archive, or is cut off in its first file ({error})") from None
     return members, is_whole

@@ -11,7 +11,7 @@ import pytest
 from helpers import TINY, write_csv
 
 import vlm
-from hyma import remote
+from hyma import inflating, remote
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
@@ -42,13 +42,15 @@ def embed(run, tmp_path):
 def write_tar(path, members):
     """A tar of {name: bytes or text}, compressed as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    method = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "")
+    method = path.suffix.removeprefix(".").replace("tgz", "gz").replace("tar", "").replace("zst", "")
     with tarfile.open(path, f"w:{method}") as archive:
         for name, data in members.items():
             data = data.encode() if isinstance(data, str) else data
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+    if path.suffix == ".zst":
+        path.write_bytes(inflating.zstd.compress(path.read_bytes()))
     return path
 
 
@@ -87,11 +89,12 @@ def test_pictures_in_tars_give_the_vectors_of_their_files(folder, embed, tmp_pat
 
 def test_compressed_tars_are_inflated_as_they_are_read(folder, embed, refused, tmp_path, monkeypatch):
     monkeypatch.setattr("hyma.decoding.PICTURES_PER_WORKER", 2)
-    for number, ending in enumerate(("tar.gz", "tgz", "tar.bz2", "tar.xz")):
+    endings = ["tar.gz", "tgz", "tar.bz2", "tar.xz", *(["tar.zst"] if inflating.zstd else [])]
+    for number, ending in enumerate(endings):
         write_tar(tmp_path / "in" / ending / f"00000.{ending}", samples(folder, range(6 * number, 6 * number + 6)))
-    write_tar(tmp_path / "in" / "plain" / "00000.tar", samples(folder, range(24)))
+    write_tar(tmp_path / "in" / "plain" / "00000.tar", samples(folder, range(30)))
     expected = embed(tmp_path / "in" / "plain")[3]
-    for number, ending in enumerate(("tar.gz", "tgz", "tar.bz2", "tar.xz")):
+    for number, ending in enumerate(endings):
         _, rows, quarantine, vectors = embed(tmp_path / "in" / ending, "--workers", "2", out=ending)
         assert captions_of(rows) == [f"caption {k}" for k in range(6 * number, 6 * number + 6)] and not quarantine
         assert vectors.equal(expected[6 * number : 6 * number + 6])
@@ -107,6 +110,28 @@ def test_compressed_tars_are_inflated_as_they_are_read(folder, embed, refused, t
     refused("embed.py", *TINY, "--data", cut, says="is no tar archive")
     cut.write_bytes(gzip.compress(bytes(80 * 2**20)))
     refused("embed.py", *TINY, "--data", cut, says="inflates to more than 100 times its size")
+
+
+def test_zstandards_archives_of_several_frames_and_what_reads_them(folder, tmp_path, monkeypatch):
+    """Programs that compress in parallel write a frame after the other: all are read. A cut one costs its end."""
+    path = tmp_path / "t.tar.zst"
+    path.write_bytes(b"no archive")
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="files need a package: pip install backports.zstd"):
+        patch.setitem(inflating.METHODS, ".tar.zst", None)  # as where the package is missing
+        read_corpus(path)
+    zstd = inflating.zstd or pytest.importorskip("backports.zstd")
+    with pytest.raises(BadInput, match="is no tar archive"):
+        read_corpus(path)
+    plain = write_tar(tmp_path / "t.tar", samples(folder, range(6))).read_bytes()
+    middle = len(plain) // 2
+    path.write_bytes(zstd.compress(plain[:middle]) + zstd.compress(plain[middle:]))
+    rows = read_corpus(path).rows
+    assert captions_of(rows) == [f"caption {k}" for k in range(6)]
+    assert picture_bytes(tmp_path / rows[5]["image"]) == (folder / "5.webp").read_bytes()
+    assert picture_bytes(tmp_path / rows[1]["image"]) == (folder / "1.webp").read_bytes()  # back again
+    path.write_bytes(path.read_bytes()[:-3000])
+    corpus = read_corpus(path)
+    assert "CUT OFF after" in corpus.notes[0] and 0 < len(corpus.rows) < 6
 
 
 def rows_of_tar(path):
