@@ -27,7 +27,7 @@ from hyma.braces import expand_braces
 from hyma.columns import caption_fault, choose_columns, is_known, make_rows, named, type_labels
 from hyma.inflating import METHODS
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
-from hyma.remote import find_remote, list_remote, open_file, open_source
+from hyma.remote import find_remote, list_remote, local_path, open_file, open_source
 from hyma.splits import known_split, split_of_file
 from hyma.tables import Table, choose_delimiter, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
@@ -60,9 +60,9 @@ class Corpus(NamedTuple):
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
     asked = Asked(image_column, caption_column)
-    paths = expand_braces(str(data))
-    if len(paths) > 1 and not data.exists():
-        return read_files([Path(path) for path in paths], asked)
+    data = local_path(data)
+    if is_pattern(data):
+        return read_files(data, asked)
     if open_source(data):
         return read_remote(data, asked)
     if not data.exists():
@@ -85,13 +85,36 @@ def read_corpus(data, image_column=None, caption_column=None):
     return corpus._replace(notes=(*notes, *corpus.notes))
 
 
-def read_files(paths, asked):
-    """The Corpus of the tables that a pattern with braces names."""
+def is_pattern(data):
+    """Whether a path stands for several files, by braces or by a *, and is none itself."""
+    return ("*" in str(data) or len(expand_braces(str(data))) > 1) and not data.exists()
+
+
+def read_files(pattern, asked):
+    """The Corpus of the tables that a pattern names."""
+    paths = [Path(text) for text in expand_braces(str(pattern))]
+    files = []
     for path in paths:
-        if not open_source(path) and not path.is_file():
+        if "*" in path.name:
+            files += match_files(path)
+        elif open_source(path) or path.is_file():
+            files.append(path)
+        else:
             raise BadInput(f"--data: {path}: no such file; the pattern names {len(paths):,}, from {paths[0]} to {paths[-1]}")
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return read_tables(root, paths, asked)
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    return read_tables(root, files, asked)
+
+
+def match_files(pattern):
+    """The files of a folder whose names have the form of a path's name, in which * is, sorted."""
+    folder = pattern.parent
+    if open_source(folder):
+        files = list_remote(folder, pattern)
+    else:
+        files = sorted(path for path in folder.glob(pattern.name) if path.is_file())
+    if not files:
+        raise BadInput(f"--data {pattern}: matches no file")
+    return files
 
 
 def read_remote(data, asked):

@@ -25,14 +25,13 @@ def open_source(data):
         import fsspec
 
         system = fsspec.core.url_to_fs(as_url(data))[0]
-        if not system.exists(as_url(data)):
-            raise BadInput(f"--data {as_url(data)}: no such file or folder")
+        if not system.exists(as_url(data)):  # some file systems say so of a machine that does not answer, too
+            raise BadInput(f"--data {as_url(data)}: no such file or folder, or it cannot be reached")
         folder = data if system.isdir(as_url(data)) else data.parent
     except BadInput:
         raise
     except Exception as error:  # an unknown protocol, a file system that is not installed, a network, a login
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"--data {as_url(data)}: cannot be reached: {reason[:200]}") from None
+        raise BadInput(f"--data {as_url(data)}: cannot be reached: {reason_of(error)}") from None
     ROOTS.add(str(folder))
     return True
 
@@ -49,18 +48,24 @@ def find_remote(path):
     return None
 
 
+def local_path(data):
+    """The path that a file:// URL names, any other path as it is."""
+    protocol, colon, rest = str(data).partition(":")
+    return Path(rest) if colon and protocol in ("file", "local") and rest.startswith("/") else data
+
+
 def as_url(path):
     """The URL that pathlib has written with one slash."""
     protocol, _, rest = str(path).partition(":/")
     return f"{protocol}://{rest}"
 
 
-def list_remote(data):
-    """The files below an opened source, sorted."""
+def list_remote(data, pattern=None):
+    """The files below an opened source, sorted: all of them, or those whose paths have the form of `pattern`, in which * is."""
     system, url = find_remote(data)
     top = system._strip_protocol(url).rstrip("/")
     files = []
-    for name in system.find(url):
+    for name in system.glob(as_url(pattern)) if pattern else system.find(url):
         files.append(data / name[len(top) :].lstrip("/") if name != top else data)
     return sorted(files)
 
@@ -80,7 +85,27 @@ def open_file(path):
     if remote is None:
         return open(path, "rb")
     with network_errors(remote[1]):
-        return remote[0].open(remote[1], "rb")
+        return RemoteFile(remote[0].open(remote[1], "rb"), remote[1])
+
+
+class RemoteFile:
+    """An open file of a file system: what goes wrong while it is read is the network's fault, and no row's."""
+
+    def __init__(self, file, url):
+        self.file, self.url = file, url
+
+    def read(self, size=-1):
+        with network_errors(self.url):
+            return self.file.read(size)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
 
 
 def read_bytes(path, start=None, end=None):
@@ -88,7 +113,10 @@ def read_bytes(path, start=None, end=None):
     remote = find_remote(path)
     if remote is not None:
         with network_errors(remote[1]):
-            return remote[0].cat_file(remote[1], start=start, end=end)
+            data = remote[0].cat_file(remote[1], start=start, end=end)
+        if end is not None and len(data) > end - start:
+            raise OSError(errno.EIO, "its server sends whole files and no parts of them; copy it here", remote[1])
+        return data
     if start is None:
         return Path(path).read_bytes()
     with open(path, "rb") as file:
@@ -105,5 +133,9 @@ def network_errors(url):
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(errno.EIO, reason[:200], url) from error
+        raise OSError(errno.EIO, reason_of(error), url) from error
+
+
+def reason_of(error):
+    """The first line of an error, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,10 +1,10 @@
 """Sources whose pictures lie in other files, and the caption files of published sets, through embed.py's command line."""
 
 import gzip
-import io
 import json
 import shutil
 import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,7 @@ def write_tar(path, members):
             data = data.encode() if isinstance(data, str) else data
             member = tarfile.TarInfo(name)
             member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+            archive.addfile(member, BytesIO(data))
     if path.suffix == ".zst":
         path.write_bytes(inflating.zstd.compress(path.read_bytes()))
     return path
@@ -139,12 +139,14 @@ def rows_of_tar(path):
     return [row["image"] for row in read_corpus(path).rows]
 
 
-def test_a_pattern_with_braces_names_several_files(folder, refused, tmp_path):
+def test_a_pattern_names_several_files(folder, refused, tmp_path):
     for number in range(8, 12):
         write_tar(tmp_path / "s" / f"{number:03}.tar", samples(folder, [number]))
     corpus = read_corpus(tmp_path / "s" / "{009..011}.tar")
     assert captions_of(corpus.rows) == ["caption 9", "caption 10", "caption 11"] and corpus.dataset == "s"
     assert captions_of(read_corpus(tmp_path / "s" / "{010,008}.tar").rows) == ["caption 10", "caption 8"]
+    assert captions_of(read_corpus(tmp_path / "s" / "01*.tar").rows) == ["caption 10", "caption 11"]
+    refused("embed.py", *TINY, "--data", tmp_path / "s" / "02*.tar", says="02*.tar: matches no file")
     refused("embed.py", *TINY, "--data", tmp_path / "s" / "{009..012}.tar", says=["012.tar: no such file", "names 4"])
 
 
@@ -342,8 +344,30 @@ def test_what_lies_behind_a_url_gives_the_vectors_of_its_files(folder, embed, re
     for source in ("files/t.csv", "tars", "parquet"):
         _, found, quarantine, vectors = embed(f"memory://b/{source}", out=source.partition("/")[0])
         assert captions_of(found) == captions_of(rows) and not quarantine and vectors.equal(expected)
+    for data in ("memory://b/tars/*.tar", "memory://b/tars/{00000..00001}.tar", f"file://{table}"):
+        corpus = read_corpus(Path(data))
+        assert captions_of(corpus.rows) == captions_of(rows)
+        assert picture_bytes(corpus.root / corpus.rows[4]["image"]) == (folder / "4.webp").read_bytes()
+    refused("embed.py", *TINY, "--data", "memory://b/tars/*.csv", says="*.csv: matches no file")
     refused("embed.py", *TINY, "--data", "memory://b/none", says="memory://b/none: no such file")
     refused("embed.py", *TINY, "--data", "nobody://b/none", says="nobody://b/none: cannot be reached")
+
+
+def test_a_server_that_sends_no_parts_of_files_costs_no_row(folder, refused, bucket, tmp_path, monkeypatch):
+    bucket.pipe("/b/t.tar", write_tar(tmp_path / "t.tar", samples(folder, range(6))).read_bytes())
+    whole = bucket.cat_file("/b/t.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bucket), "cat_file", lambda *_, **__: whole)
+        refused("embed.py", *TINY, "--data", "memory://b/t.tar", says="sends whole files and no parts of them")
+    file = bucket.open("/b/t.tar")
+
+    def read_no_caption(file, size=-1):
+        if size == len("caption 0"):
+            raise ValueError("only reading from the beginning is supported")
+        return BytesIO.read(file, size)
+
+    monkeypatch.setattr(type(file), "read", read_no_caption)
+    refused("embed.py", *TINY, "--data", "memory://b/t.tar", says="memory://b/t.tar: only reading from the beginning")
 
 
 def test_only_what_the_user_names_is_fetched(folder, embed, bucket, tmp_path):
