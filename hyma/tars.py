@@ -30,10 +30,11 @@ def read_tar(path, is_known, image_column) -> Table:
     """
     members, is_whole = list_members(path)
     samples = {}  # key -> {ending: member}
+    repeated = {}  # key -> a file of its sample that comes again: nobody knows which of the two is meant
     for member in members:
         key, ending = split_name(member.name)
-        if key is not None:
-            samples.setdefault(key, {}).setdefault(ending, member)
+        if key is not None and samples.setdefault(key, {}).setdefault(ending, member) is not member:
+            repeated[key] = member.name
     if not samples:
         raise BadInput(f"--data {path}: holds no files{'' if is_whole else '; it is cut off'}")
     records = []
@@ -41,6 +42,8 @@ def read_tar(path, is_known, image_column) -> Table:
     with open_archive(path) as file:
         for key, sample in samples.items():
             try:
+                if key in repeated:
+                    raise ValueError(f"the archive holds {repeated[key]} twice")
                 records.append(read_sample(path, file, sample, is_known, image_column))
             except ValueError as error:
                 if isinstance(error, BadInput):

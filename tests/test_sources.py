@@ -198,6 +198,15 @@ def test_samples_of_a_tar(folder, tmp_path):
     assert {row["split"] for row in rows[:8]} == {"train"} and rows[8]["split"] == "val"
 
 
+def test_a_sample_whose_files_come_twice_is_refused(tmp_path):
+    """As in archives that were joined or appended to: nobody knows which of two pictures or captions is meant."""
+    first = write_tar(tmp_path / "a.tar", {"0.jpg": b"p", "0.txt": "one", "1.jpg": b"q", "1.txt": "two"})
+    with tarfile.open(first, "a") as archive:
+        archive.addfile(tarfile.TarInfo("./1.txt"), BytesIO())
+    rows = read_corpus(first).rows
+    assert [(row["caption"], row.get("fault")) for row in rows] == [("one", None), (None, "broken sample: /1: the archive holds ./1.txt twice")]
+
+
 def test_a_sample_of_several_pictures_is_not_guessed(tmp_path, refused):
     path = write_tar(tmp_path / "t.tar", {"a.jpg": b"p", "a.png": b"q", "a.txt": "caption"})
     refused("embed.py", *TINY, "--data", path, says=["several pictures (.jpg, .png)", "--image-column jpg"])
