@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from hyma.columns import KEY_COLUMN, NUMBERED_CAPTION
-from hyma.packed import cell_address, import_arrow, open_arrow
+from hyma.packed import cell_address, import_arrow, only_item, open_arrow
 from hyma.remote import open_file
 from hyma.tables import Table
 from vlm import BadInput, read_json
@@ -51,13 +51,13 @@ def read_arrow(path, is_known) -> Table:
 
 
 def choose_names(schema, is_known):
-    """The columns that are read."""
+    """The columns that are read: the known ones, or all, for a message to name, where none of them is a picture's."""
     known = []
     for name in schema.names:
         plain = name.strip().casefold()
         if is_known(name) or plain == KEY_COLUMN or NUMBERED_CAPTION.fullmatch(plain):
             known.append(name)
-    return known or schema.names
+    return known if any(is_known(name, "image") for name in known) else schema.names
 
 
 def holds_only_pictures(kind, arrow):
@@ -86,7 +86,7 @@ def make_records(path, batch, first):
     for name, column in zip(batch.schema.names, batch.columns):
         for number, cell in enumerate(column):
             value = cell.as_py()
-            if is_picture(value):
+            if is_picture(only_item(value)):
                 value = f"{path.name}/{cell_address(name, first + number)}"
             elif isinstance(value, bytes):
                 value = value.decode()

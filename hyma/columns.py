@@ -18,8 +18,8 @@ from vlm import BadInput
 
 # Of the columns that a table has, the first of each list that is filled is read. Upper and lower case are the same.
 IMAGE_COLUMNS = (
-    *("image", "image_path", "file_name", "filename", "filepath", "file_path", "file", "path", "img", "img_path"),
-    *("image_name", "image_file", "images", "jpg", "png", "webp"),
+    *("image", "image_bytes", "image_path", "file_name", "filename", "filepath", "file_path", "file", "path", "img"),
+    *("img_path", "image_name", "image_file", "images", "jpg", "png", "webp", "bytes"),
 )
 CAPTION_COLUMNS = (
     *("caption", "captions", "text", "title", "sentence", "sentences", "description", "blip_caption", "conversations"),

@@ -133,10 +133,16 @@ def read_cell(address):
         if error.errno is None:  # Arrow's word for bytes that cannot be unpacked; the machine's errors have a number
             raise DamagedFile(f"{address.file.name}: {str(error).splitlines()[0][:160]}") from None
         raise
+    value = only_item(value)
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise DamagedFile(f"{address.file.name}: no picture in {column} of row {address.start}")
     return data
+
+
+def only_item(value):
+    """What a list of one thing holds; any other value as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def file_version(path):

@@ -16,6 +16,7 @@ from helpers import SAMPLE, TINY, make_embedding_folder, sample_captions, tasks_
 from PIL import Image
 
 from hyma import pictures as pictures_on_disk
+from hyma.datasets import read_corpus
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
@@ -222,6 +223,18 @@ def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
     assert captions_of(rows) == ["a", "b", "c", "d"]
     assert [picture_bytes(folder / row["image"]) for row in rows] == data
     assert not (tmp_path / "b" / "images").exists()
+
+    cells = [{"bytes": d, "path": None} for d in data]
+    lists = [[cells[0]], [cells[1]], cells[2:], []]  # a list of pictures, as for models that take several
+    for path, column, values in (("lists", "images", lists), ("plain", "bytes", data), ("other", "photo", data)):
+        parquet.write_table(pa.table({column: values, "caption": list("abcd")}), folder / f"{path}.parquet")
+    rows = read_corpus(folder / "lists.parquet").rows
+    assert [row.get("fault") for row in rows] == [None, None, "several pictures in one row: 2", "no image path"]
+    assert [picture_bytes(folder / row["image"]) for row in rows[:2]] == data[:2]
+    assert picture_bytes(folder / read_corpus(folder / "plain.parquet").rows[3]["image"]) == data[3]
+    with pytest.raises(BadInput, match="no image column among photo, caption; name it with --image-column"):
+        read_corpus(folder / "other.parquet")
+    assert picture_bytes(folder / read_corpus(folder / "other.parquet", image_column="photo").rows[3]["image"]) == data[3]
 
 
 def test_img2datasets_files(folder, embed):
