@@ -279,6 +279,8 @@ def read_tables(root, paths, asked):
         table = read_table(path, asked)
         if not table.records:
             raise BadInput(f"--data {path}: has no rows")
+        if len(table.faults) == len(table.records):
+            raise BadInput(f"--data {path}: no row can be read; the first: {table.faults[0]}")
         columns = choose_columns(path, table.records, asked.image, asked.caption)
         found = rows_of_table(path, table, columns)
         notes += type_labels(path, found, table.class_names.get(columns.label))
@@ -334,7 +336,7 @@ def read_records(path, asked):
         case ".arrow":
             return read_arrow(path, asked.is_known)
     if is_tar(path):
-        return read_tar(path, asked.is_known, asked.image)
+        return read_tar(path, asked)
     if is_token_file(path):
         records, faults, note = token_records(path, read_text(path))
         return Table(records, faults, note=note)

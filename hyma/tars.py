@@ -22,11 +22,11 @@ CAPTION_MEMBERS = ("txt", "text", "caption")
 LARGEST_TEXT = 2**24  # bytes of a text that is read
 
 
-def read_tar(path, is_known, image_column) -> Table:
+def read_tar(path, asked) -> Table:
     """The Table of an archive: a record for each sample.
 
-    image_column: the ending of the picture's member, where a sample has several; None: a sample may have one. An archive
-    that is cut off costs its end, which the Table's note says.
+    asked: the Asked columns, which may also be endings of members: of the picture's, where a sample has several, and of the
+    caption's. An archive that is cut off costs its end, which the Table's note says.
     """
     members, is_whole = list_members(path)
     samples = {}  # key -> {ending: member}
@@ -44,7 +44,7 @@ def read_tar(path, is_known, image_column) -> Table:
             try:
                 if key in repeated:
                     raise ValueError(f"the archive holds {repeated[key]} twice")
-                records.append(read_sample(path, file, sample, is_known, image_column))
+                records.append(read_sample(path, file, sample, asked))
             except ValueError as error:
                 if isinstance(error, BadInput):
                     raise
@@ -52,9 +52,10 @@ def read_tar(path, is_known, image_column) -> Table:
                 records.append({})
     endings = sorted({ending for sample in samples.values() for ending in sample})
     note = f"samples of {' '.join('.' + ending for ending in endings[:8])}"
-    if not any(has_caption(record, is_known) for record in records) and any("label" in record for record in records):
+    if not any(has_caption(record, asked.is_known) for record in records) and any("label" in record for record in records):
         name_classes(path, records)
         note += "; the names of the classes are the captions"
+    check_pictures(path, records, endings, asked)
     if not is_whole:
         note += f"; CUT OFF after {len(records):,}{expected_samples(path)} samples: the rest is not there"
     return Table(records, faults, note=note)
@@ -108,21 +109,22 @@ def split_name(name):
     return f"{folder}/{key}", ending.lower()
 
 
-def read_sample(path, file, sample, is_known, image_column):
+def read_sample(path, file, sample, asked):
     """The record of a sample. Raises ValueError, a line, for a sample that cannot be read."""
     record = {}
     if "json" in sample:
         value = json.loads(read_text_member(file, sample["json"]))
         if not isinstance(value, dict):
             raise ValueError("its .json is no object")
-        record |= {name: part for name, part in value.items() if is_known(name)}
-    record[image_column or "image"] = find_picture(path, sample, image_column)
-    for ending in CAPTION_MEMBERS:
+        record |= {name: part for name, part in value.items() if asked.is_known(name)}
+    record[asked.image or "image"] = find_picture(path, sample, asked.image)
+    for ending in (asked.caption, *CAPTION_MEMBERS):
         if ending in sample:
             text = read_text_member(file, sample[ending])
+            column = ending if ending == asked.caption else "caption"
             # img2dataset writes the caption twice: in one, a line's end stands within a caption.
-            if record.get("caption") != text:
-                record["caption"] = [line for line in text.split("\n") if line.strip()] or None
+            if record.get(column) != text:
+                record[column] = [line for line in text.split("\n") if line.strip()] or None
             break
     record.setdefault("caption", None)
     if "cls" in sample:
@@ -148,6 +150,16 @@ def find_picture(path, sample, image_column):
         return None
     member = sample[endings[0]]
     return f"{path.name}/{tar_address(member.name.removeprefix('./'), member.offset_data, member.size)}"
+
+
+def check_pictures(path, records, endings, asked):
+    """Raises BadInput if no sample has a picture and some members are pictures all the same: theirs is image.jpg, say."""
+    dotted = [ending for ending in endings if Path(ending).suffix in IMAGE_SUFFIXES]
+    if dotted and not any(record.get(asked.image or "image") for record in records):
+        raise BadInput(
+            f"--data {path}: no sample has a .jpg or the like, but files that end with .{named(dotted)}; name the ending of the "
+            f"picture, --image-column {dotted[0]}, and that of the caption, --caption-column ENDING, unless it is .txt"
+        )
 
 
 def check_dots(path, sample):

@@ -214,6 +214,17 @@ def test_a_sample_of_several_pictures_is_not_guessed(tmp_path, refused):
     assert picture_bytes(tmp_path / row["image"]) == b"q"
 
 
+def test_endings_of_several_parts_are_not_guessed(tmp_path, refused):
+    members = {"a.image.jpg": b"p", "a.caption.txt": "one", "b.image.jpg": b"q", "b.caption.txt": "two\nthree"}
+    path = write_tar(tmp_path / "t.tar", members)
+    says = ["files that end with .image.jpg", "--image-column image.jpg", "--caption-column ENDING"]
+    refused("embed.py", *TINY, "--data", path, says=says)
+    rows = read_corpus(path, "image.jpg", "caption.txt").rows
+    assert [(picture_bytes(tmp_path / row["image"]), row["caption"]) for row in rows] == [(b"p", "one"), (b"q", "two"), (b"q", "three")]
+    path = write_tar(tmp_path / "l.tar", {"a.jpg": b"p", "a.json": '["one", "two"]'})
+    refused("embed.py", *TINY, "--data", path, says=["no row can be read", "broken sample: /a: its .json is no object"])
+
+
 def test_names_with_dots_are_not_taken_for_one_sample(tmp_path, refused):
     members = {"a.b.0.png": b"p", "a.b.0.txt": "one", "a.b.1.png": b"q", "a.b.1.txt": "two", "c.png": b"r", "c.txt": "three"}
     path = write_tar(tmp_path / "t.tar", members)
