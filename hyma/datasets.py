@@ -15,7 +15,7 @@ To add a kind of file, extend TABLE_SUFFIXES and `read_records`; to add a layout
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,22 +479,39 @@ def sort_files(root, files):
 
 def find_caption_files(files, pictures):
     """{picture: text file}: the text beside it, or, where no picture has one, the text of that name in another folder."""
-    text_of_path = {}
-    text_of_name = {}
+    texts_of_path = defaultdict(list)
+    texts_of_name = defaultdict(list)
     for path in files:
         if path.suffix.lower() not in CAPTION_SUFFIXES:
             continue
-        text_of_path[path.with_suffix("")] = path
+        texts_of_path[path.with_suffix("")].append(path)
         if path.parent.name.casefold() not in NO_CAPTION_FOLDERS:
-            text_of_name[path.stem] = path
+            texts_of_name[path.stem].append(path)
     beside = {}
     elsewhere = {}
     for picture in pictures:
-        if picture.with_suffix("") in text_of_path:
-            beside[picture] = text_of_path[picture.with_suffix("")]
-        if picture.stem in text_of_name:
-            elsewhere[picture] = text_of_name[picture.stem]
-    return beside or elsewhere
+        if picture.with_suffix("") in texts_of_path:
+            beside[picture] = only_text(picture, texts_of_path[picture.with_suffix("")])
+    if beside:
+        return beside
+    picture_of_text = {}
+    for picture in pictures:
+        texts = texts_of_name[picture.stem]
+        # images/train/a.jpg and captions/train/a.txt
+        texts = [path for path in texts if path.parent.name == picture.parent.name] or texts
+        if texts:
+            text = elsewhere[picture] = only_text(picture, texts)
+            other = picture_of_text.setdefault(text, picture)
+            if other.parent != picture.parent:
+                raise BadInput(f"--data {text}: may be the caption of {other} or of {picture}; write a table of image and caption")
+    return elsewhere
+
+
+def only_text(picture, texts):
+    """The one text of a picture. Raises BadInput if there are several."""
+    if len(texts) > 1:
+        raise BadInput(f"--data {picture}: its caption may be in {named(texts)}; leave one of them there")
+    return texts[0]
 
 
 def read_text_files(root, pictures, captions):

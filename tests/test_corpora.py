@@ -413,6 +413,24 @@ def test_captions_in_another_folder(folder, embed):
     assert "3 text files, a caption a line" in result.out
 
 
+def test_texts_that_may_be_of_several_pictures_are_not_guessed(tmp_path):
+    """Equal names in train and val: the folder's name says which. Where nothing does, nothing is taken."""
+    for split in ("train", "val"):
+        for folder in ("images", "captions"):
+            (tmp_path / folder / split).mkdir(parents=True)
+        (tmp_path / "images" / split / "0.jpg").write_bytes(b"\xff\xd8\xff")
+        (tmp_path / "captions" / split / "0.txt").write_text(f"of {split}")
+    rows = read_corpus(tmp_path).rows
+    assert [(row["image"], row["caption"]) for row in rows] == [("images/train/0.jpg", "of train"), ("images/val/0.jpg", "of val")]
+    (tmp_path / "captions" / "val" / "0.txt").unlink()
+    with pytest.raises(BadInput, match="0.txt: may be the caption of .*train/0.jpg or of .*val/0.jpg"):
+        read_corpus(tmp_path)
+    (tmp_path / "images" / "val" / "0.txt").write_text("one")
+    (tmp_path / "images" / "val" / "0.caption").write_text("two")
+    with pytest.raises(BadInput, match="0.jpg: its caption may be in .*0.caption, .*0.txt"):
+        read_corpus(tmp_path)
+
+
 @pytest.mark.parametrize("split", ["{}", "data/{}", "a/b/{}"])
 @pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "validation"), ("train2017", "val2017")])
 def test_folders_of_splits_are_no_classes(folder, embed, split, train, val):
