@@ -171,6 +171,8 @@ def open_image(source):
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels: a decompression bomb?")
         image.load()
+        if image.mode == "I" and image.format != "PNG":  # which has 16 bits at most
+            raise ValueError("pixels are 32-bit integers, whose black and white are not known")
         with contextlib.suppress(Exception):  # broken metadata of a picture whose pixels are whole
             image = ImageOps.exif_transpose(image)
         if image.mode == "F":

@@ -374,6 +374,9 @@ def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
     assert levels.min() == 0 and levels.max() == 255 and 120 < levels.mean() < 135
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
     assert vlm.open_image(tmp_path / "turned.jpg").size == (2, 4)
+    Image.new("I", (4, 4), 200).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="32-bit integers"):  # it would be black if these were 16 bits, white if they were 8
+        vlm.open_image(tmp_path / "deep.tif")
     Image.new("RGB", (16, 16)).save(tmp_path / "other.ico")
     with pytest.raises(OSError):
         vlm.open_image(tmp_path / "other.ico")
