@@ -248,9 +248,8 @@ def open_folder(flags):
             subset = {"rows": flags.rows, "seed": flags.seed, "whole": whole, "options": flags.options}
         if flags.rows:
             corpus = take_subset(corpus, flags.rows, flags.seed)
-        foreseen = [] if manifest else foresee(corpus)
-        if foreseen:
-            print(f"{describe_rows(corpus.source, foreseen)}, if every picture can be read")
+        if not manifest:
+            print(f"{describe_rows(corpus.source, foresee(corpus))}, if every picture can be read")
         return with_fixed_rows(Work(out, corpus, source_sha256, subset, fixed=None))
 
 
@@ -427,9 +426,9 @@ def open_encoders(work, parts, encoders, flags):
         if record:
             name_of_weights[record.get("weights_sha256")] = name
     for encoder in encoders:
-        encoder.plan = make_plan(encoder, flags, parts.batch_size)
+        encoder.plan = make_plan(encoder, flags, parts.plan["batch_size"])
         encoder.transform = json.dumps(encoder.plan["transform"])  # encoders with an equal one share their pixels
-        encoder.format = VectorFormat(encoder.model.embed_dim, DTYPES[flags.dtype])
+        encoder.format = VectorFormat(encoder.model.embed_dim, DTYPES[flags.dtype], [parts.plan, encoder.plan])
         with lock_folder(work.out, wait=True):
             if open_shard_folder(work.out / ".shards" / encoder.name, encoder.plan):
                 print(f"{encoder.name}: an earlier run made shards with other weights or flags; starting over")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from hyma.datasets import Corpus
 from hyma.embeddings import hash_keys, unique
 from hyma.files import lock_folder, read_jsonl
-from hyma.pass_shards import Shard, make_shards, open_shard_folder, read_journal
+from hyma.pass_shards import Shard, holds_vectors, make_shards, open_shard_folder, read_journal
 from hyma.pictures import Picture, read_picture
 from hyma.scan import count_rows, most_bad, row_fault
 from hyma.sealing import read_manifest
@@ -50,7 +50,7 @@ def check_source(out, manifest, corpus, source_sha256, flags):
     if manifest and "adopted" in manifest:
         check_adopted(out, manifest, corpus, flags)
         return
-    unfinished = read_plan(out / ".shards")
+    unfinished = read_plan(out / ".shards") if holds_vectors(out / ".shards") else {}
     if not manifest and not unfinished and any(out.glob("*.pt")):
         raise BadInput(f"{out}: holds embeddings without a manifest.json; choose another --out")
     if manifest and manifest.get("source_sha256") != source_sha256:
@@ -101,6 +101,8 @@ def with_fixed_rows(work):
     manifest = read_manifest(work.out)
     if work.fixed or not manifest or not manifest["encoders"]:
         return work
+    if "adopted" not in manifest and manifest.get("source_sha256") != work.source_sha256:
+        raise BadInput(f"{work.out}: another process has embedded other rows into it by now; choose another --out")
     return work._replace(fixed=read_fixed_rows(work.out, manifest))
 
 
@@ -117,7 +119,7 @@ class Parts(NamedTuple):
 
     pictures: list[Shard]
     captions: list[Shard]
-    batch_size: int
+    plan: dict  # what they are of, and their sizes
 
 
 def divide(work, flags, batch_size):
@@ -129,7 +131,8 @@ def divide(work, flags, batch_size):
         earlier = read_plan(folder)
         if not flags.batch_size:  # all processes must cut the shards alike
             batch_size = earlier.get("batch_size", batch_size)
-        if open_shard_folder(folder, plan | {"batch_size": batch_size}):
+        plan["batch_size"] = batch_size
+        if open_shard_folder(folder, plan):
             print(f"{work.out}: an earlier run made shards with other flags; starting over")
         pictures = make_shards(folder, "pictures", work.images(), flags.shard_rows, batch_size)
         captions = make_shards(folder, "captions", work.captions(), flags.shard_rows, batch_size)
@@ -137,7 +140,7 @@ def divide(work, flags, batch_size):
             forget_mended(work, pictures)
         for shard in captions:  # texts of about the same length go through an encoder together
             shard.items.sort(key=len, reverse=True)
-    return Parts(pictures, captions, batch_size)
+    return Parts(pictures, captions, plan)
 
 
 def forget_mended(work, shards):

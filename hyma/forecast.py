@@ -27,7 +27,7 @@ def announce(work, parts, encoders, flags):
         left = len(items) - sum(encoder.format.count(shard.vector_file(encoder.name)) for shard in shards)
         size += encoder.format.row_bytes * len(work.corpus.rows)
         if left >= WORTH_MEASURING:
-            seconds += left * measure(encoder, captions, parts.batch_size, left)
+            seconds += left * measure(encoder, captions, parts.plan["batch_size"], left)
             encoder.seconds = 0.0
     line = f"{counted(len(images), 'picture')}, {counted(len(encoders), 'encoder')}"
     if seconds:

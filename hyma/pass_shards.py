@@ -6,7 +6,8 @@ embeddings/<dataset>/.shards/plan.json                    what the parts are of;
                              <encoder>/plan.json          what the encoder's vectors depend on
                              <encoder>/000001024.vectors  its vectors so far, a batch after the other
 
-Vectors and lines are appended after every batch, so that a kill costs one batch. What it has cut off is dropped.
+Vectors and lines are appended after every batch, so that a kill costs one batch. What it has cut off is dropped. So is what
+was made of other rows or by another plan, as a process that was started with other flags may still write.
 """
 
 import json
@@ -20,17 +21,18 @@ import torch
 
 from hyma.files import make_folder, take_lock, write_json
 from hyma.pictures import Picture
-from vlm import read_json
+from vlm import BadInput, read_json
 
-HEAD = struct.Struct("<II")  # before each batch of vectors: how many they are, and the CRC-32 of their bytes
+HEAD = struct.Struct("<II")  # before each batch of vectors: how many they are, and a checksum
 
 
 class VectorFormat:
-    """How the vectors of an encoder lie in a file."""
+    """How the vectors of an encoder lie in a file. plan: all that they depend on."""
 
-    def __init__(self, dim, dtype):
+    def __init__(self, dim, dtype, plan):
         self.dim, self.dtype = dim, dtype
         self.row_bytes = dim * dtype.itemsize
+        self.plan = json.dumps(plan, sort_keys=True)
 
     def read(self, path):
         """The batches of vectors, [n, dim] each, that are whole in a file, up to the first that is not."""
@@ -40,7 +42,7 @@ class VectorFormat:
         while len(data) >= position + HEAD.size:
             count, checksum = HEAD.unpack_from(data, position)
             vectors = data[position + HEAD.size : position + self.size_of(count)]
-            if len(data) < position + self.size_of(count) or zlib.crc32(vectors) != checksum:
+            if len(data) < position + self.size_of(count) or self.checksum(path, position, vectors) != checksum:
                 break
             position += self.size_of(count)
             values = torch.from_numpy(np.frombuffer(bytearray(vectors), np.uint8)).view(self.dtype)
@@ -52,8 +54,12 @@ class VectorFormat:
         data = vectors.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         with open(path, "ab") as file:
             file.truncate(position)
-            file.write(HEAD.pack(len(vectors), zlib.crc32(data)) + data)
+            file.write(HEAD.pack(len(vectors), self.checksum(path, position, data)) + data)
         return position + self.size_of(len(vectors))
+
+    def checksum(self, path, position, data):
+        """The CRC-32 of a batch's bytes, of its place and of the plan."""
+        return zlib.crc32(data, zlib.crc32(f"{path.name} {position} {self.plan}".encode()))
 
     def size_of(self, count):
         """The bytes of a batch in a file."""
@@ -216,16 +222,38 @@ def flush(path):
 
 
 def open_shard_folder(folder, plan):
-    """Makes the folder of the shards: empty, unless it holds shards of the same plan. Returns whether it began anew."""
+    """Makes the folder of all shards, or of an encoder's: empty, unless it holds shards of the same plan. Returns whether it
+    began anew. Raises BadInput if another process is at work by another plan."""
     make_folder(folder)
     plan_file = folder / "plan.json"
     if plan_file.is_file() and read_json(plan_file) == plan:
         return False
     began = any(folder.iterdir())
+    if began and has_claims(folder if folder.name == ".shards" else folder.parent):
+        raise BadInput(
+            f"{folder}: another process embeds there by another plan: other data, weights or flags, or another version of torch, "
+            "timm or sentence-transformers; give all the same, or choose another --out"
+        )
     shutil.rmtree(folder)
     make_folder(folder)
     write_json(plan_file, plan)
     return began
+
+
+def holds_vectors(folder):
+    """Whether an earlier run has left anything that took time: more than the head of a batch of which no picture could be used."""
+    return any(path.stat().st_size > HEAD.size for path in folder.glob("*/*.vectors"))
+
+
+def has_claims(folder):
+    """Whether a process is at work on one of the shards."""
+    for path in folder.glob(".*/*.lock"):
+        with open(path, "ab") as file:
+            try:
+                take_lock(file, wait=False)
+            except OSError:
+                return True
+    return False
 
 
 def make_shards(folder, kind, items, shard_rows, batch_size):

@@ -109,11 +109,9 @@ def check_bad(corpus, quarantine, out, allow_bad):
 
     Rows that are left out by design, which carry no fault, do not count.
     """
+    check_not_all_bad(corpus, quarantine)
     total = len(corpus.rows)
     counts = count_reasons(quarantine)
-    if len(quarantine) == total:
-        first = quarantine[0]
-        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
     bad = sum(count for reason, count in counts.items() if reason not in LEFT_OUT)
     if bad > most_bad(total, allow_bad):
         raise BadInput(
@@ -121,6 +119,13 @@ def check_bad(corpus, quarantine, out, allow_bad):
             f"{out}/quarantine.jsonl names each. Repair them and run the same command again, or allow it: --allow-bad "
             f"{math.ceil(100 * bad / total) / 100:g}"
         )
+
+
+def check_not_all_bad(corpus, quarantine):
+    """Raises BadInput if no row is left."""
+    if len(quarantine) == len(corpus.rows):
+        first = quarantine[0]
+        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
 
 
 def count_rows(rows):

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter, defaultdict
 
 from hyma.pictures import Picture
-from hyma.scan import row_fault, sort_rows
+from hyma.scan import check_not_all_bad, row_fault, sort_rows
 from vlm import BadInput
 
 # Flags that must be the same for the whole corpus, so that it has the same rows and takes over the vectors of the subset.
@@ -42,7 +42,7 @@ def foresee(corpus):
     """The rows that the corpus will have if every picture can be used and no two are copies: its rows.
 
     Where a split is made from the pictures' bytes, their paths stand for these, so its sizes are expectations. Raises
-    BadInput as `sort_rows` does, before anything is embedded.
+    BadInput as `sort_rows` does, and if no row can be used whatever the pictures are, before an encoder is loaded.
     """
     pictures = {}
     for row in corpus.rows:
@@ -50,7 +50,8 @@ def foresee(corpus):
             image = row["image"]
             digest = hashlib.sha256(image.encode()).hexdigest()
             pictures[image] = Picture(None, image, digest)
-    rows, _, _ = sort_rows(corpus, pictures)
+    rows, quarantine, _ = sort_rows(corpus, pictures)
+    check_not_all_bad(corpus, quarantine)
     return rows
 
 

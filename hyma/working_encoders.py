@@ -59,7 +59,7 @@ class WorkingEncoder:
 
     def halve(self, count, error):
         """Goes on with half as many inputs at once if memory ran out. Raises any other error again."""
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error)
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error).lower()
         at_once = self.at_once or count
         if not out_of_memory or at_once == 1:
             raise error

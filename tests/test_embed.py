@@ -21,11 +21,11 @@ from transformers import AutoTokenizer
 
 import vlm
 from hyma.embeddings import Embeddings
-from hyma.files import read_jsonl, write_json
+from hyma.files import read_jsonl, take_lock, write_json
 from hyma.finishing import mean_cosine
 from hyma.pictures import read_picture
 from hyma.tasks import open_tasks, text_inputs
-from hyma.working_encoders import load_encoder
+from hyma.working_encoders import WorkingEncoder, find_batch_size, load_encoder
 from vlm import BadInput
 
 TINY = ("--encoder", "tiny=random:test_vit", "--device", "cpu")
@@ -196,11 +196,15 @@ def test_killed_run_ends_with_the_same_bytes(run, spawn, corpus, tmp_path):
     assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
 
 
-def test_shards_of_several_processes(run, corpus, tmp_path):
+def test_shards_of_several_processes(run, refused, corpus, tmp_path):
     flags = (*TINY, "--data", corpus, "--shard-rows", "4", "--batch-size", "4")
     assert run("embed.py", *flags, "--out", "one").code == 0
     first = run("embed.py", *flags, "--out", "two", "--shard", "0/2")
     assert first.code == 0 and "not sealed" in first.out and not (tmp_path / "two" / "manifest.json").exists()
+    with open(tmp_path / "two" / ".shards" / ".pictures" / "000000004.lock", "ab") as lock:  # as a process at work has it
+        take_lock(lock, wait=False)
+        for other in (("--dtype", "float32"), ("--shard-rows", "8")):
+            refused("embed.py", *flags, *other, "--out", "two", says="another process embeds there by another plan")
     assert run("embed.py", *flags, "--out", "two", "--shard", "1/2").code == 0
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
 
@@ -336,6 +340,10 @@ def test_bad_flags(refused, corpus, tmp_path):
     refused("embed.py", *TINY, "--data", tmp_path / "bad.json", says="bad.json")
     write_csv(tmp_path / "none.csv", [{"image": "gone.png", "caption": "x"}])
     refused("embed.py", *TINY, "--data", tmp_path / "none.csv", says=["no row can be used", "missing file"])
+    write_csv(tmp_path / "none.csv", [{"image": "gone.png", "caption": ""}])  # the table alone says so: no encoder is loaded
+    missing = ("--encoder", "vit_s16", "--data", tmp_path / "none.csv")
+    for rows in ((), ("--rows", "1")):
+        refused("embed.py", *missing, *rows, says=["no row can be used", "gone.png: empty caption"])
     assert not any((tmp_path / "e").glob("*.pt"))
 
 
@@ -477,6 +485,43 @@ def test_without_a_compiler_one_line_says_so(refused, corpus, monkeypatch):
     refused("embed.py", *TINY, "--data", corpus, "--compile", "--out", "e", says=says)
 
 
+class SmallMemory:
+    """A model that takes a few inputs at once, and no more, as a GPU's memory does. Its vectors are the inputs."""
+
+    device = CPU
+    config = {"input_size": (1, 2, 2)}
+
+    def __init__(self, most, error=None):
+        self.most = most
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def encode_image(self, pixels):
+        if len(pixels) > self.most:
+            raise self.error
+        return pixels.flatten(1)
+
+    def encode_text(self, captions, batch_size):
+        return self.encode_image(torch.tensor([[len(caption)] for caption in captions]))
+
+
+def test_a_batch_that_memory_does_not_take_is_halved(capsys):
+    pixels = torch.arange(40.0).view(10, 1, 2, 2)
+    image = WorkingEncoder(vlm.Encoder("a", "image", "random:a", None), SmallMemory(3), "float32")
+    for _ in range(2):  # the second time it knows
+        assert image.encode(pixels).equal(pixels.flatten(1))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["a: out of memory with 10 at once; goes on with 5", "a: out of memory with 5 at once; goes on with 2"]
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    text = WorkingEncoder(vlm.Encoder("b", "text", "b", None), SmallMemory(1, cublas), "float32")
+    assert text.encode(["x" * k for k in range(1, 6)]).flatten().tolist() == [1, 2, 3, 4, 5] and text.at_once == 1
+    for model in (SmallMemory(0), SmallMemory(3, RuntimeError("device-side assert"))):
+        with pytest.raises(RuntimeError):  # not even one; not for want of memory
+            WorkingEncoder(vlm.Encoder("c", "image", "random:c", None), model, "float32").encode(pixels)
+    for most in (1, 100):  # where not even the least that is tried fits, that; else the most that does
+        encoder = WorkingEncoder(vlm.Encoder("d", "image", "random:d", None), SmallMemory(most), "float32")
+        assert find_batch_size([encoder], torch.device("cuda")) == 64
+
+
 def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path):
     """config.json and model.safetensors: as `local-dir:` encoder, and as the weights of a registered one."""
     folder = tmp_path / "hub"
@@ -569,17 +614,27 @@ def test_a_file_that_was_lost_or_cut_is_embedded_again(run, corpus, tmp_path):
     Embeddings(tmp_path / "e").load("tiny")
 
 
-@pytest.mark.parametrize("damage", ["cut", "short", "zero", "one bit"])
+@pytest.mark.parametrize("damage", ["cut", "short", "zero", "one bit", "another plan", "another shard"])
 def test_a_bad_shard_is_made_again(run, spawn, corpus, tmp_path, damage):
     flags = (*TINY, "--data", corpus, "--batch-size", "4", "--shard-rows", "8", "--dtype", "float32")
     assert run("embed.py", *flags, "--out", "whole").code == 0
     assert run("embed.py", *flags, "--out", "e", "--shard", "0/2").code == 0
-    shard = sorted((tmp_path / "e" / ".shards" / "tiny").glob("*.vectors"))[0]
+    shard, next_shard, *_ = sorted((tmp_path / "e" / ".shards" / "tiny").glob("*.vectors"))
     data = shard.read_bytes()
-    damaged = {"cut": data[:100], "short": data[4 * 64 :], "zero": bytes(len(data)), "one bit": data[:-1] + b"\0"}[
-        damage
-    ]
-    shard.write_bytes(damaged)
+    if damage == "another plan":  # of a process that was started with other flags and is still at work
+        assert run("embed.py", *flags, "--out", "o", "--shard", "0/2", "--precision", "bfloat16").code == 0
+        shard.write_bytes((tmp_path / "o" / ".shards" / "tiny" / shard.name).read_bytes())
+        assert shard.stat().st_size == len(data)
+    else:
+        shard.write_bytes(
+            {
+                "cut": data[:100],
+                "short": data[4 * 64 :],
+                "zero": bytes(len(data)),
+                "one bit": data[:-1] + b"\0",
+                "another shard": next_shard.read_bytes(),
+            }[damage]
+        )
     assert run("embed.py", *flags, "--out", "e").code == 0
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
