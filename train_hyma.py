@@ -82,7 +82,9 @@ from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
 VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
-VALIDATIONS_TO_STOP = 10  # the same with --stop-when-stable
+VALIDATIONS_OF_MANY = 2  # of more pairs than MANY_PAIRS, where four take a third of the time
+MANY_PAIRS = 100
+VALIDATIONS_TO_STOP = 10  # with --stop-when-stable, of however many
 
 
 def parse_flags():
@@ -251,6 +253,13 @@ def project_store(flags, generator, store, pairs, train_rows, val_rows):
     return generator.project_images(store, images_of(pairs.scored), rows, dtype)
 
 
+def count_validations(pair_count, stop_when_stable):
+    """How many validations a run of so many pairs has."""
+    if stop_when_stable:
+        return VALIDATIONS_TO_STOP
+    return VALIDATIONS if pair_count <= MANY_PAIRS else VALIDATIONS_OF_MANY
+
+
 def sum_over_ranks(generator, moments, mine, batch_pairs, split):
     """Makes the gradients of this rank's pairs, or rows, those of the whole step. mine: this rank's of the step's pairs.
     moments: see `update`."""
@@ -329,7 +338,7 @@ def main():
     # The schedule.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
-    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else VALIDATIONS
+    validations = count_validations(len(pairs.scored), flags.stop_when_stable)
     validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
     # Where training starts: at the closed form, at random weights, or at a checkpoint.

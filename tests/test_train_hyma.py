@@ -29,7 +29,7 @@ from hyma.pairs import draw_pairs
 from hyma.splits import split_rows
 from hyma.training import validation_retrieval
 from kernels import connector_mlp
-from train_hyma import update
+from train_hyma import count_validations, update
 
 QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
 
@@ -99,6 +99,11 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--generator", "mlp", "--width", "4", "--connector", "mlp0")])
+def test_many_pairs_are_validated_half_as_often():
+    assert [count_validations(pairs, stop_when_stable=False) for pairs in (1, 100, 101, 300)] == [4, 4, 2, 2]
+    assert count_validations(300, stop_when_stable=True) == 10
+
+
 def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, flags):
     flags = ("--data", planted, *QUICK, *flags, "--pairs", "*:minilm_l6")
     assert run("train_hyma.py", *flags, "--out", "whole").code == 0
