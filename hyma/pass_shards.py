@@ -248,7 +248,7 @@ def holds_vectors(folder):
 def has_claims(folder):
     """Whether a process is at work on one of the shards."""
     for path in folder.glob(".*/*.lock"):
-        with open(path, "ab") as file:
+        with open(path, "rb") as file:
             try:
                 take_lock(file, wait=False)
             except OSError:
