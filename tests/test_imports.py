@@ -64,6 +64,7 @@ HYMA = [
     "subset",
     "scan",
     "datasets",
+    "picture_folders",
     "braces",
     "tars",
     "arrow_tables",

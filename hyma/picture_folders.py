@@ -1,0 +1,136 @@
+"""The rows of a folder without a table: pictures with a text each, or in folders named after their classes."""
+
+from collections import defaultdict
+
+from hyma.columns import caption_fault, named
+from hyma.splits import known_split
+from hyma.tables import read_text
+from vlm import BadInput
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+NO_CAPTION_FOLDERS = ("labels", "annotations")  # their texts hold boxes
+
+
+def find_caption_files(files, pictures):
+    """{picture: text file}: the text beside it, or, where no picture has one, the text of that name in another folder."""
+    texts_of_path = defaultdict(list)
+    texts_of_name = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() not in CAPTION_SUFFIXES:
+            continue
+        texts_of_path[path.with_suffix("")].append(path)
+        if path.parent.name.casefold() not in NO_CAPTION_FOLDERS:
+            texts_of_name[path.stem].append(path)
+    beside = {}
+    elsewhere = {}
+    for picture in pictures:
+        if picture.with_suffix("") in texts_of_path:
+            beside[picture] = only_text(picture, texts_of_path[picture.with_suffix("")])
+    if beside:
+        return beside
+    picture_of_text = {}
+    for picture in pictures:
+        texts = texts_of_name[picture.stem]
+        # images/train/a.jpg and captions/train/a.txt
+        texts = [path for path in texts if path.parent.name == picture.parent.name] or texts
+        if texts:
+            text = elsewhere[picture] = only_text(picture, texts)
+            other = picture_of_text.setdefault(text, picture)
+            if other.parent != picture.parent:
+                raise BadInput(f"--data {text}: may be the caption of {other} or of {picture}; write a table of image and caption")
+    return elsewhere
+
+
+def only_text(picture, texts):
+    """The one text of a picture. Raises BadInput if there are several."""
+    if len(texts) > 1:
+        raise BadInput(f"--data {picture}: its caption may be in {named(texts)}; leave one of them there")
+    return texts[0]
+
+
+def read_text_files(root, pictures, captions):
+    """(rows, a line about them) of pictures and texts, a caption a line. A picture without a text has an empty caption."""
+    rows = []
+    for path in pictures:
+        image = path.relative_to(root)
+        split = split_of_folders(image.parent.parts)
+        text = read_text(captions[path]) if path in captions else ""
+        lines = [line for line in text.split("\n") if line.strip()]
+        for line in lines or [""]:
+            row = {"image": str(image), "caption": line}
+            fault = caption_fault(line)
+            if fault:
+                row["fault"] = fault
+            if split:
+                row["split"] = split
+            rows.append(row)
+    return rows, f"{root}: {len(captions):,} text files, a caption a line"
+
+
+def read_class_folders(root, pictures):
+    """(rows, a line about them) of a tree <class>/a.jpg, with folders named after splits above or below the classes.
+
+    The classes are captions and labels. Folders that hold everything and are no split are passed over.
+    """
+    folders = [path.relative_to(root).parent.parts for path in pictures]
+    level = find_split_level(folders)
+    splits = [None] * len(folders)
+    if level is not None:
+        folders, splits = take_level(folders, level)
+    if not any(folders):
+        raise BadInput(
+            f"--data {root}: its pictures lie in folders of splits and have no captions: give a.txt beside a.jpg, a table, "
+            "or folders named after classes"
+        )
+    while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
+        folders, _ = take_level(folders, 0)
+    rows = []
+    for path, parts, split in zip(pictures, folders, splits):
+        label = parts[0] if parts else ""
+        row = {"image": str(path.relative_to(root)), "caption": label.replace("_", " "), "label": label}
+        if not parts:
+            row["fault"] = "in no folder of a class"
+        if split is not None:
+            row["split"] = split
+        rows.append(row)
+    classes = different_names(row["label"] for row in rows)
+    how = f"{root}: {len(classes):,} folders are classes ({named(classes)})"
+    if level is not None:
+        how += f"; folders of splits: {named(different_names(splits))}"
+    return rows, how
+
+
+def take_level(folders, level):
+    """(the folders without those of one level, the names of that level, one for each picture)."""
+    others = []
+    names = []
+    for parts in folders:
+        others.append(parts[:level] + parts[level + 1 :])
+        names.append(parts[level])
+    return others, names
+
+
+def different_names(names):
+    """The names that are not empty, each once and sorted."""
+    return sorted(set(filter(None, names)))
+
+
+def find_split_level(folders):
+    """How deep the folders lie that are named after splits, or None. All pictures must be in such a folder.
+
+    A class may itself be called train. So a level counts if all its names are splits, or two different splits at least.
+    """
+    for level in range(min(map(len, folders))):
+        names = {parts[level] for parts in folders}
+        known = set(map(known_split, names))
+        if None not in known or len(known - {None}) > 1:
+            return level
+    return None
+
+
+def split_of_folders(folders):
+    """The first split that folders are named after, or None."""
+    for folder in folders:
+        if known_split(folder):
+            return known_split(folder)
+    return None
