@@ -29,7 +29,7 @@ from hyma.runs import read_run
 from hyma.shortlist import encoder_costs, shortlist
 from hyma.splits import split_rows
 from hyma.subset import turn_of
-from vlm import load_connector, map_text, read_json
+from vlm import BadInput, load_connector, map_text, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -43,8 +43,11 @@ def main():
     training_rows = len(split_rows(data)[0])
     of_runs = [test_scores(run, data, pairs, test_rows) for run in flags.runs]
     truth = np.mean([[scores[pair_name(pair)][1] for pair in pairs] for scores in of_runs], axis=0)  # [P]
-    grid = read_json(ROOT / "benchmarks" / "ladder.json").get(flags.grid, {}).get("true scores", {})
-    grid_truth = np.array([grid.get(pair_name(pair), (0, 0))[1] for pair in pairs])  # [P]
+    ladder = read_json(ROOT / "benchmarks" / "ladder.json")
+    if flags.grid not in ladder:
+        raise BadInput(f"--grid {flags.grid}: is not in ladder.json, which has {', '.join(ladder)}")
+    grid_scores = ladder[flags.grid]["true scores"]
+    grid_truth = np.array([grid_scores[pair_name(pair)][1] for pair in pairs])  # [P]
     kept_pairs = {"all encoders": range(len(pairs))}
     kept_pairs["without control"] = [p for p, pair in enumerate(pairs) if pair[0] != "control"]
 
