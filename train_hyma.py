@@ -81,10 +81,8 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-VALIDATIONS = 4  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
-VALIDATIONS_OF_MANY = 2  # of more pairs than MANY_PAIRS, where four take a third of the time
-MANY_PAIRS = 100
-VALIDATIONS_TO_STOP = 10  # with --stop-when-stable, of however many
+VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
+VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
 
 
 def parse_flags():
@@ -104,9 +102,9 @@ def parse_flags():
     add(
         "--pairs-per-step",
         type=int,
-        help="pairs per step, of one text encoder (default: a third of its pairs; mlp: all)",
+        help="pairs per step, of one text encoder (default: a third of its pairs; from 32,768 rows, half; mlp: all)",
     )
-    add("--lr", type=float, help="peak learning rate (default: factored 1e-3, less below 16,384 rows; mlp 1e-3)")
+    add("--lr", type=float, help="peak learning rate (default: factored 1e-3 on 16,384 rows, less on fewer, up to 2e-3 on more; mlp 1e-3)")
     about = "steps that the pair ranked first is trained further by itself, at four times --lr (default: half the schedule, or fewer; 0: none)"
     add("--refine-steps", type=int, metavar="N", help=about)
     about = "end the search once three of its ten validations rank the pairs alike (default: train every epoch)"
@@ -158,7 +156,7 @@ def resolve_flags(flags, device, row_count, pairs):
     flags = resolve_training_flags(flags, "hyma", device, row_count)
     if epochs is None:
         flags.epochs = math.ceil(flags.epochs * kind.share_of_epochs(row_count))
-    default_pairs_per_step = len(pairs.image_names) * kind.share_of_images
+    default_pairs_per_step = len(pairs.image_names) * kind.share_of_images(row_count)
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
         default_pairs_per_step = max(1, math.floor(default_pairs_per_step * share_of_pairs))
@@ -253,13 +251,6 @@ def project_store(flags, generator, store, pairs, train_rows, val_rows):
     return generator.project_images(store, images_of(pairs.scored), rows, dtype)
 
 
-def count_validations(pair_count, stop_when_stable):
-    """How many validations a run of so many pairs has."""
-    if stop_when_stable:
-        return VALIDATIONS_TO_STOP
-    return VALIDATIONS if pair_count <= MANY_PAIRS else VALIDATIONS_OF_MANY
-
-
 def sum_over_ranks(generator, moments, mine, batch_pairs, split):
     """Makes the gradients of this rank's pairs, or rows, those of the whole step. mine: this rank's of the step's pairs.
     moments: see `update`."""
@@ -338,7 +329,7 @@ def main():
     # The schedule.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
-    validations = count_validations(len(pairs.scored), flags.stop_when_stable)
+    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else VALIDATIONS
     validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
     # Where training starts: at the closed form, at random weights, or at a checkpoint.

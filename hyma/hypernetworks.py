@@ -449,8 +449,8 @@ class OuterLinear(torch.autograd.Function):
 
 
 def rate_of(row_count):
-    """The peak learning rate of factored: 1e-3 from 16,384 training rows on, below that in proportion to their square root."""
-    return 1e-3 * min(1, math.sqrt(row_count / 16384))
+    """The peak learning rate of factored: in proportion to the square root of the training rows, at most 2e-3."""
+    return 1e-3 * min(2, math.sqrt(row_count / 16384))
 
 
 def rank_of(row_count):
@@ -464,6 +464,12 @@ def share_of_epochs(row_count):
     return min(1, max(0.5, math.sqrt(row_count / 16384)))
 
 
+def share_of_images(row_count):
+    """Of the image encoders, those in each step of factored: it starts from a closed form, so a third of them is enough; with
+    more rows, training adds more."""
+    return Fraction(1, 3) if row_count < 32768 else Fraction(1, 2)
+
+
 class Kind(NamedTuple):
     """A value of --generator."""
 
@@ -471,22 +477,26 @@ class Kind(NamedTuple):
     size: str  # the flag that sets its size
     defaults: dict  # of its flags: a number, or a function of how many training rows there are
     share_of_epochs: Callable  # of a grid search's epochs, by how many training rows there are
-    share_of_images: Fraction  # of the image encoders, that are in each step
+    share_of_images: Callable  # of the image encoders, that are in each step, by the same
     takes_encoders: bool  # whether --add-encoder can add to it
 
 
-# factored starts from a closed form, so a third of the image encoders per step is enough.
 HYPERNETWORKS = {
     "factored": Kind(
         FactoredHyperNetwork,
         "rank",
         {"lr": rate_of, "rank": rank_of},
         share_of_epochs,
-        Fraction(1, 3),
+        share_of_images,
         takes_encoders=True,
     ),
     "mlp": Kind(
-        HyperNetwork, "width", {"lr": 1e-3, "width": 128}, lambda row_count: 1, Fraction(1), takes_encoders=False
+        HyperNetwork,
+        "width",
+        {"lr": 1e-3, "width": 128},
+        lambda row_count: 1,
+        lambda row_count: Fraction(1),
+        takes_encoders=False,
     ),
 }
 

@@ -151,20 +151,21 @@ def test_pictures_of_a_space_that_fits_whole_are_taken_as_they_are(initialise):
 
 
 @pytest.mark.parametrize(
-    ("rows", "rate", "rank", "share", "scale"),
+    ("rows", "rate", "rank", "share", "scale", "images"),
     [
-        (100, 7.8e-5, 256, 0.5, 20),
-        (2000, 3.5e-4, 256, 0.5, 20),
-        (8000, 7.0e-4, 384, 0.70, 40),
-        (50_000, 1e-3, 384, 1, 60),
-        (558_128, 1e-3, 384, 1, 60),
+        (100, 7.8e-5, 256, 0.5, 20, 1 / 3),
+        (2000, 3.5e-4, 256, 0.5, 20, 1 / 3),
+        (8000, 7.0e-4, 384, 0.70, 40, 1 / 3),
+        (40_000, 1.56e-3, 384, 1, 60, 1 / 2),
+        (558_128, 2e-3, 384, 1, 60, 1 / 2),
     ],
 )
-def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale):
+def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale, images):
     kind = HYPERNETWORKS["factored"]
     assert kind.defaults["lr"](rows) == pytest.approx(rate, rel=0.01)
     assert kind.defaults["rank"](rows) == rank
     assert kind.share_of_epochs(rows) == pytest.approx(share, rel=0.01)
+    assert kind.share_of_images(rows) == pytest.approx(images)
     assert logit_scale_of(rows) == scale
     assert HYPERNETWORKS["mlp"].share_of_epochs(rows) == 1  # starts from random weights, as a grid search does
 
