@@ -25,6 +25,7 @@ __all__ = [
     "Layer",
     "connector_mlp",
     "clip_loss",
+    "adamw_numbers",
     "adamw_outer",
     "padded_rows",
     "outer_grad_norm_sq",
@@ -109,8 +110,9 @@ def adamw_outer(
     grad_out: Tensor,
     inputs: Tensor,
     *,
-    step: int,
-    lr: float,
+    step: int | None = None,
+    lr: float | None = None,
+    numbers: Tensor | None = None,
     betas=(0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -121,16 +123,27 @@ def adamw_outer(
 
     weight, exp_avg and exp_avg_sq share dtype and device, and so do the factors, which may be shorter than the weight. The
     kernel needs all three contiguous, or all three from `padded_rows`.
-    grad_out [R, O] and inputs [R, K] are all there is of the gradient: it never exists in memory. step counts from 1;
+    grad_out [R, O] and inputs [R, K] are all there is of the gradient: it never exists in memory. step counts from 1.
+    numbers: in place of step and lr, `adamw_numbers` of the same betas and weight_decay as a tensor on the same device, so that
+    a CUDA graph that has recorded this can be replayed at another step and rate.
     clip is a 0-dim float32 tensor on the same device, for instance min(1, limit / sqrt(outer_grad_norm_sq + rest)).
     """
-    _check_adamw(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, clip)
+    _check_adamw(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, numbers, clip)
+    if numbers is None:
+        numbers = adamw_numbers(step, lr, betas, weight_decay)
     if _use_triton(impl, [weight, exp_avg, exp_avg_sq, grad_out, inputs]):
         from kernels.adamw import adamw_outer as run
     else:
         run = reference.adamw_outer
     with torch.no_grad():
-        run(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, betas, eps, weight_decay, clip)
+        run(weight, exp_avg, exp_avg_sq, grad_out, inputs, numbers, betas, eps, weight_decay, clip)
+
+
+def adamw_numbers(step: int, lr: float, betas=(0.9, 0.999), weight_decay: float = 0.0) -> tuple[float, ...]:
+    """What AdamW needs of a step, which counts from 1: (step, lr, 1 - lr * weight_decay, lr / (1 - beta1^step),
+    sqrt(1 - beta2^step)). The differences are made here, in float64: in float32 those of the first steps have few digits."""
+    beta1, beta2 = betas
+    return float(step), lr, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
 
 
 def padded_rows(matrix: Tensor) -> Tensor:
@@ -294,7 +307,7 @@ def _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes):
         raise ValueError(f"budget_bytes: {budget_bytes} is not positive")
 
 
-def _check_adamw(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, clip):
+def _check_adamw(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, numbers, clip):
     _check_matrix("weight", weight)
     rows, columns = weight.shape
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -303,7 +316,14 @@ def _check_adamw(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, clip):
     if grad_out.device != weight.device:
         raise ValueError(f"grad_out: on {grad_out.device}, not {weight.device}")
     _check_matrix("inputs", inputs, rows=grad_out.shape[0], columns=columns, like=grad_out)
-    if step < 1:
-        raise ValueError(f"step: {step}, but the first step is 1")
+    if numbers is None:
+        if step is None or lr is None:
+            raise ValueError("step: is needed with lr, or numbers in place of both")
+        if step < 1:
+            raise ValueError(f"step: {step}, but the first step is 1")
+    elif step is not None or lr is not None:
+        raise ValueError("numbers: stand in place of step and lr")
+    elif numbers.shape != (5,) or not numbers.is_floating_point() or numbers.device != weight.device:
+        raise ValueError(f"numbers: needs a tensor of the five of adamw_numbers on {weight.device}")
     if clip is not None and (clip.dim() or clip.dtype != torch.float32 or clip.device != weight.device):
         raise ValueError(f"clip: needs a 0-dim float32 tensor on {weight.device}")

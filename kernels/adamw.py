@@ -7,6 +7,9 @@ The last layer of a hypernetwork has O = half a million outputs and K = 1000 inp
 make its gradient. A program makes its tile of g with one product of R deep and uses it at once: w, m and v are read and
 written once, six passes over [O, K] instead of ten, which is all the time this takes.
 
+The numbers that change with the step come from the host, or from a tensor: a CUDA graph repeats its launches with the same
+arguments, and finds other numbers in the tensor.
+
 Rows of w, m and v that begin on multiples of 16 numbers (`kernels.padded_rows`) are read 128 bits at a time, others
 number by number: the paper's K is 513, its hidden units and a bias.
 
@@ -21,11 +24,12 @@ import triton.language as tl
 from kernels import has_padded_rows, launch, padded_length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers_ptr"])  # rows of a table, which begin anywhere
 def adamw_outer_kernel(
-    w_ptr, m_ptr, v_ptr, dy_ptr, x_ptr, clip_ptr, r_size, o_size, k_size, k_stride, k_tiles,
+    w_ptr, m_ptr, v_ptr, dy_ptr, x_ptr, clip_ptr, numbers_ptr, r_size, o_size, k_size, k_stride, k_tiles,
     decay, step_size, rest1, beta2, rest2, root2, eps,
-    HAS_CLIP: tl.constexpr, PADDED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CLIP: tl.constexpr, HAS_NUMBERS: tl.constexpr, PADDED: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of w, m and v. Programs of one row of tiles follow each other and share dy.
@@ -61,6 +65,8 @@ def adamw_outer_kernel(
         g = tl.dot(dy, x, g, input_precision=PRECISION)
     if HAS_CLIP:
         g *= tl.load(clip_ptr)
+    if HAS_NUMBERS:
+        decay, step_size, root2 = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
 
     m += rest1 * (g - m)
     v = beta2 * v + rest2 * g * g
@@ -82,20 +88,21 @@ def store(w_ptr, m_ptr, v_ptr, at, w, m, v, mask):
 
 
 @torch.compiler.disable
-def adamw_outer(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, betas, eps, weight_decay, clip):
+def adamw_outer(weight, exp_avg, exp_avg_sq, grad_out, inputs, numbers, betas, eps, weight_decay, clip):
     """The Triton path of `kernels.adamw_outer`."""
     (beta1, beta2), (o_size, k_size) = betas, weight.shape
     k_stride = row_length(weight, exp_avg, exp_avg_sq)
     grad_out = grad_out.contiguous()
     inputs = F.pad(inputs, (0, k_stride - k_size)) if k_stride > k_size else inputs.contiguous()  # [R, k_stride]
+    on_device = isinstance(numbers, torch.Tensor)
+    numbers_ptr, decay, step_size, root2 = (numbers.float(), 0.0, 0.0, 0.0) if on_device else (inputs, *numbers[2:])
     tile = launch.choose("adamw", inputs)
     k_tiles = triton.cdiv(k_stride, tile.n)
     launch.run(
         adamw_outer_kernel, (triton.cdiv(o_size, tile.m) * k_tiles,), weight, exp_avg, exp_avg_sq, grad_out, inputs,
-        inputs if clip is None else clip, len(inputs), o_size, k_size, k_stride, k_tiles,
-        1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2,  # differences in float64
-        (1 - beta2**step) ** 0.5, eps, launch=tile,
-        HAS_CLIP=clip is not None, PADDED=k_stride != k_size,
+        inputs if clip is None else clip, numbers_ptr, len(inputs), o_size, k_size, k_stride, k_tiles,
+        decay, step_size, 1 - beta1, beta2, 1 - beta2, root2, eps, launch=tile,
+        HAS_CLIP=clip is not None, HAS_NUMBERS=on_device, PADDED=k_stride != k_size,
         WIDEN=launch.widen(inputs), PRECISION=launch.precision(inputs),
         BLOCK_O=tile.m, BLOCK_K=tile.n, BLOCK_R=tile.k,
     )  # fmt: skip

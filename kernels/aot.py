@@ -91,7 +91,9 @@ def steps(dtype):
         head = [kernels.padded_rows(torch.zeros(1008, width)) for _ in range(3)]
         for clip in (None, torch.ones(())):
             factors = torch.zeros(54, 1008, dtype=dtype), torch.zeros(54, width, dtype=dtype)
-            adamw.adamw_outer(*head, *factors, 3, 1e-3, (0.9, 0.999), 1e-8, 0.01, clip)
+            numbers = kernels.adamw_numbers(3, 1e-3)
+            for given in (numbers, torch.tensor(numbers)):
+                adamw.adamw_outer(*head, *factors, given, (0.9, 0.999), 1e-8, 0.01, clip)
     rank.true_rank(images[1], images[1], torch.zeros(BATCH, dtype=torch.int64), 2**20)
 
 
@@ -114,7 +116,8 @@ def record(arch, dtype, tf32):
                 constants[i,], signature[name] = value, "constexpr"
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
-                attributes[i,] = [["tt.divisibility", 16]]  # what torch's CUDA allocator returns
+                if special:
+                    attributes[i,] = [["tt.divisibility", 16]]  # what torch's CUDA allocator returns
             elif isinstance(value, int):
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 if special and value % 16 == 0:

@@ -89,6 +89,8 @@ def chip(device):
 
 def run(kernel, grid, *args, launch, **meta):
     """The one place that launches: the ahead-of-time tests replace it to see every launch."""
+    if capturing(args[0].device):
+        keep_tables(args)
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **meta, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
@@ -130,20 +132,19 @@ def end_to_end(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-captured_tables = []  # that a CUDA graph reads whenever it is replayed: never freed
+captured_tables = {}  # by where they lie: a CUDA graph reads them whenever it is replayed, so they are never freed
 
 
-def table(rows, device):
-    """A tuple of equally long tuples of integers as an int64 tensor on the device, the same one at each call."""
-    found = upload(rows, device)
-    if capturing(device):
-        captured_tables.append(found)
-    return found
+def keep_tables(args):
+    """Keeps the tables among the arguments of a launch, whichever cache they come from."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.dtype == torch.int64:
+            captured_tables[arg.data_ptr()] = arg
 
 
 @lru_cache(maxsize=256)
-def upload(rows, device):
-    """The table, copied without a wait."""
+def table(rows, device):
+    """A tuple of equally long tuples of integers as an int64 tensor on the device, copied without a wait."""
     if capturing(
         device
     ):  # the copy would be part of the graph, and each replay would read memory of the host that is gone

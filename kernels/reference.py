@@ -138,17 +138,18 @@ def _one_pair(unit, y, scale, rows, needs_grad):
     return loss, correct, gradient.addcmul_(diagonal[:, None], wide, value=-1).mul_(scale / (2 * batch))
 
 
-def adamw_outer(weight, exp_avg, exp_avg_sq, grad_out, inputs, step, lr, betas, eps, weight_decay, clip):
+def adamw_outer(weight, exp_avg, exp_avg_sq, grad_out, inputs, numbers, betas, eps, weight_decay, clip):
     """torch.optim.AdamW on row blocks of the weight, each with its own slice of the outer product."""
     rows = max(1, 2**21 // weight.shape[1])  # a few MB at a time
+    step, lr = numbers[:2]
+    before = torch.as_tensor(step, dtype=torch.float32, device=weight.device) - 1
     options = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
     for start in range(0, weight.shape[0], rows):
         w, m, v = ([t[start : start + rows]] for t in (weight, exp_avg, exp_avg_sq))
         g = (grad_out[:, start : start + rows].T @ inputs).to(weight.dtype)  # [rows, K]
         if clip is not None:
             g.mul_(clip)
-        before = torch.tensor(step - 1.0, device=weight.device)
-        adamw(w, [g], m, v, [], [before], fused=True, amsgrad=False, maximize=False, **options)
+        adamw(w, [g], m, v, [], [before.clone()], fused=True, amsgrad=False, maximize=False, **options)
 
 
 def outer_grad_norm_sq(grad_out, inputs):

@@ -351,9 +351,9 @@ def test_launches_whose_tiles_do_not_fit_are_refused(monkeypatch):
 def test_tables_are_uploaded_before_a_graph_is_captured_and_kept_for_it(monkeypatch):
     from kernels import launch
 
-    monkeypatch.setattr(launch, "captured_tables", [])
+    monkeypatch.setattr(launch, "captured_tables", {})
     z, images = contrast(torch.float32, 9, [5, 6], [1, 0], "untrained")
-    launch.upload.cache_clear()
+    launch.table.cache_clear()
     monkeypatch.setattr(launch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run the same step once"):
         kernels.clip_loss(z, images, [1, 0], 20.0, impl="triton")
@@ -363,6 +363,13 @@ def test_tables_are_uploaded_before_a_graph_is_captured_and_kept_for_it(monkeypa
     monkeypatch.setattr(launch, "capturing", lambda device: True)
     kernels.clip_loss(z, images, [1, 0], 20.0, impl="triton")
     assert len(launch.captured_tables) == 1
+
+    features, layers = [torch.zeros(3, 4)], [Layer([torch.zeros(5, 4)], [torch.zeros(5)], [(0, 0)])]
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    kernels.connector_mlp(features, layers, impl="triton")
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    kernels.connector_mlp(features, layers, impl="triton")  # whose plan has its tables ready
+    assert len(launch.captured_tables) == 2
 
 
 @runs
@@ -421,6 +428,25 @@ def test_adamw_outer_follows_torch(impl, rows, shape):
     check("weight", weight, theirs.detach(), truth.detach())
     for state, name in zip(states, ("exp_avg", "exp_avg_sq")):
         check(name, state, adams[1].state[theirs][name], adams[0].state[truth][name])
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=runs)])
+@pytest.mark.parametrize("columns", [65, 513])
+def test_adamw_outer_takes_its_numbers_from_a_tensor(impl, columns):
+    """One tensor that is written before each step, as before each replay of a CUDA graph: the bits are those of step and lr."""
+    g = torch.Generator().manual_seed(6)
+    options = {"betas": (0.8, 0.95), "weight_decay": 0.1}
+    states = [tensor(g, 37, columns, dtype=torch.float32).abs() for _ in range(3)]
+    states = [kernels.padded_rows(state) for state in states] if impl == "triton" else states
+    twins = [kernels.padded_rows(state.clone()) if impl == "triton" else state.clone() for state in states]
+    numbers = torch.zeros(5, dtype=torch.float32 if impl == "triton" else torch.float64, device=DEVICE)
+    for step, lr in ((1, 0.1), (2, 0.05), (1000, 0.01)):
+        a, b = tensor(g, 30, 37, dtype=torch.float32), tensor(g, 30, columns, dtype=torch.float32)
+        kernels.adamw_outer(*states, a, b, step=step, lr=lr, impl=impl, **options)
+        numbers.copy_(torch.tensor(kernels.adamw_numbers(step, lr, **options), dtype=torch.float64))
+        kernels.adamw_outer(*twins, a, b, numbers=numbers, impl=impl, **options)
+        for ours, theirs in zip(states, twins):
+            assert torch.equal(ours, theirs)
 
 
 @runs
