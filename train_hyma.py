@@ -27,6 +27,7 @@ import argparse
 import math
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,12 +39,13 @@ from hyma.batches import Batches
 from hyma.costs import flop_counter, step_flops
 from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
+from hyma.graphs import check_graph, record_steps
 from hyma.grid_state import COSTS
 from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
-from hyma.pairs import arrange_pairs, draw_pairs, images_of
+from hyma.pairs import arrange_pairs, count_sets, draw_pairs, images_of
 from hyma.ranking import expected_recall10, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
@@ -51,10 +53,11 @@ from hyma.settled import is_settled
 from hyma.shortlist import advise
 from hyma.signals import Signals
 from hyma.training import (
+    Schedule,
     StepLosses,
     check_split,
     check_weights,
-    learning_rate,
+    load_moments,
     losses_on_ranks,
     mean_recall10,
     metrics_line,
@@ -65,6 +68,7 @@ from hyma.training import (
     resumed_line,
     split_for_training,
     training_dtype,
+    update_weights,
     validate_on_ranks,
     validation_retrieval,
 )
@@ -238,7 +242,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
 def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
     generator.load_state_dict(saved["generator"])
-    optimizer.load_state_dict(saved["optimizer"])
+    load_moments(optimizer, saved["optimizer"]["state"])
     for moment, saved_moment in zip(moments, saved["moments"]):
         moment.copy_(saved_moment)
     store = project_store(flags, generator, store, pairs, train_rows, val_rows)
@@ -249,6 +253,18 @@ def project_store(flags, generator, store, pairs, train_rows, val_rows):
     """The store with image vectors in the space that the generator's connectors end in, k coordinates for D."""
     rows, dtype = torch.cat([train_rows, val_rows]), training_dtype(flags.precision)
     return generator.project_images(store, images_of(pairs.scored), rows, dtype)
+
+
+def train_step(generator, optimizer, moments, store, dtype, flags, pairs, rows, numbers):
+    """One step of these pairs on a batch of rows [B]: their connectors, their mean loss, the update. Returns their losses [P].
+    A CUDA graph can record it (`hyma.graphs`). numbers [5]: of the step (`Schedule`)."""
+    mine = ranks.share(pairs) if flags.split == "pairs" else pairs
+    losses = losses_on_ranks(generator, store, rows, pairs, mine, dtype, flags)
+    if mine:
+        losses.mean().backward()
+    sum_over_ranks(generator, moments, mine, pairs, flags.split)
+    update(generator, optimizer, moments, numbers, flags)
+    return losses.detach()
 
 
 def sum_over_ranks(generator, moments, mine, batch_pairs, split):
@@ -269,10 +285,10 @@ def sum_over_ranks(generator, moments, mine, batch_pairs, split):
     generator.outer = tuple(ranks.gather_rows(factor, most_rows) for factor in factors)
 
 
-def update(generator, optimizer, moments, count, lr, flags):
+def update(generator, optimizer, moments, numbers, flags):
     """One AdamW step, clipped by one global gradient norm, which includes the gradient of `head` that is never formed.
 
-    moments: of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`). count: of updates, this one included.
+    moments: of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`). numbers [5]: of this step (`Schedule`).
     """
     parameters = [parameter for parameter in generator.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -280,19 +296,18 @@ def update(generator, optimizer, moments, count, lr, flags):
         grad_out, inputs = generator.outer
         norm = (norm.double() ** 2 + outer_grad_norm_sq(grad_out, inputs)).sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, flags.clip_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    update_weights(optimizer, numbers)
     if moments:
         clip = (flags.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         decay = flags.weight_decay
-        adamw_outer(generator.head, *moments, grad_out, inputs, step=count, lr=lr, weight_decay=decay, clip=clip)
+        adamw_outer(generator.head, *moments, grad_out, inputs, numbers=numbers, weight_decay=decay, clip=clip)
 
 
 def main():
     flags, resumed_config = parse_flags()
     typed = recorded_flags(flags)
     device = pick_device(ranks.rank_device(flags.device))
+    check_graph(flags.graph, device)
 
     # The data: rows to train on and to choose by, and the pairs.
     data, chosen_pairs = open_data(flags)
@@ -323,12 +338,14 @@ def main():
     if pairs.base_state:
         load_base_parts(generator, pairs.base_state)
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=flags.weight_decay, fused=True)
+    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
+    optimizer = torch.optim.AdamW(parameters, **options)
     moments = generator.outer_moments()
 
     # The schedule.
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
+    schedule = Schedule(steps, flags.lr, flags.warmup_steps, flags.weight_decay, device)
     validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else VALIDATIONS
     validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
@@ -360,24 +377,21 @@ def main():
             checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | more)
         ranks.wait()  # a rank that ends before the first has saved would end it too
 
+    take_step = partial(train_step, generator, optimizer, moments, store, dtype, flags)
+    if flags.graph:
+        take_step = record_steps(take_step, vectors, count_sets(pairs.trained, flags.pairs_per_step))
+
     progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
     with progress, Signals() as signals:
         for step in range(state["step"], state["settled_at"] or steps):
-            # A batch of rows and of pairs, their connectors, their mean loss.
+            # A batch of rows and of pairs, and the step that they make.
             rows = batches.rows_of(step)  # [B]
             batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
-            mine = ranks.share(batch_pairs) if flags.split == "pairs" else batch_pairs
-            losses = losses_on_ranks(generator, store, rows, batch_pairs, mine, dtype, flags)  # [P]
+            if flags.graph:
+                batch_pairs = sorted(batch_pairs)  # a graph for each set, in whichever order it is drawn
+            losses = take_step(batch_pairs, rows, schedule.numbers(step))  # [P]
             if step_losses.add(step, batch_pairs, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
-
-            # The update.
-            optimizer.zero_grad(set_to_none=True)
-            if mine:
-                losses.mean().backward()
-            sum_over_ranks(generator, moments, mine, batch_pairs, flags.split)
-            lr = learning_rate(step, steps, flags.lr, flags.warmup_steps)
-            update(generator, optimizer, moments, step + 1, lr, flags)
 
             # What it cost.
             for key, flops in step_flops(generator, flags.batch_size, batch_pairs, store.dims).items():
@@ -405,7 +419,7 @@ def main():
             if message := keep_best(state, generator, score, epoch, recalls, retrieval.chance[2]):
                 progress.write(message)
             state["seconds"] = time.perf_counter() - started
-            line = metrics_line(state, epoch, lr, score, recalls)
+            line = metrics_line(state, epoch, schedule.rate(step), score, recalls)
             state["metrics"].append(line)
             state["losses"].clear()
             progress.set_postfix(progress_line(state))
@@ -454,7 +468,7 @@ def checkpoint_of(generator, optimizer, moments, state):
     """All that a run needs to resume."""
     return {
         "generator": generator.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {"state": optimizer.state_dict()["state"]},
         "moments": moments,
         "state": state,
     }

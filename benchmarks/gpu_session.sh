@@ -28,10 +28,10 @@ part() {
 }
 
 if [ -n "$TINY" ]; then
-    quick=(--quick) batch=(--batch 16) pairs=(--pairs 2) tests=(tests/test_kernels_arguments.py) rows=1200 epochs=1
+    quick=(--quick) batch=(--batch 16) pairs=(--pairs 2) tests=(tests/test_kernels_arguments.py) rows=1200 epochs=1 graph_epochs=2
 else
-    quick=() batch=(--batch 512 4096 16384) pairs=(--pairs 27) rows=20000 epochs=10
-    tests=(tests/test_kernels.py tests/test_kernels_arguments.py)
+    quick=() batch=(--batch 512 4096 16384) pairs=(--pairs 27) rows=20000 epochs=10 graph_epochs=60
+    tests=(tests/test_kernels.py tests/test_kernels_arguments.py tests/test_graphs.py)
 fi
 bench=("$PYTHON" -m kernels.bench)
 rm -f "$OUT/parts.txt"
@@ -61,6 +61,15 @@ print("python", sys.version.split()[0], platform.machine())
 print("torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no GPU")
 '
+# Milliseconds of a step, from the first validation to the last with what these cost, and the losses, of two runs.
+compare='
+import json, sys
+for folder in sys.argv[1:]:
+    lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    first, last = lines[0], lines[-1]
+    steps = max(1, last["step"] - first["step"])
+    print(folder, 1000 * (last["seconds"] - first["seconds"]) / steps, "ms", [line["loss"] for line in lines])
+'
 
 # 1 minute: versions, clocks, one small step of every pair against torch.
 part versions 30 "$PYTHON" -c "$versions"
@@ -70,19 +79,28 @@ part smoke 60 "${bench[@]}" --quick --only pairs "${pairs[@]}" --batch 64 --json
 part tests 360 "$PYTHON" -m pytest -q -x -p no:cacheprovider "${tests[@]}"
 # 2 minutes: everything once, quickly.
 part quick 120 "${bench[@]}" --quick "${pairs[@]}" "${batch[@]}" --json "$OUT/quick.json"
-# 6 minutes: launches against their alternatives.
-part tune 360 "$PYTHON" -m kernels.tune "${pairs[@]}" "${batch[@]}" --json "$OUT/tune.json"
+# 4 minutes: launches against their alternatives.
+part tune 230 "$PYTHON" -m kernels.tune "${pairs[@]}" "${batch[@]}" --json "$OUT/tune.json"
 # 2 minutes: the head, K = 513, 513 padded to 528, and 1024, against the gradient in full and fused AdamW.
 part head 120 "${bench[@]}" "${quick[@]}" --only head --json "$OUT/head.json"
 # 6 minutes: all pairs, layers shared and layers of their own.
 part factored 210 "${bench[@]}" "${quick[@]}" --only pairs "${pairs[@]}" "${batch[@]}" --json "$OUT/factored.json"
 part each 150 "${bench[@]}" "${quick[@]}" --only pairs --generator each "${pairs[@]}" "${batch[@]}" --json "$OUT/each.json"
-# 4 minutes: the training step in tf32, the trainer's default; then the trainer itself.
+# 5 minutes: the training step in tf32, the trainer's default; then the trainer itself, and both with and without --graph: by
+# the default's three pairs a step, drawn in 252 ways, and by all nine of a text encoder, in three ways.
 part tf32 90 "${bench[@]}" "${quick[@]}" --only pairs --precision tf32 --pairs 3 "${batch[@]}" --json "$OUT/tf32.json"
 part rows 30 "$PYTHON" -c "$make_rows" "$OUT/rows" "$rows"
 for precision in tf32 bf16; do
-    part "train-$precision" 60 "$PYTHON" train_hyma.py --pairs all --data "$OUT/rows" --out "$OUT/train-$precision" \
+    part "train-$precision" 45 "$PYTHON" train_hyma.py --pairs all --data "$OUT/rows" --out "$OUT/train-$precision" \
         --precision "$precision" --epochs "$epochs" --refine-steps 0
+done
+for each in 3 9; do
+    for graph in "" --graph; do
+        # $graph is one flag, or none
+        part "steps-$each$graph" 40 "$PYTHON" train_hyma.py --pairs all --data "$OUT/rows" --out "$OUT/steps-$each$graph" \
+            --pairs-per-step "$each" --epochs "$graph_epochs" --refine-steps 0 $graph
+    done
+    part "graph-$each" 10 "$PYTHON" -c "$compare" "$OUT/steps-$each" "$OUT/steps-$each--graph"
 done
 
 cat "$OUT/parts.txt"

@@ -7,7 +7,7 @@ from hyma.costs import connector_flops, connector_shapes
 from hyma.pair_names import pair_name
 from hyma.seeds import seeded_generator
 from hyma.starting_run import read_starting_connector
-from hyma.training import separate_layers
+from hyma.training import load_moments, separate_layers
 
 
 class FreeConnectors(nn.Module):
@@ -91,4 +91,4 @@ class FreeConnectors(nn.Module):
                 if moments:
                     states[number] = moments
                 number += 1
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_moments(optimizer, states)

@@ -441,7 +441,7 @@ class OuterLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         inputs, weight = ctx.saved_tensors
-        ctx.owner.outer = grad_out.contiguous(), inputs
+        ctx.owner.outer = grad_out.contiguous(), inputs.detach()  # or the step's graph of gradients would outlive it
         return grad_out @ weight, None, None
 
 

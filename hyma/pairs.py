@@ -46,6 +46,16 @@ def draw_pairs(step, seed, pairs, pairs_per_step):
     return draw_round(round_index, seed, tuple(pairs), pairs_per_step)[place]
 
 
+def count_sets(pairs, pairs_per_step):
+    """How many different sets of pairs a step can have."""
+    count = 0
+    for group in group_by_text(pairs).values():
+        sizes = {min(pairs_per_step, len(group)), len(group) % pairs_per_step}  # the last of a round is what is left
+        for size in sizes - {0}:
+            count += math.comb(len(group), size)
+    return count
+
+
 @lru_cache(maxsize=1)
 def draw_round(round_index, seed, pairs, pairs_per_step):
     """The pairs of each step of a round."""

@@ -17,10 +17,19 @@ from tqdm import tqdm
 from hyma.batches import Batches
 from hyma.costs import step_flops
 from hyma.free_connectors import FreeConnectors
+from hyma.graphs import record_steps
 from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
-from hyma.training import StepLosses, learning_rate, pair_losses, training_dtype, validate
+from hyma.training import (
+    Schedule,
+    StepLosses,
+    load_moments,
+    pair_losses,
+    training_dtype,
+    update_weights,
+    validate,
+)
 from vlm import BadInput
 
 VALIDATIONS = 4  # of the pair, at equal distances
@@ -48,13 +57,14 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     store = generator.project_images(vectors, [image], torch.cat([train_rows, retrieval.rows]), dtype)
     layers = generator.predict_projected(*pair)
     connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
-    optimizer = torch.optim.AdamW(connectors.parameters(), weight_decay=flags.weight_decay, fused=True)
+    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
+    optimizer = torch.optim.AdamW(connectors.parameters(), **options)
     if saved:
         shapes = {name: tensor.shape for name, tensor in connectors.state_dict().items()}
         if {name: tensor.shape for name, tensor in saved["connectors"].items()} != shapes:
             raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
         connectors.load_state_dict(saved["connectors"])
-        optimizer.load_state_dict(saved["optimizer"])
+        load_moments(optimizer, saved["optimizer"]["state"])
         state = saved["state"]
     else:
         connectors.load(pair, layers)
@@ -62,11 +72,23 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
         keep_best(state, name, recalls, generator.lift(image, layers), {"refinement_steps": 0}, key=sum)
     steps = flags.refine_steps
     warmup_steps = min(flags.warmup_steps, steps // 4)
+    schedule = Schedule(steps, RATE * flags.lr, warmup_steps, flags.weight_decay, store.device)
     validation_period = math.ceil(steps / VALIDATIONS)
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     def checkpoint():
-        return {"state": state, "connectors": connectors.state_dict(), "optimizer": optimizer.state_dict()}
+        moments = {"state": optimizer.state_dict()["state"]}
+        return {"state": state, "connectors": connectors.state_dict(), "optimizer": moments}
+
+    def take_step(pairs, rows, numbers):
+        losses = pair_losses(connectors, store, rows, pairs, dtype, flags.logit_scale)  # [1]
+        losses.sum().backward()
+        connectors.clip_each(pairs, flags.clip_norm)
+        update_weights(optimizer, numbers)
+        return losses.detach()
+
+    if flags.graph:
+        take_step = record_steps(take_step, vectors, sets=1)
 
     batches = Batches(vectors, f"{flags.seed}, refinement", train_rows, flags.batch_size)
     step_losses = StepLosses([])
@@ -75,13 +97,8 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
             rows = batches.rows_of(step)  # [B]
-            losses = pair_losses(connectors, store, rows, pairs, dtype, flags.logit_scale)  # [1]
+            losses = take_step(pairs, rows, schedule.numbers(step))  # [1]
             step_losses.add(step, pairs, losses)
-            optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()
-            connectors.clip_each(pairs, flags.clip_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, RATE * flags.lr, warmup_steps)
-            optimizer.step()
 
             for key, flops in step_flops(connectors, flags.batch_size, pairs, store.dims).items():
                 state[key] += flops

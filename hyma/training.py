@@ -23,7 +23,7 @@ from hyma.runs import create_run, reopen_run, run_of_same_command
 from hyma.settled import leader, leads_since
 from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
-from kernels import Layer, clip_loss, connector_mlp
+from kernels import Layer, adamw_numbers, clip_loss, connector_mlp
 from vlm import BadInput
 
 LEAST_CANDIDATES = 2000  # of a validation
@@ -120,6 +120,50 @@ def learning_rate(step, steps, peak, warmup_steps):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+class Schedule:
+    """What AdamW needs of each step in numbers, its rate among them, on the device: copied there many steps at a time, so that
+    a step copies none."""
+
+    BLOCK = 4096  # steps
+    RATE = 1  # which of a step's numbers is the rate
+
+    def __init__(self, steps, peak, warmup_steps, weight_decay, device):
+        self.steps, self.peak, self.warmup_steps = steps, peak, warmup_steps
+        self.weight_decay, self.device = weight_decay, device
+        self.dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the kernels of AdamW have it
+        self.first = None  # step of the block
+        self.block = None  # [steps of the block, 5]
+
+    def rate(self, step):
+        """The learning rate of a step."""
+        return learning_rate(step, self.steps, self.peak, self.warmup_steps)
+
+    def numbers(self, step):
+        """`kernels.adamw_numbers` of a step: [5]."""
+        first = step - step % self.BLOCK
+        if first != self.first:
+            block = []
+            for k in range(first, min(first + self.BLOCK, self.steps)):
+                block.append(adamw_numbers(k + 1, self.rate(k), weight_decay=self.weight_decay))
+            self.first, self.block = first, torch.tensor(block, dtype=self.dtype, device=self.device)
+        return self.block[step - first]
+
+
+def update_weights(optimizer, numbers):
+    """AdamW's update of the weights that have a gradient, at the rate of the step's numbers (`Schedule`). The gradients go:
+    nothing but weights and moments outlives a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = numbers[Schedule.RATE]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def load_moments(optimizer, moments):
+    """Sets what AdamW keeps of each weight to `optimizer.state_dict()["state"]` of an earlier process. The groups' options stay
+    this process's own: a run may go on with --graph, or without."""
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def training_dtype(precision):

@@ -43,6 +43,8 @@ def add_training_flags(parser, name):
     add("--precision", choices=["fp32", "tf32", "bf16"], help=about)
     about = "what the processes of torchrun share: a step's pairs, or its rows (default: %(default)s)"
     add("--split", choices=["pairs", "rows"], default="pairs", help=about)
+    about = "replay each step as a CUDA graph (a GPU, one process; not yet measured)"
+    add("--graph", action="store_true", help=about)
     add("--device", default="auto", help="cpu, cuda, cuda:N (default: the GPU if there is one)")
 
 
@@ -106,7 +108,7 @@ def recorded_flags(flags):
     """{name: value} of the flags, as config.json holds them: without those that may differ where a run is resumed."""
     recorded = {}
     for name, value in vars(flags).items():
-        if name not in ("resume", "split"):
+        if name not in ("resume", "split", "graph"):
             recorded[RECORDED_NAMES.get(name, name)] = as_recorded(value)
     return recorded
 

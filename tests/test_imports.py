@@ -89,6 +89,7 @@ HYMA = [
     "machine",
     "signals",
     "brackets",
+    "graphs",
     "ranks",
     "files",
     "before_main",

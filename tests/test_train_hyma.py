@@ -27,7 +27,7 @@ from hyma.hypernetworks import HyperNetwork
 from hyma.pair_names import name_of_row
 from hyma.pairs import draw_pairs
 from hyma.splits import split_rows
-from hyma.training import validation_retrieval
+from hyma.training import Schedule, validation_retrieval
 from kernels import connector_mlp
 from train_hyma import update
 
@@ -322,15 +322,17 @@ def test_the_never_formed_gradient_takes_part_in_clipping():
     head = torch.nn.Parameter(twin.head.clone())
     features = {"t": torch.randn(16, 24)}
     flags = argparse.Namespace(clip_norm=0.01, weight_decay=0.1)
+    schedule = Schedule(100, 0.01, 3, flags.weight_decay, CPU)
     optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=0.1)
     plain = torch.optim.AdamW([*twin.parameters(), head], lr=0.01, weight_decay=0.1)
     moments = [torch.zeros_like(generator.head) for _ in range(2)]
     for step in range(3):
         optimizer.zero_grad()
         connector_mlp(*generator(features, [("a", "t")]))[0].square().mean().backward()
-        update(generator, optimizer, moments, step + 1, 0.01, flags)
+        update(generator, optimizer, moments, schedule.numbers(step), flags)
 
         plain.zero_grad()
+        plain.param_groups[0]["lr"] = schedule.rate(step)
         twin.head = head.detach()
         connector_mlp(*twin(features, [("a", "t")]))[0].square().mean().backward()
         head.grad = twin.outer[0].T @ twin.outer[1]
