@@ -22,6 +22,7 @@ import argparse
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from hyma.costs import step_flops
 from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
 from hyma.fitted_connectors import fit_connectors
-from hyma.free_connectors import FreeConnectors
+from hyma.free_connectors import FreeConnectors, train_step
+from hyma.graphs import check_graph, record_steps
 from hyma.grid_state import gather_best_layers, keep_best, merge_states, new_state
 from hyma.halving import halving_rungs, surviving_pairs
 from hyma.machine import peak_bytes
@@ -45,11 +47,10 @@ from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
 from hyma.training import (
+    Schedule,
     StepLosses,
     check_split,
     check_weights,
-    learning_rate,
-    losses_on_ranks,
     mean_recall10,
     metrics_line,
     open_data,
@@ -166,7 +167,8 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     own = ranks.share(pairs) if flags.split == "pairs" else pairs
     connectors = FreeConnectors(own, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
     group = {"params": list(connectors.parameters())}  # may be empty: of few pairs a rank has none
-    optimizer = torch.optim.AdamW([group], weight_decay=flags.weight_decay, fused=True)
+    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
+    optimizer = torch.optim.AdamW([group], **options)
     state = new_state(pairs)
 
     # Where training starts: at random weights, at the connectors of --from, or at a checkpoint.
@@ -181,6 +183,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     validation_period = steps_per_epoch * max(1, steps // steps_per_epoch // VALIDATIONS)
     # Where a budget makes the schedule shorter than the epochs, the warm-up is as much shorter.
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
+    schedule = Schedule(steps, flags.lr, warmup_steps, flags.weight_decay, store.device)
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
     surviving = surviving_pairs(pairs, state, rungs)
     mine = [pair for pair in surviving if pair in own]
@@ -206,26 +209,19 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             write_jsonl(flags.out / "metrics.jsonl", lines)
         ranks.wait()  # a rank that ends before the first has saved would end it too
 
+    take_step = partial(train_step, connectors, optimizer, store, dtype, flags)
+    if flags.graph:
+        take_step = record_steps(take_step, store, sets=1 + len(rungs))
+
     shown = progress_line(state)
     progress = tqdm(total=steps, initial=state["step"], desc=f"train {len(pairs)} pairs", unit="step", postfix=shown)
     with progress, Signals() as signals:
         for step in range(state["step"], steps):
-            # A batch of rows, every pair's connector, a loss each.
+            # A batch of rows, and a step of every pair's connector.
             rows = batches.rows_of(step)  # [B]
-            losses = losses_on_ranks(connectors, store, rows, surviving, mine, dtype, flags)  # [P]
+            losses = take_step(surviving, rows, schedule.numbers(step))  # [P]
             if step_losses.add(step, surviving, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
-
-            # The update: each pair is clipped by its own gradient norm.
-            optimizer.zero_grad(set_to_none=True)  # a dropped pair has no gradient, and AdamW skips it
-            if mine:
-                losses.sum().backward()  # the sum, so that each pair has its own gradient
-            if flags.split == "rows":
-                ranks.sum_gradients(list(connectors.parameters()))
-            connectors.clip_each(mine, flags.clip_norm)
-            lr = learning_rate(step, steps, flags.lr, warmup_steps)
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
 
             # What it cost.
             for key, flops in step_flops(connectors, flags.batch_size, surviving, store.dims).items():
@@ -253,7 +249,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
                 layers = connectors.predict(*pair) if pair in own else []
                 keep_best(state, pair_name(pair), recalls[pair_name(pair)], layers, card_info)
             state["seconds"] = time.perf_counter() - started
-            line = metrics_line(state, epoch, lr, mean_recall10(recalls), recalls)
+            line = metrics_line(state, epoch, schedule.rate(step), mean_recall10(recalls), recalls)
             state["metrics"].append(line)
             state["losses"].clear()
             progress.set_postfix(progress_line(state))
@@ -274,6 +270,7 @@ def main():
     flags, resumed_config = runs[0]
     typed = recorded_flags(flags)
     device = pick_device(ranks.rank_device(flags.device))
+    check_graph(flags.graph, device)
 
     data, pairs = open_data(flags)
     image_names, text_names = images_of(pairs), texts_of(pairs)

@@ -3,11 +3,12 @@
 import torch
 import torch.nn as nn
 
+from hyma import ranks
 from hyma.costs import connector_flops, connector_shapes
 from hyma.pair_names import pair_name
 from hyma.seeds import seeded_generator
 from hyma.starting_run import read_starting_connector
-from hyma.training import load_moments, separate_layers
+from hyma.training import load_moments, losses_on_ranks, separate_layers, update_weights
 
 
 class FreeConnectors(nn.Module):
@@ -92,3 +93,17 @@ class FreeConnectors(nn.Module):
                     states[number] = moments
                 number += 1
         load_moments(optimizer, states)
+
+
+def train_step(connectors, optimizer, store, dtype, flags, pairs, rows, numbers):
+    """One step of these pairs on a batch of rows [B], each with its own loss and its own gradient norm. Returns their losses [P].
+    A CUDA graph can record it (`hyma.graphs`). numbers [5]: of the step (`Schedule`)."""
+    mine = [pair for pair in pairs if pair in connectors.pairs]
+    losses = losses_on_ranks(connectors, store, rows, pairs, mine, dtype, flags)
+    if mine:
+        losses.sum().backward()  # the sum, so that each pair has its own gradient
+    if flags.split == "rows":
+        ranks.sum_gradients(list(connectors.parameters()))
+    connectors.clip_each(mine, flags.clip_norm)
+    update_weights(optimizer, numbers)  # a pair that is not in the step has no gradient, and AdamW skips it
+    return losses.detach()

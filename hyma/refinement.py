@@ -10,26 +10,19 @@ al., arXiv 2109.01903), so these are tried too. Of all its states the one with t
 
 import math
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from hyma.batches import Batches
 from hyma.costs import step_flops
-from hyma.free_connectors import FreeConnectors
+from hyma.free_connectors import FreeConnectors, train_step
 from hyma.graphs import record_steps
 from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
-from hyma.training import (
-    Schedule,
-    StepLosses,
-    load_moments,
-    pair_losses,
-    training_dtype,
-    update_weights,
-    validate,
-)
+from hyma.training import Schedule, StepLosses, load_moments, training_dtype, validate
 from vlm import BadInput
 
 VALIDATIONS = 4  # of the pair, at equal distances
@@ -80,13 +73,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
         moments = {"state": optimizer.state_dict()["state"]}
         return {"state": state, "connectors": connectors.state_dict(), "optimizer": moments}
 
-    def take_step(pairs, rows, numbers):
-        losses = pair_losses(connectors, store, rows, pairs, dtype, flags.logit_scale)  # [1]
-        losses.sum().backward()
-        connectors.clip_each(pairs, flags.clip_norm)
-        update_weights(optimizer, numbers)
-        return losses.detach()
-
+    take_step = partial(train_step, connectors, optimizer, store, dtype, flags)
     if flags.graph:
         take_step = record_steps(take_step, vectors, sets=1)
 

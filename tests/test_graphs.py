@@ -22,7 +22,7 @@ from hyma.pairs import count_sets, draw_pairs
 from hyma.training import Schedule
 from train_hyma import project_store, train_step
 
-SCRIPTS = ("train_hyma.py",)
+SCRIPTS = ("train_hyma.py", "train_grid.py")
 GPU = torch.cuda.is_available()
 QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
 
@@ -142,6 +142,7 @@ MLP = ("--generator", "mlp", "--width", "4", "--connector", "mlp0")
     [
         ("train_hyma.py", ("--pairs-per-step", "2", "--refine-steps", "9"), [12, 1]),
         ("train_hyma.py", MLP, [2, 1]),
+        ("train_grid.py", ("--halving", "--connector", "mlp0"), [4]),
     ],
 )
 def test_a_run_of_recorded_steps_gives_the_same_bits(run, planted, tmp_path, tapes, script, flags, sets):
@@ -277,6 +278,7 @@ def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, ki
         losses = train_step(*given)
     assert losses.shape == (2,) and not losses.requires_grad
     assert all(parameter.grad is None for parameter in parameters)
+    assert not any(factor.requires_grad for factor in getattr(generator, "outer", []))  # nothing else outlives the step
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

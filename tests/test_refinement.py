@@ -72,7 +72,7 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
     found = initialise(1)
     flags = SimpleNamespace(
         seed=0, batch_size=128, refine_steps=12, warmup_steps=2, lr=1e-3, weight_decay=0.01, clip_norm=1.0,
-        logit_scale=20.0, precision="fp32", graph=False,
+        logit_scale=20.0, precision="fp32", split="pairs", graph=False,
     )  # fmt: skip
     retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
     predicted = found.generator.predict(*PAIR)
