@@ -4,6 +4,7 @@ Without a GPU a tape stands in for a CUDA graph (`Tape`), and torch's device "me
 """
 
 import argparse
+import functools
 import gc
 import shutil
 
@@ -14,6 +15,7 @@ from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import kernels
 from hyma import graphs, pairs, ranks
 from hyma.files import read_jsonl
 from hyma.graphs import RecordedSteps, record_steps
@@ -244,9 +246,25 @@ def test_what_crosses_between_host_and_device_is_seen(fault):
         fault(torch.zeros(3, device="meta"))
 
 
+def launch_nothing(monkeypatch):
+    """Sends everything to the launchers of the Triton kernels, which run on the host, and has them launch nothing."""
+    pytest.importorskip("triton")
+    from kernels import launch
+
+    launched = []
+    tables = functools.cache(lambda rows, device: torch.zeros(len(rows), len(rows[0]), dtype=torch.int64, device=device))
+    monkeypatch.setattr(kernels, "_use_triton", lambda impl, tensors: True)
+    monkeypatch.setattr(launch, "table", tables)
+    monkeypatch.setattr(launch, "chip", lambda device: "hopper")
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *args, **meta: launched.append(kernel.__name__))
+    return launched
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["factored", "mlp"])
-def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, kind):
-    """A second step: a first one makes AdamW's moments and copies the mlp generator's indices."""
+def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, kind, impl):
+    """A second step: a first one makes AdamW's moments and copies the mlp generator's indices and the kernels' tables."""
+    launched = launch_nothing(monkeypatch) if impl == "triton" else []
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *given: None)  # which knows no "meta"
     library = torch.library.Library("aten", "IMPL", "Meta")
     library.impl("_fused_adamw_.tensor_lr", lambda *given, **options: None)  # nor does this
@@ -276,6 +294,8 @@ def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, ki
     train_step(*given)
     with NothingOfTheHost():
         losses = train_step(*given)
+    assert {"clip_bwd_kernel", "logits_kernel"} <= set(launched) or impl == "torch"
+    assert ("adamw_outer_kernel" in launched) == (kind == "mlp" and impl == "triton")
     assert losses.shape == (2,) and not losses.requires_grad
     assert all(parameter.grad is None for parameter in parameters)
     assert not any(factor.requires_grad for factor in getattr(generator, "outer", []))  # nothing else outlives the step
