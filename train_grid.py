@@ -49,6 +49,7 @@ from hyma.starting_run import check_same_data, flags_to_keep, read_starting_conn
 from hyma.training import (
     Schedule,
     StepLosses,
+    build_adamw,
     check_split,
     check_weights,
     mean_recall10,
@@ -167,8 +168,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     own = ranks.share(pairs) if flags.split == "pairs" else pairs
     connectors = FreeConnectors(own, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
     group = {"params": list(connectors.parameters())}  # may be empty: of few pairs a rank has none
-    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
-    optimizer = torch.optim.AdamW([group], **options)
+    optimizer = build_adamw([group], flags)
     state = new_state(pairs)
 
     # Where training starts: at random weights, at the connectors of --from, or at a checkpoint.

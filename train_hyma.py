@@ -55,12 +55,14 @@ from hyma.signals import Signals
 from hyma.training import (
     Schedule,
     StepLosses,
+    build_adamw,
     check_split,
     check_weights,
     load_moments,
     losses_on_ranks,
     mean_recall10,
     metrics_line,
+    moments_of,
     open_data,
     open_run_folder,
     print_results,
@@ -242,7 +244,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
 def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
     generator.load_state_dict(saved["generator"])
-    load_moments(optimizer, saved["optimizer"]["state"])
+    load_moments(optimizer, saved["optimizer"])
     for moment, saved_moment in zip(moments, saved["moments"]):
         moment.copy_(saved_moment)
     store = project_store(flags, generator, store, pairs, train_rows, val_rows)
@@ -338,8 +340,7 @@ def main():
     if pairs.base_state:
         load_base_parts(generator, pairs.base_state)
     parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
-    optimizer = torch.optim.AdamW(parameters, **options)
+    optimizer = build_adamw(parameters, flags)
     moments = generator.outer_moments()
 
     # The schedule.
@@ -468,7 +469,7 @@ def checkpoint_of(generator, optimizer, moments, state):
     """All that a run needs to resume."""
     return {
         "generator": generator.state_dict(),
-        "optimizer": {"state": optimizer.state_dict()["state"]},
+        "optimizer": moments_of(optimizer),
         "moments": moments,
         "state": state,
     }

@@ -8,7 +8,7 @@ from hyma.costs import connector_flops, connector_shapes
 from hyma.pair_names import pair_name
 from hyma.seeds import seeded_generator
 from hyma.starting_run import read_starting_connector
-from hyma.training import load_moments, losses_on_ranks, separate_layers, update_weights
+from hyma.training import load_moments, losses_on_ranks, moments_of, separate_layers, update_weights
 
 
 class FreeConnectors(nn.Module):
@@ -72,7 +72,7 @@ class FreeConnectors(nn.Module):
 
     def tensors(self, optimizer):
         """{pair's name: all that its training has changed, its weights and AdamW's moments}, as a checkpoint has it."""
-        states = optimizer.state_dict()["state"]  # of each parameter, by its number; none before its first update
+        states = moments_of(optimizer)["state"]  # of each parameter, by its number; none before its first update
         found, number = {}, 0
         for pair, connector in zip(self.pairs, self.layers):
             weights = [parameter.detach() for parameter in connector.parameters()]
@@ -92,7 +92,7 @@ class FreeConnectors(nn.Module):
                 if moments:
                     states[number] = moments
                 number += 1
-        load_moments(optimizer, states)
+        load_moments(optimizer, {"state": states})
 
 
 def train_step(connectors, optimizer, store, dtype, flags, pairs, rows, numbers):

@@ -22,7 +22,7 @@ from hyma.graphs import record_steps
 from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
-from hyma.training import Schedule, StepLosses, load_moments, training_dtype, validate
+from hyma.training import Schedule, StepLosses, build_adamw, load_moments, moments_of, training_dtype, validate
 from vlm import BadInput
 
 VALIDATIONS = 4  # of the pair, at equal distances
@@ -50,14 +50,13 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     store = generator.project_images(vectors, [image], torch.cat([train_rows, retrieval.rows]), dtype)
     layers = generator.predict_projected(*pair)
     connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
-    options = {"weight_decay": flags.weight_decay, "fused": True, "capturable": flags.graph}
-    optimizer = torch.optim.AdamW(connectors.parameters(), **options)
+    optimizer = build_adamw(connectors.parameters(), flags)
     if saved:
         shapes = {name: tensor.shape for name, tensor in connectors.state_dict().items()}
         if {name: tensor.shape for name, tensor in saved["connectors"].items()} != shapes:
             raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
         connectors.load_state_dict(saved["connectors"])
-        load_moments(optimizer, saved["optimizer"]["state"])
+        load_moments(optimizer, saved["optimizer"])
         state = saved["state"]
     else:
         connectors.load(pair, layers)
@@ -70,8 +69,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     def checkpoint():
-        moments = {"state": optimizer.state_dict()["state"]}
-        return {"state": state, "connectors": connectors.state_dict(), "optimizer": moments}
+        return {"state": state, "connectors": connectors.state_dict(), "optimizer": moments_of(optimizer)}
 
     take_step = partial(train_step, connectors, optimizer, store, dtype, flags)
     if flags.graph:

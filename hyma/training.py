@@ -151,6 +151,11 @@ class Schedule:
         return self.block[step - first]
 
 
+def build_adamw(parameters, flags):
+    """The optimiser of both trainers; with --graph a CUDA graph can record it."""
+    return torch.optim.AdamW(parameters, weight_decay=flags.weight_decay, fused=True, capturable=flags.graph)
+
+
 def update_weights(optimizer, numbers):
     """AdamW's update of the weights that have a gradient, at the rate of the step's numbers (`Schedule`). The gradients go:
     nothing but weights and moments outlives a step."""
@@ -160,10 +165,14 @@ def update_weights(optimizer, numbers):
     optimizer.zero_grad(set_to_none=True)
 
 
+def moments_of(optimizer):
+    """What AdamW keeps of each weight, as a checkpoint has it: not its options, as a run may go on with --graph or without."""
+    return {"state": optimizer.state_dict()["state"]}
+
+
 def load_moments(optimizer, moments):
-    """Sets what AdamW keeps of each weight to `optimizer.state_dict()["state"]` of an earlier process. The groups' options stay
-    this process's own: a run may go on with --graph, or without."""
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Sets it to what `moments_of` gave in an earlier process."""
+    optimizer.load_state_dict({"state": moments["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def training_dtype(precision):
