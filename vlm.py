@@ -47,6 +47,11 @@ class BadInput(ValueError):
         super().__init__(" ".join(str(message).splitlines()))  # a value that is quoted in it may hold several
 
 
+def reason_of(error):
+    """The first line of an error that another library has raised, or its type's name: for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class MissingWeights(BadInput):
     """The weights of encoders are neither here nor to be had from the hub. The message has the commands that bring them."""
 
@@ -1004,8 +1009,7 @@ def fetch_from_hub(address):
             return huggingface_hub.snapshot_download(f"{owner}/{repo}")
         path = huggingface_hub.hf_hub_download(f"{owner}/{repo}", file)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{address}: cannot be fetched from the hub: {reason[:160]}") from None
+        raise BadInput(f"{address}: cannot be fetched from the hub: {reason_of(error)}") from None
     with contextlib.suppress(Exception):  # published connectors have no card
         huggingface_hub.hf_hub_download(f"{owner}/{repo}", str(Path(file).with_suffix(".json")))
     return path
@@ -1066,8 +1070,7 @@ def load_tensors(path, mmap=False):
     except BadInput:
         raise
     except Exception as error:  # a cut or foreign file raises any of half a dozen types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: cannot be read as a torch file of plain tensors: {reason[:160]}") from None
+        raise BadInput(f"{path}: cannot be read as a torch file of plain tensors: {reason_of(error)}") from None
 
 
 def load_safetensors(path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import vlm
 from hyma.vector_files import find_vectors
-from vlm import BadInput
+from vlm import BadInput, reason_of
 
 # Data sets of the hub by the name that --fetch has for them: one .pt for each encoder, in four folders.
 PUBLISHED = {
@@ -37,9 +37,8 @@ def fetch_published(name, out, names):
         try:
             snapshot_download(repository, repo_type="dataset", local_dir=folder, allow_patterns=patterns)
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadInput(
-                f"--fetch {name}: {repository} cannot be fetched: {reason[:160]}; run the same command again to resume, or copy "
+                f"--fetch {name}: {repository} cannot be fetched: {reason_of(error)}; run the same command again to resume, or copy "
                 f"its .pt files to {folder}"
             ) from None
         if any(folder.glob("*.pt")):

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from hyma import ranks
-from vlm import BadInput
+from vlm import BadInput, reason_of
 
 MOST_GRAPHS = 1000  # of a run; each keeps the list of its launches on the GPU
 
@@ -63,7 +63,12 @@ class RecordedSteps:
         if key not in self.recordings:
             step = partial(self.take_step, pairs, *self.inputs)
             losses = self.recorder.warm_up(step)
-            self.recordings[key] = self.recorder.record(step)
+            try:
+                self.recordings[key] = self.recorder.record(step)
+            except RuntimeError as error:
+                raise BadInput(
+                    f"--graph: this GPU cannot record a step ({reason_of(error)}); what was saved is kept; leave --graph out"
+                ) from error
             return losses
         replay, losses = self.recordings[key]
         replay()

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from hyma.inflating import METHODS, read_inflated
 from hyma.remote import find_remote, is_file, open_file, read_bytes
-from vlm import BadInput, open_image
+from vlm import BadInput, open_image, reason_of
 
 ENDINGS = (".tar", ".parquet", ".arrow", *METHODS)  # of the files that pictures are packed in
 ADDRESS = re.compile(
@@ -128,10 +128,10 @@ def read_cell(address):
         file = open_cells(address.file, address.kind, column, *file_version(address.file))
         value = file.read(address.start)
     except (ValueError, KeyError, IndexError) as error:  # Arrow's own errors are of these
-        raise DamagedFile(f"{address.file.name}: {str(error).splitlines()[0][:160]}") from None
+        raise DamagedFile(f"{address.file.name}: {reason_of(error)}") from None
     except OSError as error:
         if error.errno is None:  # Arrow's word for bytes that cannot be unpacked; the machine's errors have a number
-            raise DamagedFile(f"{address.file.name}: {str(error).splitlines()[0][:160]}") from None
+            raise DamagedFile(f"{address.file.name}: {reason_of(error)}") from None
         raise
     value = only_item(value)
     data = value.get("bytes") if isinstance(value, dict) else value

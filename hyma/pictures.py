@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from hyma import remote
 from hyma.packed import DamagedFile, containing_file, picture_bytes, picture_size
-from vlm import BadInput, open_image
+from vlm import BadInput, open_image, reason_of
 
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
@@ -171,7 +171,7 @@ def why_not_decoded(data, error):
     """What is wrong with the bytes of a file that Pillow could not decode."""
     name = format_of(data)
     if type(error).__name__ != "UnidentifiedImageError" and str(error):
-        return f"{name or 'unknown format'}: {str(error).splitlines()[0][:200]}"
+        return f"{name or 'unknown format'}: {reason_of(error)}"
     if name == "HTML":
         return "a web page"
     if name is None:

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from vlm import BadInput
+from vlm import BadInput, reason_of
 
 ROOTS = set()  # of this process: URLs of folders, as pathlib writes them
 
@@ -134,8 +134,3 @@ def network_errors(url):
         raise
     except Exception as error:
         raise OSError(errno.EIO, reason_of(error), url) from error
-
-
-def reason_of(error):
-    """The first line of an error, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -18,7 +18,7 @@ from hyma.pair_names import pair_name
 from hyma.prompts import TEMPLATES
 from hyma.search_index import VectorIndex
 from hyma.weights import open_encoders
-from vlm import BadInput
+from vlm import BadInput, reason_of
 
 
 class Hit(NamedTuple):
@@ -203,8 +203,7 @@ def open_picture(path):
     except BadInput:
         raise
     except Exception as error:  # Pillow raises errors of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: cannot be opened as a picture: {reason[:160]}") from None
+        raise BadInput(f"{path}: cannot be opened as a picture: {reason_of(error)}") from None
 
 
 def read_classes(words):

@@ -8,7 +8,7 @@ import torch
 
 import vlm
 from hyma.machine import free_bytes, keep_freed_memory
-from vlm import BadInput
+from vlm import BadInput, reason_of
 
 CPU_BATCH = 64
 GPU_BATCHES = (64, 128, 256, 512, 1024)  # tried in turn
@@ -176,9 +176,8 @@ def compile_encoder(encoder):
         for example in examples:
             encoder.encode_parts(example)
     except Exception as error:  # the compiler's are of many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"--compile: {encoder.name} cannot be compiled ({reason[:200]}); a CPU needs a C++ compiler (apt-get install g++), a "
+            f"--compile: {encoder.name} cannot be compiled ({reason_of(error)}); a CPU needs a C++ compiler (apt-get install g++), a "
             "GPU Triton and a C compiler, or leave --compile out"
         ) from None
     print(f"{encoder.name}: compiled in {time.monotonic() - began:.0f} s")

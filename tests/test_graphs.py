@@ -190,6 +190,15 @@ def test_graphs_need_a_gpu_one_process_and_rows_in_its_memory(refused, run, plan
     assert record_steps(step, store, 1) is step and "processes" in capfd.readouterr().out
 
 
+def test_a_step_that_cannot_be_recorded_ends_in_one_line(refused, planted, tapes, monkeypatch):
+    def record(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(TapeRecorder, "record", record)
+    says = ["--graph", "cannot record a step", "not permitted when stream is capturing", "leave --graph out"]
+    refused("train_hyma.py", "--data", planted, *QUICK, "--graph", says=says)
+
+
 @pytest.mark.parametrize("images, each", [(9, 3), (5, 3), (4, 4), (2, 5), (7, 1)])
 def test_the_sets_of_pairs_are_counted(images, each):
     drawable = [(f"i{i}", f"t{t}") for i in range(images) for t in range(2)]
