@@ -3,7 +3,7 @@
 # repository will do; pytest, memeff and the trainer's packages are used if they are there.
 #
 #     bash benchmarks/gpu_session.sh [OUT]                   # results in OUT (default: gpu-session), a file for each part
-#     HYMA_TINY=1 bash benchmarks/gpu_session.sh [OUT]       # every line on small shapes, also without a GPU, in minutes
+#     HYMA_TINY=1 bash benchmarks/gpu_session.sh [OUT]       # every line on small shapes, in minutes; without a GPU all but --graph
 #
 # Each part runs under its own time limit and writes as it goes, so that whatever ends the session, OUT holds all that was
 # measured until then. A part that fails does not stop the next. OUT/parts.txt says how each part ended.
