@@ -1,6 +1,6 @@
 """A training step as CUDA graphs: recorded once for each set of pairs, replayed from then on.
 
-A small step is some fifty launches, and the host takes longer to make them than the GPU to run them; a graph makes all of
+A small step is many launches, and the host may take longer to make them than the GPU to run them; a graph makes all of
 them at once. A replay repeats what was recorded, with the same numbers at the same addresses. So a step that can be
 recorded is a function of its pairs, of which each set has a graph of its own, and of tensors, which are written anew before
 a replay. All else that it reads stays in its place (weights, moments, embeddings), and it never waits for the GPU.
