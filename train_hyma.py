@@ -46,7 +46,7 @@ from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
 from hyma.pairs import arrange_pairs, count_sets, draw_pairs, images_of
-from hyma.ranking import expected_recall10, rank_pairs, recall_columns
+from hyma.ranking import expected_recall, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
 from hyma.runs import Checkpoints, find_run, write_results
 from hyma.settled import is_settled
@@ -103,7 +103,7 @@ def parse_flags():
     add(
         "--rank",
         type=int,
-        help="axes of each image encoder's space that factored works in (default: 256; from 3,072 rows, 384)",
+        help="axes of each image encoder's space that factored works in (default: 256; from 3,072 rows 384, from 16,384 rows 512)",
     )
     add(
         "--pairs-per-step",
@@ -191,7 +191,7 @@ def new_state(pairs):
         "logit_flops": 0,
         "seconds": 0.0,
         "updates": {pair_name(pair): 0 for pair in pairs.untrained + pairs.trained},
-        "fold_recall10": {},  # cross-validated scores of the closed form, see `cross_validate`
+        "fold_recalls": {},  # cross-validated scores of the closed form, see `cross_validate`
         "fold_rows": 0,  # of one fold
         "losses": [],  # of the steps since the last validation
         "metrics": [],  # lines of metrics.jsonl
@@ -230,25 +230,28 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
     state = new_state(pairs)
     with flop_counter() as counter:
         if generator.starts_from_closed_form and ranks.is_first():
-            folds = closed_form.fold_rows(data, train_rows, flags.seed)
-            state["fold_recall10"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
+            folds = closed_form.fold_rows(data, train_rows, flags.seed, len(pairs.scored))
+            state["fold_recalls"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
         generator.load_state_dict(ranks.from_first(generator.state_dict))
         store = project_store(flags, generator, store, pairs, train_rows, val_rows)
     if pairs.base_state:
-        state["fold_recall10"] |= pairs.base_state["fold_recall10"]
+        state["fold_recalls"] |= pairs.base_state["fold_recalls"]
     state["start_flops"] = state["flops"] = counter.get_total_flops()
     return ranks.from_first(lambda: state), store
 
 
 def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
+    state = new_state(pairs)
+    if saved["state"].keys() != state.keys():
+        raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
     generator.load_state_dict(saved["generator"])
     load_moments(optimizer, saved["optimizer"])
     for moment, saved_moment in zip(moments, saved["moments"]):
         moment.copy_(saved_moment)
     store = project_store(flags, generator, store, pairs, train_rows, val_rows)
-    return new_state(pairs) | saved["state"], store
+    return saved["state"], store
 
 
 def project_store(flags, generator, store, pairs, train_rows, val_rows):
@@ -489,14 +492,14 @@ def keep_best(state, generator, score, epoch, recalls, chance):
 
 def rank_best(state, retrieval):
     """The rows of ranking.csv for the best state, best pair first, with the score that is expected of each pair if there is
-    one (`expected_recall10`)."""
+    one (`expected_recall`)."""
     recalls = state["best"]["recalls"]
     rows_ratio = state["fold_rows"] / retrieval.query_rows
-    expected = expected_recall10(recalls, state["fold_recall10"], rows_ratio)
+    expected = expected_recall(recalls, state["fold_recalls"], rows_ratio)
     ranking = rank_pairs(recalls, before=expected)
     if expected:
         for row in ranking:
-            row["expected_recall10"] = expected[name_of_row(row)]
+            row["expected_recall"] = expected[name_of_row(row)]
     return ranking
 
 

@@ -5,6 +5,7 @@ generator, which training then starts from (`FactoredHyperNetwork.initialise_fro
 y image vectors, s coordinates of the space that all texts share, each centred; C_yx = sum of y x^T over the rows [D_i, D_t].
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ TEXT_NOISE_ROWS = 1000  # beside texts, and beside the shared space's coordinate
 IMAGE_NOISE_ROWS = 4000  # beside images, in a whitened map
 RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths for texts, where validation chooses for each pair
 FOLDS = 2  # that cross-validation leaves out, one at a time
-HELD_OUT_ROWS = 2048  # of these folds together
+HELD_OUT_ROWS = 2048  # of these folds together, or what leaves so many cosines of all pairs, as each pair adds its own:
+MOST_COSINES = 2**29  # 128 pairs of 2048 x 2048
 MOST_START_ROWS = 32768  # of the training rows, which bounds the memory of the start
+AXES_ROWS_STEP, LEAST_AXES_ROWS = 4, 2048  # of the start's rows, those that the shared axes are found on
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
 
 
@@ -219,13 +222,15 @@ def make_shared_space(store, folds, image_names, text_names, width, spanned_by):
 
 def leading_coordinates(text_rows, width):
     """Coordinates s [n, width] along the principal axes of the concatenated texts of several encoders, each [n, D_t] and
-    scaled to the same norm. Their root mean square is SHARED_RMS."""
+    scaled to the same norm. Their root mean square is SHARED_RMS. Every AXES_ROWS_STEP-th row finds the axes, so that they cost
+    no more than the coordinates; of few rows, more of them."""
     scaled = [x / at_least_tiny(x.norm()) for x in text_rows]
     concatenated = torch.cat(scaled, dim=1)  # [n, sum D_t]
-    count = min(width, *concatenated.shape)
+    some = concatenated[:: max(1, min(AXES_ROWS_STEP, len(concatenated) // LEAST_AXES_ROWS))]
+    count = min(width, *some.shape)
     with torch.random.fork_rng(devices=[]):  # pca_lowrank draws random directions: the same ones for every seed
         torch.manual_seed(0)
-        axes = torch.pca_lowrank(concatenated, count, center=False, niter=1)[2]  # [sum D_t, count]
+        axes = torch.pca_lowrank(some, count, center=False, niter=1)[2]  # [sum D_t, count]
     s = (concatenated @ axes)[:, torch.arange(width) % count]  # few narrow texts: axes are repeated
     return s * (SHARED_RMS * s.numel() ** 0.5 / at_least_tiny(s.norm()))
 
@@ -255,7 +260,8 @@ def image_map(cross, shared, pictures, rank):
         axes = torch.eye(rank).to(weight)  # which need no product
     elif min(weight.shape) > rank:
         spread = torch.linalg.cholesky(regularised(shared.gram, 1e-4))  # L [m, m]
-        axes = torch.svd_lowrank(weight @ spread, rank, niter=2)[0]  # [D, k]
+        outputs = weight @ spread  # [D, m]
+        axes = torch.linalg.qr(outputs @ principal_axes(gram_matrix(outputs), rank)).Q  # [D, k]
     else:
         filled = torch.cat([weight, torch.eye(len(weight), rank).to(weight)], dim=1)  # [D, m + k]
         axes = torch.linalg.qr(filled[:, :rank]).Q  # [D, k]
@@ -267,9 +273,10 @@ def image_map(cross, shared, pictures, rank):
 # ----------------------------------------------------------------------------------------------------- cross-validation
 
 
-def fold_rows(data, rows, seed):
+def fold_rows(data, rows, seed, pair_count=1):
     """[rows of each of FOLDS folds, rows of none of them]: at most MOST_START_ROWS of the training rows, evenly spaced. The
-    folds have HELD_OUT_ROWS together, or all there are, and all captions of a picture are in one."""
+    folds have HELD_OUT_ROWS together, fewer for many pairs (MOST_COSINES), or all there are, and all captions of a picture
+    are in one."""
     if len(rows) > MOST_START_ROWS:
         rows = rows[torch.arange(MOST_START_ROWS) * len(rows) // MOST_START_ROWS]
     images = rows.tolist()  # what tells images apart: where the folder has no rows.jsonl, each row has its own
@@ -279,7 +286,8 @@ def fold_rows(data, rows, seed):
     image_count = len(first)
     if image_count < 2:
         raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
-    fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / HELD_OUT_ROWS)))
+    held_out_rows = min(HELD_OUT_ROWS, math.isqrt(MOST_COSINES // pair_count))
+    fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / max(1, held_out_rows))))
     order = torch.randperm(image_count, generator=seeded_generator("folds", seed))
     fold_of_image = order * fold_count // image_count  # [images]
     fold_of_row = fold_of_image[place]  # [n]
@@ -288,8 +296,8 @@ def fold_rows(data, rows, seed):
 
 
 def cross_validate(space, folds, data, pairs):
-    """R@10 of the closed form on rows it has not seen, mean of both directions: {"image:text": a value for each of the
-    folds but the last, by the maps of all other rows}. Candidates are the rows of all these folds, each text mapped without
+    """The mean of R@1, R@5, R@10 of the closed form on rows it has not seen, of both directions: {"image:text": a value for
+    each of the folds but the last, by the maps of all other rows}. Candidates are the rows of all these folds, each text mapped without
     its own fold: nothing here may be chosen with all rows, as the axes of `image_map` are.
 
     space: the SharedSpace of the folds.
@@ -303,7 +311,7 @@ def cross_validate(space, folds, data, pairs):
         mapped[text] = []  # of each fold, [its captions, m]
         for outputs, is_first in zip(map_held_out_texts(space, text), is_first_of_caption.split(space.sizes[:-1])):
             mapped[text].append(outputs[is_first])
-    recall10 = {}
+    recalls = {}
     for image in tqdm(images_of(pairs), desc="cross-validate", unit="encoder"):
         centred = space.encoders[image]
         vectors = centred.rows[retrieval.first["image"]]  # [images, D]
@@ -311,26 +319,27 @@ def cross_validate(space, folds, data, pairs):
         cosines = {text: [] for text in texts}  # of each fold's captions with all images, [captions of the fold, images]
         for k, (y, _, cross) in enumerate(held_out(space, image)):
             weight = without_mean_direction(centred.solve_without(y, cross), centred.mean)  # [D, m]
-            # Along the columns of `root` outputs have the lengths and products that they have in the images' space.
-            root = torch.linalg.cholesky(regularised(gram_matrix(weight), 1e-4))  # [m, m]
-            candidates = torch.linalg.solve_triangular(root, (vectors @ weight).T, upper=False)  # [m, images]
+            projected = (vectors @ weight).T  # [m, images]
+            squares = gram_matrix(weight)  # [m, m], of outputs: s^T squares s is the squared length of weight @ s
             for text in texts:
-                outputs = F.normalize(mapped[text][k] @ root, dim=1)  # [captions of the fold, m]
-                cosines[text].append(outputs @ candidates)
+                s = mapped[text][k]
+                lengths = torch.linalg.vecdot(s @ squares, s).clamp(min=0).sqrt()  # [captions of the fold]
+                cosines[text].append((s / at_least_tiny(lengths)[:, None]) @ projected)
         for text in texts:
             scores = torch.cat(cosines[text])  # [captions, images]
-            recall10[pair_name((image, text))] = recall10_of_folds(retrieval, scores, fold_of_row.to(scores.device))
-    return {pair_name(pair): recall10[pair_name(pair)] for pair in pairs}
+            recalls[pair_name((image, text))] = recall_of_folds(retrieval, scores, fold_of_row.to(scores.device))
+    return {pair_name(pair): recalls[pair_name(pair)] for pair in pairs}
 
 
-def recall10_of_folds(retrieval, scores, fold_of_row):
-    """[R@10 of the queries of each fold, the mean of both directions]. scores [captions, images]: of the candidates of
+def recall_of_folds(retrieval, scores, fold_of_row):
+    """[mean of R@1, R@5, R@10 of the queries of each fold, both directions]. scores [captions, images]: of the candidates of
     `retrieval`. fold_of_row [n]. A query is of the fold of its first row."""
     fold_count = int(fold_of_row.max()) + 1
     total = 0
     for query, ranks in zip(("caption", "image"), retrieval.ranks_of_scores(scores)):
         fold = fold_of_row[retrieval.first[query]]
-        hits = torch.bincount(fold, (ranks < 10).double(), minlength=fold_count)
+        found = sum((ranks < k).double() for k in retrieval.ks) / len(retrieval.ks)  # [queries], 0 to 1
+        hits = torch.bincount(fold, found, minlength=fold_count)
         total = total + hits / torch.bincount(fold, minlength=fold_count).clamp(min=1)
     return (total / 2).tolist()
 

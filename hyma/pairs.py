@@ -107,7 +107,7 @@ def arrange_added_encoder(name, run, data):
         raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
     saved = Checkpoints(run).load("state")
     base_state = saved["state"]
-    if "refined" not in base_state:
+    if not {"refined", "fold_recalls"} <= base_state.keys():
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
     if "refinement" in saved:
         base_state["refined"] |= saved["refinement"]["state"]["best"]

@@ -384,15 +384,16 @@ def print_ranking(ranking, recalls, retrieval):
 
     A bracket holds the first pair and those whose difference from it can be chance.
     """
-    score = "expected_recall10" if "expected_recall10" in ranking[0] else "val_recall10"
-    words = "expected" if score == "expected_recall10" else "mean"
+    score, words, unit = "val_recall10", "mean", "R@10"
+    if "expected_recall" in ranking[0]:
+        score, words, unit = "expected_recall", "expected", "recall"
     chance = " / ".join(f"{100 * value:.1f}" for value in retrieval.chance)
     wide = max(5, *(len(row["image"]) for row in ranking))
     narrow = max(len(row["text"]) for row in ranking)
     rows = f"{retrieval.query_rows} validation rows among {len(retrieval.rows)} rows"
     print(f"\nranking on {rows}, recall in % (chance at 1 / 5 / 10: {chance})")
     print(f"  {'':6}{words:>8}{'':{wide + narrow + 13}}text -> image        image -> text       mean")
-    columns = f"  rank      R@10  ±     {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2
+    columns = f"  rank  {unit:>8}  ±     {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2
     print(f"{columns}   R@10")
 
     queries = min(retrieval.queries.values())

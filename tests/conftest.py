@@ -235,7 +235,7 @@ class Initialised(NamedTuple):
     val_rows: torch.Tensor
     generator: object
     folds: list
-    cv_recall10: dict  # of each pair, a value for each fold
+    cv_recalls: dict  # of each pair, a value for each fold
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def initialise(planted):
         folds = fold_rows(data, rows, 0)
         all_pairs = [(image, text) for image in images for text in texts]
         pairs = Pairs(all_pairs, [], all_pairs, images, texts, None)
-        cv_recall10 = start_from_closed_form(generator, store, folds, data, pairs, None)
-        return Initialised(data, store, rows, val_rows, generator, folds, cv_recall10)
+        cv_recalls = start_from_closed_form(generator, store, folds, data, pairs, None)
+        return Initialised(data, store, rows, val_rows, generator, folds, cv_recalls)
 
     return initialise

@@ -63,7 +63,7 @@ def test_training_starts_at_a_linear_map_that_already_ranks(initialise, hidden_l
             scores[image, text] = recall10(six)
     best = sorted(scores, key=scores.get, reverse=True)
     assert {image for image, _ in best[:2]} == {"efflite1"} and scores[best[0]] > 0.8
-    by_folds = sorted(scores, key=lambda pair: sum(found.cv_recall10[":".join(pair)]), reverse=True)
+    by_folds = sorted(scores, key=lambda pair: sum(found.cv_recalls[":".join(pair)]), reverse=True)
     assert {image for image, _ in by_folds[:2]} == {"efflite1"} and {image for image, _ in by_folds[-2:]} == {"control"}
     for axes in generator.axes:
         torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), rtol=0, atol=1e-4)
@@ -156,8 +156,8 @@ def test_pictures_of_a_space_that_fits_whole_are_taken_as_they_are(initialise):
         (100, 7.8e-5, 256, 0.5, 20, 1 / 3),
         (2000, 3.5e-4, 256, 0.5, 20, 1 / 3),
         (8000, 7.0e-4, 384, 0.70, 40, 1 / 3),
-        (40_000, 1.56e-3, 384, 1, 60, 1 / 2),
-        (558_128, 2e-3, 384, 1, 60, 1 / 2),
+        (40_000, 1.56e-3, 512, 1, 60, 1 / 2),
+        (558_128, 2e-3, 512, 1, 60, 1 / 2),
     ],
 )
 def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale, images):

@@ -12,7 +12,7 @@ from sklearn.metrics import ndcg_score
 
 from hyma.embeddings import Embeddings
 from hyma.metrics import Retrieval, fidelity, resample
-from hyma.ranking import expected_recall10, rank_pairs
+from hyma.ranking import expected_recall, rank_pairs
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
@@ -79,11 +79,11 @@ def test_ranking_shows_ties():
 
 def test_what_ranks_follows_validation_as_far_as_it_is_not_noise():
     def recalls(scores):
-        return {f"a{k}:t": [0, 0, score, 0, 0, score] for k, score in enumerate(scores)}
+        return {f"a{k}:t": [0, score, 2 * score] * 2 for k, score in enumerate(scores)}
 
     scores, folds = [0.5, 0.41, 0.3, 0.22, 0.1], [0.4, 0.5, 0.3, 0.2, 0.1]
     exact = {f"a{k}:t": [score] * 3 for k, score in enumerate(folds)}  # folds that agree: no noise, validation alone
-    found = expected_recall10(recalls(scores), exact, 1.0)
+    found = expected_recall(recalls(scores), exact, 1.0)
     assert list(found.values()) == pytest.approx(scores)
     random = torch.Generator().manual_seed(0)
     noisy = {
@@ -93,12 +93,12 @@ def test_what_ranks_follows_validation_as_far_as_it_is_not_noise():
     design = torch.stack([torch.ones(5, dtype=torch.float64), mean], dim=1)
     direct = torch.tensor(scores, dtype=torch.float64)
     line = design @ torch.linalg.lstsq(design, direct[:, None]).solution[:, 0]
-    found = expected_recall10(recalls(scores), noisy, 2.0)  # noise above the residuals: one part in 1 + 2 * 3 is kept
+    found = expected_recall(recalls(scores), noisy, 2.0)  # noise above the residuals: one part in 1 + 2 * 3 is kept
     assert list(found.values()) == pytest.approx((line + (direct - line) / 7).tolist(), abs=1e-6)
-    tied = expected_recall10(recalls([1.0] * 5), noisy, 2.0)  # R@10 of ten rows: a tie, to the digit
-    assert set(tied.values()) == {1.0}
-    assert expected_recall10(recalls(scores[:3]), exact, 1.0) == {}  # too few to regress
-    assert expected_recall10(recalls(scores), {}, 1.0) == {}
+    tied = expected_recall(recalls([0.5] * 5), noisy, 2.0)  # of ten rows: a tie, to the digit
+    assert set(tied.values()) == {0.5}
+    assert expected_recall(recalls(scores[:3]), exact, 1.0) == {}  # too few to regress
+    assert expected_recall(recalls(scores), {}, 1.0) == {}
 
 
 # ----------------------------------------------------------------------------------------------------- ranking fidelity

@@ -254,7 +254,7 @@ def test_validation_is_the_recall_of_each_pairs_connector(small):
 # ------------------------------------------------------------------------------------------------------ what is printed
 
 
-@pytest.mark.parametrize("score", ["val_recall10", "expected_recall10"])
+@pytest.mark.parametrize("score", ["val_recall10", "expected_recall"])
 def test_the_ranking_leads_with_the_score_that_ranks_and_brackets_what_chance_can_explain(planted, capfd, score):
     """900 pictures: points of 2.2 and 7.8 below the first."""
     retrieval = Retrieval(Embeddings(planted), torch.arange(900), CPU)
@@ -268,7 +268,7 @@ def test_the_ranking_leads_with_the_score_that_ranks_and_brackets_what_chance_ca
     lines = [line for line in out.splitlines() if " t " in line]
     assert [line[0] for line in lines] == ["┌", "└", " "]
     assert [line[1:].split()[:2] for line in lines] == [["1", "50.0"], ["2", "47.8"], ["3", "42.2"]]
-    assert "± 3.3" in lines[0] and ("expected" in out) == (score == "expected_recall10")
+    assert "± 3.3" in lines[0] and ("expected" in out) == (score == "expected_recall")
     assert "The 2 pairs in the bracket cannot be told apart on 900 validation pictures." in out
 
 
