@@ -297,8 +297,8 @@ def fold_rows(data, rows, seed, pair_count=1):
 
 def cross_validate(space, folds, data, pairs):
     """The mean of R@1, R@5, R@10 of the closed form on rows it has not seen, of both directions: {"image:text": a value for
-    each of the folds but the last, by the maps of all other rows}. Candidates are the rows of all these folds, each text mapped without
-    its own fold: nothing here may be chosen with all rows, as the axes of `image_map` are.
+    each of the folds but the last, by the maps of all other rows}. Candidates are the rows of all these folds, each text
+    mapped without its own fold: nothing here may be chosen with all rows, as the axes of `image_map` are.
 
     space: the SharedSpace of the folds.
     """

@@ -37,7 +37,8 @@ def expected_recall(recalls, cv_recalls, rows_ratio):
     training rows that it has not seen, as far as their difference can be chance (Fay and Herriot, JASA 1979; Ybarra and
     Lohr, Biometrika 2008).
 
-    The mean of the three is less noisy than R@10, and whoever takes a connector wants its first answer right, too. A few hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
+    The mean of the three is less noisy than R@10, and whoever takes a connector wants its first answer right, too. A few
+    hundred validation rows cannot tell good pairs apart; training rows are more, but say nothing of what training
     adds. With v_p a pair's validation score, x_p its mean over the K folds minus the mean of all pairs, and
     fit_p = mean(v) + x_p <x, v> / <x, x>, the regression of v on x over the P pairs:
 
