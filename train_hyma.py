@@ -243,8 +243,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
 
 def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
-    state = new_state(pairs)
-    if saved["state"].keys() != state.keys():
+    if saved["state"].keys() != new_state(pairs).keys():
         raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
     generator.load_state_dict(saved["generator"])
     load_moments(optimizer, saved["optimizer"])

@@ -24,8 +24,8 @@ TEXT_NOISE_ROWS = 1000  # beside texts, and beside the shared space's coordinate
 IMAGE_NOISE_ROWS = 4000  # beside images, in a whitened map
 RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths for texts, where validation chooses for each pair
 FOLDS = 2  # that cross-validation leaves out, one at a time
-HELD_OUT_ROWS = 2048  # of these folds together, or what leaves so many cosines of all pairs, as each pair adds its own:
-MOST_COSINES = 2**29  # 128 pairs of 2048 x 2048
+HELD_OUT_ROWS = 2048  # of these folds together
+MOST_COSINES = 2**29  # of all pairs: as each adds its own, more than 128 pairs have fewer rows in the folds
 MOST_START_ROWS = 32768  # of the training rows, which bounds the memory of the start
 AXES_ROWS_STEP, LEAST_AXES_ROWS = 4, 2048  # of the start's rows, those that the shared axes are found on
 SHARED_RMS = 0.1  # of the shared space's coordinates: smaller ones let training move the text parts more
@@ -287,7 +287,7 @@ def fold_rows(data, rows, seed, pair_count=1):
     if image_count < 2:
         raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
     held_out_rows = min(HELD_OUT_ROWS, math.isqrt(MOST_COSINES // pair_count))
-    fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / max(1, held_out_rows))))
+    fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / held_out_rows)))
     order = torch.randperm(image_count, generator=seeded_generator("folds", seed))
     fold_of_image = order * fold_count // image_count  # [images]
     fold_of_row = fold_of_image[place]  # [n]
@@ -320,10 +320,10 @@ def cross_validate(space, folds, data, pairs):
         for k, (y, _, cross) in enumerate(held_out(space, image)):
             weight = without_mean_direction(centred.solve_without(y, cross), centred.mean)  # [D, m]
             projected = (vectors @ weight).T  # [m, images]
-            squares = gram_matrix(weight)  # [m, m], of outputs: s^T squares s is the squared length of weight @ s
+            gram = gram_matrix(weight)  # [m, m]: s^T gram s is the squared length of weight @ s, which is never formed
             for text in texts:
                 s = mapped[text][k]
-                lengths = torch.linalg.vecdot(s @ squares, s).clamp(min=0).sqrt()  # [captions of the fold]
+                lengths = torch.linalg.vecdot(s @ gram, s).clamp(min=0).sqrt()  # [captions of the fold]
                 cosines[text].append((s / at_least_tiny(lengths)[:, None]) @ projected)
         for text in texts:
             scores = torch.cat(cosines[text])  # [captions, images]

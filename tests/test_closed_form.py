@@ -246,7 +246,7 @@ def test_shared_axes_come_from_a_part_of_many_rows():
     rows = torch.randn(20_000, 6, generator=random) @ torch.randn(6, 40, generator=random)
     with flop_counter() as counter:
         s = leading_coordinates([rows], 6)
-    assert counter.get_total_flops() < 2.5 * (2 * 20_000 * 40 * 6)  # of what the coordinates take; all rows take 4.6
+    assert counter.get_total_flops() < 2.5 * (2 * 20_000 * 40 * 6)  # of what the coordinates take; all rows take 5.8
     kept = s @ torch.linalg.lstsq(s, rows).solution
     torch.testing.assert_close(kept, rows, atol=1e-3, rtol=1e-3)
 
