@@ -190,7 +190,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
 
     batches = Batches(store, seed, train_rows, flags.batch_size)
-    step_losses = StepLosses(state["losses"], flags.split)
+    step_losses = StepLosses(state["losses"])
 
     def save_checkpoint():
         step_losses.read()

@@ -371,7 +371,7 @@ def main():
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
 
     batches = Batches(vectors, flags.seed, train_rows, flags.batch_size)
-    step_losses = StepLosses(state["losses"], flags.split)
+    step_losses = StepLosses(state["losses"])
 
     def save_checkpoint(**more):
         step_losses.read()

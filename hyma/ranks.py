@@ -120,12 +120,6 @@ def rows_per_rank(rows):
     return -(-rows // count())
 
 
-def share_of_rows(rows):
-    """Which of a step's rows are this rank's: a slice."""
-    size = rows_per_rank(rows)
-    return slice(number() * size, (number() + 1) * size)
-
-
 def rank_device(device):
     """The --device of this rank: torchrun's processes have a GPU each where there are GPUs."""
     if device not in ("auto", "cuda") or "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
@@ -239,25 +233,16 @@ def sum_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
-class GatherRows(torch.autograd.Function):
-    """Rows of all ranks, one rank's after the other's, each padded with zero rows to `size`. Every rank goes on with the same
-    rows to the same loss, and so its own rows have their whole gradient already: nothing is exchanged backward."""
-
-    @staticmethod
-    def forward(ctx, own, size):
-        ctx.start, ctx.rows = number() * size, len(own)
-        padded = own.new_zeros(size, *own.shape[1:])
-        padded[: len(own)] = own
-        whole = own.new_empty(size * count(), *own.shape[1:])
-        with exchange():
-            dist.all_gather(list(whole.split(size)), padded)
-        return whole
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.start : ctx.start + ctx.rows], None
+def gather_tensors(own):
+    """The tensors of all ranks [ranks, ...], all of the shape of this rank's `own`."""
+    whole = own.new_empty(count(), *own.shape)
+    with exchange():
+        dist.all_gather(list(whole), own)
+    return whole
 
 
 def gather_rows(own, size):
-    """The rows of all ranks [size * ranks, ...], differentiable. own [up to size, ...]: of this rank."""
-    return GatherRows.apply(own, size) if count() > 1 else own
+    """Rows of all ranks [ranks * size, ...], one rank's after the other's, each padded with zero rows to `size`. own [up to size, ...]."""
+    padded = own.new_zeros(size, *own.shape[1:])
+    padded[: len(own)] = own
+    return gather_tensors(padded).flatten(0, 1)

@@ -23,7 +23,7 @@ from hyma.runs import create_run, reopen_run, run_of_same_command
 from hyma.settled import leader, leads_since
 from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
-from kernels import Layer, adamw_numbers, clip_loss, connector_mlp
+from kernels import Layer, Share, adamw_numbers, clip_loss, connector_mlp
 from vlm import BadInput
 
 LEAST_CANDIDATES = 2000  # of a validation
@@ -188,36 +188,37 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
 
     The mean of both cross entropies of logit_scale * cosine(connector(text), image), the batch's other rows being the
     negatives. store: its `take(encoder, rows, dtype)` gives unit vectors of texts [B, D_t], and of images unit vectors
-    [B, D_i] or shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank maps
-    its share of the texts; the loss is that of all rows, on every rank.
+    [B, D_i] or shorter ones, coordinates along orthonormal axes of that space (`project_images`). split: "rows" where each rank
+    has its share of the texts; the losses of all ranks add up to that of the batch.
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
     z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
     kernels/reference.py and kernels/contrastive*.py.
     """
-    own = ranks.share_of_rows(len(rows)) if split == "rows" else slice(None)
+    own, share = rows, None
+    if split == "rows" and ranks.count() > 1:
+        first = ranks.number() * ranks.rows_per_rank(len(rows))
+        own = rows[first : first + ranks.rows_per_rank(len(rows))]  # [b]
+        share = Share(first, ranks.gather_tensors)
     features = {}
     for text in texts_of(pairs):
-        features[text] = store.take(text, rows)[own]  # [B, D_t]
+        features[text] = store.take(text, own)  # [B, D_t], or of a share [b, D_t]
     inputs, layers = generator(features, pairs)
     inputs = [x.to(dtype) for x in inputs]  # not before: texts differ little from their mean, which a generator takes away
     z, sumsq = connector_mlp(inputs, cast_layers(layers, dtype))  # [B, sum D_p] not normalised, [P, B] squared lengths
-    if split == "rows" and ranks.count() > 1:  # until here B was a rank's share
-        z = ranks.gather_rows(z, ranks.rows_per_rank(len(rows)))[: len(rows)]
-        sumsq = None  # of the other ranks' rows they are not known
 
     image_names = images_of(pairs)
     image_vectors = []  # of each image encoder, [B, D_i]
     for image in image_names:
         image_vectors.append(store.take(image, rows, dtype))
     image_of_pair = [image_names.index(image) for image, _ in pairs]
-    losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq)  # [P]
+    losses, _ = clip_loss(z, image_vectors, image_of_pair, logit_scale, sumsq=sumsq, share=share)  # [P]
     return losses
 
 
 def losses_on_ranks(generator, store, rows, pairs, own, dtype, flags):
-    """`pair_losses` [P] of a step's pairs. Where this rank has those of `own` alone, the others' are 0, as they are of --split
-    pairs until `StepLosses` reads them."""
+    """`pair_losses` [P] of a step's pairs, of which this rank has those of `own`; of the others they are 0. What all ranks have
+    adds up to the losses, when `StepLosses` reads them."""
     if own == pairs:
         return pair_losses(generator, store, rows, pairs, dtype, flags.logit_scale, flags.split)
     losses = torch.zeros(len(pairs), device=rows.device)
@@ -232,11 +233,9 @@ class StepLosses:
 
     READ_EVERY = 16  # steps
 
-    def __init__(self, means, split=None):
-        """means: a list that gets the mean loss of each step, a number, once it is read. split: "pairs" where a rank knows the
-        losses of its own pairs alone, the others' being 0 until they are read."""
+    def __init__(self, means):
+        """means: a list that gets the mean loss of each step, a number, once it is read."""
         self.means = means
-        self.split = split
         self.unread = []  # (step, its pairs, their losses [P], the mean of these)
 
     def add(self, step, pairs, losses):
@@ -251,8 +250,8 @@ class StepLosses:
     def read(self):
         """Reads what has not been read. Raises BadInput at the first loss that is not finite: every update since is lost, and
         so nothing may be saved before this."""
-        if ranks.count() > 1 and self.split == "pairs" and self.unread:
-            self.take_from_ranks()
+        if ranks.count() > 1 and self.unread:
+            self.add_up_ranks()
         for step, pairs, losses, mean in self.unread:
             mean = mean.item()
             if not math.isfinite(mean):
@@ -264,8 +263,8 @@ class StepLosses:
             self.means.append(mean)
         self.unread.clear()
 
-    def take_from_ranks(self):
-        """Adds the losses that the other ranks know."""
+    def add_up_ranks(self):
+        """Makes what this rank has of the losses all that the ranks have."""
         steps, pairs, losses, _ = zip(*self.unread)
         whole = ranks.sum_over_ranks(torch.cat(losses)).split([len(of_step) for of_step in losses])
         self.unread = list(zip(steps, pairs, whole, [of_step.mean() for of_step in whole]))

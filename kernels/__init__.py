@@ -12,7 +12,7 @@ Letters: P pairs, B batch rows, D_t and D_i the widths of text and image encoder
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from kernels import dense, reference
 
 __all__ = [
     "Layer",
+    "Share",
     "connector_mlp",
     "clip_loss",
     "adamw_numbers",
@@ -42,6 +43,13 @@ class Layer(NamedTuple):
     weights: Sequence[Tensor]  # W_k [out_k, in_k], ragged
     biases: Sequence[Tensor]  # b_k [out_k]
     wiring: Sequence[tuple[int, int]]  # (input, weight) of each output; inputs and weights may be shared
+
+
+class Share(NamedTuple):
+    """The rows of a batch that are this process's, where several share it."""
+
+    first: int  # place of the first of them in the batch
+    gather: Callable[[Tensor], Tensor]  # a tensor of every process, all of one shape: [processes, ...], the same for all
 
 
 def connector_mlp(features: Sequence[Tensor], layers: Sequence[Layer], *, impl=None) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +84,7 @@ def clip_loss(
     *,
     sumsq: Tensor | None = None,
     counts: bool = False,
+    share: Share | None = None,
     budget_bytes: int = 2**30,
     impl=None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -88,19 +97,27 @@ def clip_loss(
     with counts, correct [P, 2] int64: how many texts rank their own image first, and how many images their own text; a tie
     is not first. Without counts, which cost the kernels a search for the best of each row and column, correct is None.
     A row of zeros has finite loss and gradient. The gradient itself cannot be differentiated.
+
+    share: z and sumsq have the rows from share.first on alone, and other processes call this with the others of the same
+    images and pairs. Then loss is this process's part of the sum that the loss is, and the gradient of z is that of the
+    whole. Each process has the logits of its own rows; for each pair they exchange two numbers a row. In plain torch alone,
+    and without counts.
     """
-    _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes)
-    run_triton = _use_triton(impl, [z, *images])
+    _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes, share)
+    if share and (counts or impl == "triton"):
+        raise ValueError("share: has neither counts nor Triton kernels")
+    run_triton = not share and _use_triton(impl, [z, *images])
     if isinstance(logit_scale, Tensor):
         if run_triton or logit_scale.dim():
             raise ValueError("logit_scale: a tensor must be 0-dim and needs impl='torch'; pass a float")
     elif not (math.isfinite(logit_scale) and 1 <= logit_scale <= 150):
         raise ValueError(f"logit_scale: {logit_scale} is not between 1 and 150")
+    args = z, images, tuple(image_of_pair), logit_scale, sumsq, budget_bytes, counts
     if run_triton:
         from kernels.contrastive import clip_loss as run
-    else:
-        run = reference.clip_loss
-    return run(z, images, tuple(image_of_pair), logit_scale, sumsq, budget_bytes, counts)
+
+        return run(*args)
+    return reference.clip_loss(*args, share)
 
 
 def adamw_outer(
@@ -288,12 +305,15 @@ def _check_connector(features, layers):
         widths = [weights[k].shape[0] for _, k in wiring]
 
 
-def _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes):
+def _check_clip_loss(z, images, image_of_pair, sumsq, budget_bytes, share):
     _check_matrix("z", z)
     if not len(images):
         raise ValueError("images: none given")
+    batch = images[0].shape[0] if share else z.shape[0]
+    if share and not 0 <= share.first <= batch - z.shape[0]:
+        raise ValueError(f"share: rows {share.first} to {share.first + z.shape[0]} of {batch}")
     for i, y in enumerate(images):
-        _check_matrix(f"images[{i}]", y, rows=z.shape[0], like=z)
+        _check_matrix(f"images[{i}]", y, rows=batch, like=z)
         if y.requires_grad:
             raise ValueError(f"images[{i}]: asks for a gradient, which frozen images have none of")
     if not len(image_of_pair) or not all(0 <= i < len(images) for i in image_of_pair):

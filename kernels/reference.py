@@ -38,8 +38,8 @@ def row_dot(a, b):
     return torch.linalg.vecdot(a.to(dtype), b.to(dtype))  # [B]
 
 
-def clip_loss(z, images, image_of_pair, logit_scale, sumsq, budget_bytes, counts):
-    loss, correct = ClipLoss.apply(z, torch.as_tensor(logit_scale), images, image_of_pair, sumsq, budget_bytes)
+def clip_loss(z, images, image_of_pair, logit_scale, sumsq, budget_bytes, counts, share=None):
+    loss, correct = ClipLoss.apply(z, torch.as_tensor(logit_scale), images, image_of_pair, sumsq, budget_bytes, share)
     return loss, correct if counts else None
 
 
@@ -53,11 +53,13 @@ class ClipLoss(torch.autograd.Function):
         dL/ds_ii = -1/2B (sigmoid(r_i - s_ii) + sigmoid(c_i - s_ii))
 
     The diagonal is never "1 - p": that difference loses every digit once training converges.
+
+    Of a share of the rows i all terms are known but c_j, which sums over the rows of all processes.
     """
 
     @staticmethod
-    def forward(ctx, z, scale, images, image_of_pair, sumsq, budget_bytes):
-        dtype, batch = accumulator(z.dtype), z.shape[0]
+    def forward(ctx, z, scale, images, image_of_pair, sumsq, budget_bytes, share):
+        dtype, batch = accumulator(z.dtype), images[0].shape[0]
         widths = [images[i].shape[1] for i in image_of_pair]
         loss = torch.empty(len(widths), dtype=dtype, device=z.device)  # [P]
         dscale = torch.zeros_like(loss)  # [P]
@@ -71,7 +73,7 @@ class ClipLoss(torch.autograd.Function):
             squares = row_dot(x, x) if sumsq is None else sumsq[p].to(dtype)
             inverse = torch.where(squares > EPS**2, squares.rsqrt(), 0)[:, None]  # [B, 1]
             unit = x * inverse  # [B, D], in the accumulator's dtype
-            loss[p], correct[p], gradient = _one_pair(unit, y, scale.to(dtype), rows, needs_grad)
+            loss[p], correct[p], gradient = _one_pair(unit, y, scale.to(dtype), rows, needs_grad, share)
             if needs_grad:
                 radial = row_dot(unit, gradient)[:, None]  # [B, 1]
                 gradient.addcmul_(unit, radial, value=-1)
@@ -90,44 +92,49 @@ class ClipLoss(torch.autograd.Function):
         if grad is not None:
             for into, d, g in zip(grad.split(ctx.widths, 1), dz.split(ctx.widths, 1), dloss.to(dz.dtype)):
                 torch.mul(d, g, out=into)
-        return grad, (dloss @ dscale.to(dloss)).to(dscale) if ctx.needs_input_grad[1] else None, *[None] * 4
+        return grad, (dloss @ dscale.to(dloss)).to(dscale) if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
-def _one_pair(unit, y, scale, rows, needs_grad):
-    """Loss, counts and dL/dunit of one pair, through blocks of `rows` rows of the logits."""
-    batch = unit.shape[0]
-    starts = range(0, batch, rows)
-    left, wide = unit.to(y.dtype), y.to(unit.dtype)  # the same tensors, unless the inputs are 16-bit
-    positive = row_dot(unit, wide) * scale  # [B]
+def _one_pair(unit, y, scale, rows, needs_grad, share):
+    """Loss, counts and dL/dunit of one pair, through blocks of `rows` rows of the logits. unit [b, D]: of a share, or all B."""
+    (count, _), batch = unit.shape, y.shape[0]
+    starts = range(0, count, rows)
+    first = share.first if share else 0
+    mine = slice(first, first + count)
+    left, wide = unit.to(y.dtype), y[mine].to(unit.dtype)  # the same tensors, unless the inputs are 16-bit
+    positive = row_dot(unit, wide) * scale  # [b]
 
     def block(start):
         """Exponentials [rows, B] relative to the best of each row and of each column, and both bests."""
         s = (left[start : start + rows] @ y.T).to(unit.dtype).mul_(scale)
-        own = s.diagonal(start)
+        own = s.diagonal(first + start)
         match = own.clone()  # from the same product as its rivals, so that equal candidates tie
         own.fill_(-1e9)
         row_best, col_best = s.amax(1), s.amax(0)
         return (s - row_best[:, None]).exp_(), s.sub_(col_best).exp_(), row_best, col_best, match
 
     row_lse, row_best, match = (torch.empty_like(positive) for _ in range(3))
-    col_lse, col_best = (torch.full_like(positive, -1e9) for _ in range(2))
+    col_lse, col_best = (positive.new_full((batch,), -1e9) for _ in range(2))
     for start in starts:
         by_row, by_col, best, best_col, own = block(start)
         stripe = slice(start, start + rows)
         row_lse[stripe], row_best[stripe], match[stripe] = best + by_row.sum(1).log_(), best, own
         col_lse = torch.logaddexp(col_lse, best_col + by_col.sum(0).log_())
         col_best = torch.maximum(col_best, best_col)
-    correct = torch.stack([(match > row_best).sum(), (match > col_best).sum()])  # a tie is no match
-    loss = (F.softplus(row_lse - positive) + F.softplus(col_lse - positive)).sum() / (2 * batch)
+    all_positive = positive  # [B]
+    if share:
+        col_lse, all_positive = of_all_rows(col_lse, positive, share)
+    correct = torch.stack([(match > row_best).sum(), (match > col_best[mine]).sum()])  # a tie is no match
+    loss = (F.softplus(row_lse - positive) + F.softplus(col_lse[mine] - positive)).sum() / (2 * batch)
     if not needs_grad:
         return loss, correct, None
 
-    diagonal = torch.sigmoid(row_lse - positive) + torch.sigmoid(col_lse - positive)  # [B]
-    row_lse, col_lse = torch.logaddexp(row_lse, positive), torch.logaddexp(col_lse, positive)
+    diagonal = torch.sigmoid(row_lse - positive) + torch.sigmoid(col_lse[mine] - positive)  # [b]
+    row_lse, col_lse = torch.logaddexp(row_lse, positive), torch.logaddexp(col_lse, all_positive)
     gradient = torch.empty_like(wide)
     for start in starts:
         stripe = slice(start, start + rows)
-        if rows < batch:
+        if rows < count:
             by_row, by_col, best, best_col, _ = block(start)
         by_row.mul_((best - row_lse[stripe]).exp_()[:, None])
         g = by_row.addcmul_(by_col, (best_col - col_lse).exp_())  # [rows, B]
@@ -136,6 +143,15 @@ def _one_pair(unit, y, scale, rows, needs_grad):
         else:
             gradient[stripe] = g.to(y.dtype) @ y
     return loss, correct, gradient.addcmul_(diagonal[:, None], wide, value=-1).mul_(scale / (2 * batch))
+
+
+def of_all_rows(col_lse, positive, share):
+    """Of the logits of all processes: the log-sum-exp of each column and the diagonal, [B] each. col_lse [B]: over this
+    process's rows. positive [b]: their part of the diagonal."""
+    padded = torch.zeros_like(col_lse)
+    padded[share.first : share.first + len(positive)] = positive
+    lses, positives = share.gather(torch.stack([col_lse, padded])).unbind(1)  # [processes, B] each
+    return lses.logsumexp(0), positives.sum(0)
 
 
 def adamw_outer(weight, exp_avg, exp_avg_sq, grad_out, inputs, numbers, betas, eps, weight_decay, clip):

@@ -4,9 +4,12 @@ On a GPU the kernels run for real. Without one they run in Triton's interpreter,
 other test sees its environment variable: test_in_the_interpreter starts it, and everything else here is skipped.
 """
 
+import functools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
 
@@ -384,6 +387,42 @@ def test_torch_compile_leaves_the_launches_alone():
     ours, plain = compiled(z), doubled(z)
     assert torch.equal(ours, plain)
     assert torch.equal(*(torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, plain)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regime, scale, budget", [("untrained", 20.0, 2**30), ("averse", 150.0, 2**30), ("zeros", 50.0, 9000)])
+def test_the_shares_of_a_batch_make_the_loss_of_the_batch(dtype, regime, scale, budget):
+    """Three processes, here threads, of 15, 15 and 11 of 41 rows."""
+    z, images = contrast(dtype, 41, [12, 7], [0, 1, 1], regime)
+    plain = share_losses([41], z, images, dtype, scale, budget)
+    truth = share_losses([41], z, images, torch.float64, scale, budget)
+    ours = share_losses([15, 15, 11], z, images, dtype, scale, budget)
+    check("loss", ours[0], plain[0], truth[0])
+    check("dz", ours[1], plain[1], truth[1])
+
+
+def share_losses(sizes, z, images, dtype, scale, budget):
+    """(the sum over the processes of their losses [P], their gradients one below the other [B, sum D]). sizes: rows of each."""
+    meeting, sent = threading.Barrier(len(sizes)), [None] * len(sizes)
+
+    def gather(place, tensor):
+        sent[place] = tensor
+        meeting.wait()
+        whole = torch.stack(sent)
+        meeting.wait()  # before anyone sends again
+        return whole
+
+    def run(place):
+        first = sum(sizes[:place])
+        share = kernels.Share(first, functools.partial(gather, place)) if len(sizes) > 1 else None
+        own = z[first : first + sizes[place]].to(dtype).requires_grad_()
+        args = own, [y.to(dtype) for y in images], [0, 1, 1], scale
+        loss, _ = kernels.clip_loss(*args, share=share, budget_bytes=budget, impl="torch")
+        return loss.detach(), torch.autograd.grad(loss.sum(), own)[0]
+
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        losses, grads = zip(*threads.map(run, range(len(sizes))))
+    return sum(losses), torch.cat(grads)
 
 
 def test_reference_clip_loss_is_the_textbook_one():

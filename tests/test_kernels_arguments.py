@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import Layer
+from kernels import Layer, Share
 
 X, W, BIAS = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
 Z, Y = torch.randn(4, 3), torch.randn(4, 3)
@@ -29,6 +29,10 @@ BAD = [
     ("logit_scale", lambda: kernels.clip_loss(Z, [Y], [0], float("nan"))),
     ("sumsq", lambda: kernels.clip_loss(Z, [Y], [0], 20.0, sumsq=torch.zeros(4))),
     ("budget_bytes", lambda: kernels.clip_loss(Z, [Y], [0], 20.0, budget_bytes=0)),
+    ("share", lambda: kernels.clip_loss(Z[:2], [Y], [0], 20.0, share=Share(3, torch.stack))),
+    ("share", lambda: kernels.clip_loss(Z[:2], [Y], [0], 20.0, share=Share(2, torch.stack), counts=True)),
+    ("share", lambda: kernels.clip_loss(Z[:2], [Y], [0], 20.0, share=Share(2, torch.stack), impl="triton")),
+    ("images[1]", lambda: kernels.clip_loss(Z[:2], [Y, Y[:2]], [0], 20.0, share=Share(2, torch.stack))),
     ("exp_avg_sq", lambda: kernels.adamw_outer(W, W, W[:2], X.new_ones(2, 5), X.new_ones(2, 3), step=1, lr=1)),
     ("grad_out", lambda: kernels.adamw_outer(W, W, W, X.new_ones(2, 4), X.new_ones(2, 3), step=1, lr=1)),
     ("inputs", lambda: kernels.adamw_outer(W, W, W, X.new_ones(2, 5), X.new_ones(3, 3), step=1, lr=1)),
