@@ -79,6 +79,7 @@ from hyma.training_flags import (
     check_seeds,
     check_training_flags,
     describe_run,
+    hidden_layers_of,
     parse_resumed_flags,
     parse_with_defaults,
     recorded_flags,
@@ -161,7 +162,7 @@ def resolve_flags(flags, device, row_count, pairs):
     kind, epochs = HYPERNETWORKS[flags.generator], flags.epochs
     flags = resolve_training_flags(flags, "hyma", device, row_count)
     if epochs is None:
-        flags.epochs = math.ceil(flags.epochs * kind.share_of_epochs(row_count))
+        flags.epochs = math.ceil(flags.epochs * kind.share_of_epochs(row_count, hidden_layers_of(flags)))
     default_pairs_per_step = len(pairs.image_names) * kind.share_of_images(row_count)
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
@@ -230,7 +231,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
     state = new_state(pairs)
     with flop_counter() as counter:
         if generator.starts_from_closed_form and ranks.is_first():
-            folds = closed_form.fold_rows(data, train_rows, flags.seed, len(pairs.scored))
+            folds = closed_form.fold_rows(data, train_rows, flags.seed, len(pairs.scored), generator.held_out_rows)
             state["fold_recalls"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
         generator.load_state_dict(ranks.from_first(generator.state_dict))

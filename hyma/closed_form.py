@@ -273,9 +273,9 @@ def image_map(cross, shared, pictures, rank):
 # ----------------------------------------------------------------------------------------------------- cross-validation
 
 
-def fold_rows(data, rows, seed, pair_count=1):
+def fold_rows(data, rows, seed, pair_count=1, held_out_rows=HELD_OUT_ROWS):
     """[rows of each of FOLDS folds, rows of none of them]: at most MOST_START_ROWS of the training rows, evenly spaced. The
-    folds have HELD_OUT_ROWS together, fewer for many pairs (MOST_COSINES), or all there are, and all captions of a picture
+    folds have `held_out_rows` together, fewer for many pairs (MOST_COSINES), or all there are, and all captions of a picture
     are in one."""
     if len(rows) > MOST_START_ROWS:
         rows = rows[torch.arange(MOST_START_ROWS) * len(rows) // MOST_START_ROWS]
@@ -286,7 +286,7 @@ def fold_rows(data, rows, seed, pair_count=1):
     image_count = len(first)
     if image_count < 2:
         raise BadInput(f"{data.folder}: only one picture is left to train on; at least two are needed")
-    held_out_rows = min(HELD_OUT_ROWS, math.isqrt(MOST_COSINES // pair_count))
+    held_out_rows = min(held_out_rows, math.isqrt(MOST_COSINES // pair_count))
     fold_count = min(image_count, max(FOLDS, round(FOLDS * len(rows) / held_out_rows)))
     order = torch.randperm(image_count, generator=seeded_generator("folds", seed))
     fold_of_image = order * fold_count // image_count  # [images]

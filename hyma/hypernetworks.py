@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyma.closed_form import TEXT_NOISE_ROWS, CentredRows, SharedSpace, image_map
+from hyma.closed_form import HELD_OUT_ROWS, TEXT_NOISE_ROWS, CentredRows, SharedSpace, image_map
 from hyma.costs import connector_flops, connector_shapes, linear_flops
 from hyma.machine import bytes_for_copies
 from hyma.pairs import images_of, texts_of
@@ -31,9 +31,10 @@ CODE_DIM = 32  # of the paper's pair and layer codes
 class Hypernetwork(Generator, Protocol):
     """A Generator whose connectors are predicted by one network. It is an nn.Module, and its best weights are a state_dict."""
 
-    starts_from_closed_form: bool  # if so, the four members below are used, else they may be missing
+    starts_from_closed_form: bool  # if so, the five members below are used, else they may be missing
     text_names: list[str]
     shared_width: int  # m, how many coordinates s the closed form's shared space has
+    held_out_rows: int  # that the closed form is cross-validated on
 
     def initialise_from_closed_form(self, space: SharedSpace):
         """Sets all parts to a closed form through the shared space."""
@@ -87,9 +88,11 @@ class FactoredHyperNetwork(nn.Module):
         if hidden_layers:
             self.scale, wide = TEXT_SCALE, HIDDEN_DIM
             self.shared_width = wide // 2  # m: a ReLU takes two units to pass a number
+            self.held_out_rows = HELD_OUT_ROWS
         else:
             self.scale, wide = 1.0, HIDDEN_DIM // 2
             self.shared_width = wide
+            self.held_out_rows = HELD_OUT_ROWS // 2  # as all else of a linear connector, it may cost half
         self.text_parts = nn.ModuleList()  # of each text encoder, its layers
         self.means = nn.ParameterList()  # of its texts, [D_t]
         for dim in text_dims.values():
@@ -459,10 +462,11 @@ def rank_of(row_count):
     return 512 if row_count >= 16384 else min(384, max(256, row_count // 8))
 
 
-def share_of_epochs(row_count):
+def share_of_epochs(row_count, hidden_layers):
     """Of a grid search's epochs, those of factored: all from 16,384 training rows on, below that fewer, to a half. The fewer
-    rows, the less training adds to the closed form."""
-    return min(1, max(0.5, math.sqrt(row_count / 16384)))
+    rows, the less training adds to the closed form. To a linear connector, which the closed form is already, it adds least:
+    half of them."""
+    return min(1, max(0.5, math.sqrt(row_count / 16384))) * (1 if hidden_layers else 0.5)
 
 
 def share_of_images(row_count):
@@ -477,8 +481,8 @@ class Kind(NamedTuple):
     hypernetwork: type  # (image_dims, text_dims, hidden_layers, its size) -> Hypernetwork
     size: str  # the flag that sets its size
     defaults: dict  # of its flags: a number, or a function of how many training rows there are
-    share_of_epochs: Callable  # of a grid search's epochs, by how many training rows there are
-    share_of_images: Callable  # of the image encoders, that are in each step, by the same
+    share_of_epochs: Callable  # of a grid search's epochs, by how many training rows and hidden layers there are
+    share_of_images: Callable  # of the image encoders, that are in each step, by the training rows
     takes_encoders: bool  # whether --add-encoder can add to it
 
 
@@ -495,7 +499,7 @@ HYPERNETWORKS = {
         HyperNetwork,
         "width",
         {"lr": 1e-3, "width": 128},
-        lambda row_count: 1,
+        lambda row_count, hidden_layers: 1,
         lambda row_count: Fraction(1),
         takes_encoders=False,
     ),

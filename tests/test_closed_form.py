@@ -234,8 +234,13 @@ def test_folds_keep_a_pictures_captions_together(planted):
     again, other = (fold_rows(data, rows, seed=seed) for seed in (0, 1))
     assert all(map(torch.equal, folds, again)) and not all(a.tolist() == b.tolist() for a, b in zip(folds, other))
     assert [len(fold) for fold in fold_rows(data, rows[:4], seed=0)] == [3, 1, 0]
-    for pair_count, held_out in ((MOST_COSINES // 810**2, 405), (3000, 203), (MOST_COSINES, 3)):  # as pairs' cosines add up
-        folds = fold_rows(data, rows, 0, pair_count)
+    for pair_count, most, held_out in (
+        (1, 540, 270),
+        (MOST_COSINES // 810**2, 2048, 405),  # as pairs' cosines add up
+        (3000, 2048, 203),
+        (MOST_COSINES, 2048, 3),
+    ):
+        folds = fold_rows(data, rows, 0, pair_count, most)
         assert [len(fold) for fold in folds[:2]] == pytest.approx([held_out, held_out], abs=8)
         assert sum(map(len, folds)) == len(rows)
 

@@ -164,10 +164,11 @@ def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale, image
     kind = HYPERNETWORKS["factored"]
     assert kind.defaults["lr"](rows) == pytest.approx(rate, rel=0.01)
     assert kind.defaults["rank"](rows) == rank
-    assert kind.share_of_epochs(rows) == pytest.approx(share, rel=0.01)
+    for hidden_layers, of_depth in ((0, share / 2), (1, share), (2, share)):
+        assert kind.share_of_epochs(rows, hidden_layers) == pytest.approx(of_depth, rel=0.01)
     assert kind.share_of_images(rows) == pytest.approx(images)
     assert logit_scale_of(rows) == scale
-    assert HYPERNETWORKS["mlp"].share_of_epochs(rows) == 1  # starts from random weights, as a grid search does
+    assert HYPERNETWORKS["mlp"].share_of_epochs(rows, 0) == 1  # starts from random weights, as a grid search does
 
 
 def test_the_paper_s_head_has_padded_rows_on_a_gpu():
