@@ -4,6 +4,7 @@ A generator is whatever gives the connectors of pairs: the hypernetworks of trai
 train_grid.py. Its protocol is `Generator`, below; what a hypernetwork has besides is in `hyma.hypernetworks`.
 """
 
+import itertools
 import math
 import os
 from typing import Protocol
@@ -281,12 +282,37 @@ def check_weights(weights, step):
 
 def cast_layers(layers, dtype):
     """The layers with their weights and biases in this dtype."""
+    tensors = [tensor for layer in layers for tensor in (*layer.weights, *layer.biases)]
+    if tensors[0].dtype == dtype:
+        return layers
+    left = iter(CastTogether.apply(dtype, *tensors))
     cast = []
     for layer in layers:
-        weights = [weight.to(dtype) for weight in layer.weights]
-        biases = [bias.to(dtype) for bias in layer.biases]
+        weights = list(itertools.islice(left, len(layer.weights)))
+        biases = list(itertools.islice(left, len(layer.biases)))
         cast.append(Layer(weights, biases, layer.wiring))
     return cast
+
+
+class CastTogether(torch.autograd.Function):
+    """Tensors of one dtype in another, by one launch on a GPU; then their gradients likewise."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtype = tensors[0].dtype
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, tensors)
+        is_frozen = [not needed for needed in ctx.needs_input_grad[1:]]
+        ctx.mark_non_differentiable(*itertools.compress(cast, is_frozen))
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needed = list(itertools.compress(grads, ctx.needs_input_grad[1:]))
+        cast = [torch.empty_like(grad, dtype=ctx.dtype) for grad in needed]
+        torch._foreach_copy_(cast, needed)
+        left = iter(cast)
+        return None, *(next(left) if is_needed else None for is_needed in ctx.needs_input_grad[1:])
 
 
 def separate_layers(features, pairs, connectors):

@@ -16,6 +16,7 @@ from hyma.settled import is_settled
 from hyma.splits import split_rows
 from hyma.training import (
     StepLosses,
+    cast_layers,
     check_weights,
     half_interval,
     learning_rate,
@@ -28,6 +29,7 @@ from hyma.training import (
     validate,
 )
 from hyma.training_flags import recipe_of
+from kernels import Layer
 from vlm import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -237,6 +239,27 @@ def test_lower_precision_keeps_what_little_texts_differ(small):
     rows, pairs = torch.arange(40), [("efflite1", "mpnet")]
     fp32, bf16 = (pair_losses(generator, store, rows, pairs, dtype, 100.0) for dtype in (torch.float32, torch.bfloat16))
     torch.testing.assert_close(bf16, fp32, atol=0, rtol=0.002)
+
+
+def test_weights_are_cast_together_and_so_are_their_gradients():
+    """As by .to(dtype) of each; a frozen weight, of a run that --add-encoder adds to, has no gradient."""
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*shape, generator=random, requires_grad=True) for shape in ((5, 3), (5,), (2, 5), (2,))]
+    tensors[1].requires_grad_(False)
+    layers = [Layer([tensors[0]], [tensors[1]], [(0, 0)]), Layer([tensors[2]], [tensors[3]], [(0, 0)])]
+    assert cast_layers(layers, torch.float32) is layers
+
+    cast = []
+    for layer in cast_layers(layers, torch.bfloat16):
+        cast += [*layer.weights, *layer.biases]
+    factors = [torch.randn(tensor.shape, generator=random).bfloat16() for tensor in tensors]
+    total = sum((tensor * factor).float().sum() for tensor, factor in zip(cast, factors))
+    assert all(torch.equal(one, tensor.to(torch.bfloat16)) for one, tensor in zip(cast, tensors))
+    assert [one.requires_grad for one in cast] == [True, False, True, True]
+    total.backward()
+    assert tensors[1].grad is None
+    for k in (0, 2, 3):
+        assert tensors[k].grad.dtype == torch.float32 and torch.equal(tensors[k].grad, factors[k].float())
 
 
 def test_validation_is_the_recall_of_each_pairs_connector(small):
