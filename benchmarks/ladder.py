@@ -73,7 +73,8 @@ def parse_flags():
     about = "fresh: rows and test icons that no usual rung up to 20,000 has (default: %(default)s)"
     add("--variant", choices=list(MAKE_RUNG), default="usual", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
-    add("--seeds", type=int, default=3, help="random seeds of grid search's best rate and of the hypernetwork")
+    add("--seeds", type=int, default=3, help="random seeds of the hypernetwork and of grid search's best rate")
+    add("--grid-seeds", type=int, help="of grid search, if they are to be others")
     add(
         "--rates", nargs="+", default=["1e-3", "3e-3", "1e-2"], help="grid search's rates, of which it has its own best"
     )
@@ -211,7 +212,7 @@ def train_rung(flags, trainer):
             f"{trainer.folder}: has no run of grid search or none of the hypernetwork; leave out --measure"
         )
     best = max(by_rate, key=by_rate.get)
-    grid = [run for _, run in existing(range(flags.seeds), lambda seed: trainer.grid(best, seed))]
+    grid = [run for _, run in existing(range(flags.grid_seeds or flags.seeds), lambda seed: trainer.grid(best, seed))]
     runs = {"hyma": hyma, "grid": grid}
     train = {
         "equal FLOPs": lambda: trainer.other("budget", best, "--budget-of", hyma[0]),

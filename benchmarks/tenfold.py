@@ -77,7 +77,7 @@ def main():
     if "mlp1" in flags.connectors and not flags.search_only:
         results |= measure_further(benchmark)
     first = read_run(benchmark.runs / f"{flags.connectors[0]}-hyma-s0")
-    results["about"] = describe_machine(first.config)
+    results["about"] = describe_machine(first.config) | {"threads": torch.get_num_threads()}
     write_json(flags.json, results)
     print(f"\n{flags.json}: written after {time.time() - started:.0f} s")
 

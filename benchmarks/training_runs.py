@@ -2,8 +2,6 @@
 
 import csv
 
-import torch
-
 from hyma.pair_names import name_of_row
 
 
@@ -24,5 +22,4 @@ def ranked_pairs(folder):
 
 def describe_machine(config):
     """What the results depend on, as the first run has recorded it."""
-    about = {key: config[key] for key in ("versions", "device", "commit", "started")}
-    return about | {"threads": torch.get_num_threads()}
+    return {key: config[key] for key in ("versions", "device", "commit", "started")}

@@ -194,7 +194,8 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
 
     To try another loss, replace `clip_loss` by any autograd code on z, which is not normalised, and the image vectors:
     z.split(widths of the pairs' images, dim=1) is a pair's [B, D_p] each. The fast path of this one is in
-    kernels/reference.py and kernels/contrastive*.py.
+    kernels/reference.py and kernels/contrastive*.py. With `share`, which only --split rows has, z has the rows of the images from
+    share.first on, and a loss is this rank's part of a sum; one that knows no share must refuse it.
     """
     own, share = rows, None
     if split == "rows" and ranks.count() > 1:
@@ -300,6 +301,7 @@ class CastTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype, *tensors):
         ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)  # a weight that was not used has no gradient, and AdamW skips it
         cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
         torch._foreach_copy_(cast, tensors)
         is_frozen = [not needed for needed in ctx.needs_input_grad[1:]]
@@ -308,11 +310,11 @@ class CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        needed = list(itertools.compress(grads, ctx.needs_input_grad[1:]))
-        cast = [torch.empty_like(grad, dtype=ctx.dtype) for grad in needed]
-        torch._foreach_copy_(cast, needed)
+        given = [grad for grad in grads if grad is not None]
+        cast = [torch.empty_like(grad, dtype=ctx.dtype) for grad in given]
+        torch._foreach_copy_(cast, given)
         left = iter(cast)
-        return None, *(next(left) if is_needed else None for is_needed in ctx.needs_input_grad[1:])
+        return None, *(None if grad is None else next(left) for grad in grads)
 
 
 def separate_layers(features, pairs, connectors):
