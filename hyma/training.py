@@ -199,8 +199,9 @@ def pair_losses(generator, store, rows, pairs, dtype, logit_scale, split=None):
     """
     own, share = rows, None
     if split == "rows" and ranks.count() > 1:
-        first = ranks.number() * ranks.rows_per_rank(len(rows))
-        own = rows[first : first + ranks.rows_per_rank(len(rows))]  # [b]
+        size = ranks.rows_per_rank(len(rows))
+        first = ranks.number() * size
+        own = rows[first : first + size]  # [b]
         share = Share(first, ranks.gather_tensors)
     features = {}
     for text in texts_of(pairs):
