@@ -1,11 +1,11 @@
-"""The ladder's pictures and captions: the coloured icons of npm's @iconify/json, each drawn at 128 pixels.
+"""The ladder's pictures and captions: icons of npm's @iconify/json, each drawn at 128 pixels.
 
     pip install resvg-py              # draws the icons; npm brings them
 
-`write_icons` makes icons.csv: image, caption, split. A caption is an icon's name in words. The same thing is drawn by many
-sets, so the split is by caption: all pictures of a caption are in one part. The test rows are the same for every rung of
-the ladder. All other rows follow in an order of their captions that looks random, so that the first N of them are a
-corpus of N rows, of which a tenth, by caption, is there to choose by.
+`write_table` makes a table of the coloured or of the monochrome sets: image, caption, split. A caption is an icon's name in
+words. The same thing is drawn by many sets, so the split is by caption: all pictures of a caption are in one part. The test
+rows are the same for every rung of the ladder. All other rows follow in an order of their captions that looks random, so that
+the first N of them are a corpus of N rows, of which a tenth, by caption, is there to choose by.
 """
 
 import csv
@@ -26,6 +26,9 @@ TEST_ROWS = 2000
 FORBIDDING = re.compile(r"\bN[CD]\b")
 # Words of a name that tell a drawing's size or style and not what it shows.
 STYLE_WORDS = {"flat", "fill", "filled", "duo", "color", "colored", "1x1", "4x3", "icon", "logo", "wordmark"}
+# The same of monochrome sets, most of which draw all of their icons several times.
+WEIGHT_WORDS = {"bold", "regular", "thin", "line", "linear", "outline", "outlined", "solid", "stroke"}
+WEIGHT_WORDS |= {"sharp", "round", "rounded", "broken", "remix", "duotone", "tone", "two", "twotone", "alt", "24px"}
 PREFIX_WORDS = ("file type ", "folder type ")
 # One drawing in several colours: skin tones of emoji, light and dark variants of logos.
 TONE = re.compile(r"-((medium-)?(light|dark)|medium)(-skin-tone)?$|-skin-tone(-|$)|-tone-?[1-6]$")
@@ -39,13 +42,15 @@ class Icon(NamedTuple):
     svg: str
 
 
-def write_icons(table):
-    """Writes the table and, beside it in icons/, its pictures. Downloads the package if it is not there."""
+def write_table(table, coloured=True, drawn=None):
+    """Writes the table and, beside it in icons/, the pictures of its first `drawn` rows (default: all). Downloads the package if
+    it is not there."""
     folder = table.parent
     folder.mkdir(parents=True, exist_ok=True)
-    icons = read_icons(download(folder))
-    draw(icons, folder)
+    icons = read_icons(download(folder), coloured)
     rows = rows_of(icons)
+    of_path = {icon.path: icon for icon in icons}
+    draw([of_path[row["image"]] for row in rows[:drawn]], folder)
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["image", "caption", "split"])
         writer.writeheader()
@@ -65,19 +70,20 @@ def download(folder):
 # ----------------------------------------------------------------------------------------------------------- icons
 
 
-def read_icons(package):
-    """The coloured icons whose licence allows it, in the order of sets and names, each drawing once."""
+def read_icons(package, coloured):
+    """The coloured icons, or the monochrome ones, whose licence allows it, in the order of sets and names, each drawing once; of a
+    monochrome set one for each caption."""
     icons = []
     drawn = set()
     with tarfile.open(package) as archive:
         collections = json.load(archive.extractfile("package/collections.json"))
         for prefix, about in sorted(collections.items()):
-            if not about.get("palette") or FORBIDDING.search(about["license"].get("title", "")):
+            if bool(about.get("palette")) != coloured or FORBIDDING.search(about["license"].get("title", "")):
                 continue
             icon_set = json.load(archive.extractfile(f"package/json/{prefix}.json"))
             for name, icon in sorted(icon_set["icons"].items()):
-                caption = caption_of(name)
-                key = (icon["body"], caption)
+                caption = caption_of(name, STYLE_WORDS if coloured else STYLE_WORDS | WEIGHT_WORDS)
+                key = (icon["body"] if coloured else prefix, caption)
                 base = TONE.split(name)[0]
                 if (
                     caption is None
@@ -91,14 +97,14 @@ def read_icons(package):
     return icons
 
 
-def caption_of(name):
+def caption_of(name, style_words):
     """An icon's name in words, without those of its size or style; None where nothing is left to search for."""
     words = name.replace("_", "-").split("-")
     caption = " ".join(words)
     for prefix in PREFIX_WORDS:
         caption = caption.removeprefix(prefix)
     words = caption.split()
-    while len(words) > 1 and (words[-1] in STYLE_WORDS or words[-1].isdigit()):
+    while len(words) > 1 and (words[-1] in style_words or words[-1].isdigit()):
         words.pop()
     caption = " ".join(words)
     return caption if len(caption) > 2 and re.search("[a-z]{2}", caption) else None

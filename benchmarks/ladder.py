@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +44,6 @@ from hyma.runs import read_run
 from vlm import load_connector, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-PART_ROWS = 22_000  # of the table that are embedded at a time: a larger rung adds parts and embeds none again
 CLOSED_FORMS = ("whitened", "ridge", "procrustes", "unicon")
 METHODS = ("equal FLOPs", "halving", *CLOSED_FORMS, "mordal")
 DIRECTIONS = ("image", "text")  # what is retrieved
@@ -70,7 +70,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
-    about = "fresh: rows and test icons that no usual rung up to 20,000 has (default: %(default)s)"
+    about = "fresh: rows and test icons that no usual rung up to 20,000 has; monochrome: other sets of icons (default: %(default)s)"
     add("--variant", choices=list(MAKE_RUNG), default="usual", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
     add("--seeds", type=int, default=3, help="random seeds of the hypernetwork and of grid search's best rate")
@@ -90,13 +90,27 @@ def parse_flags():
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-def make_rung(flags, rung):
+class Corpus(NamedTuple):
+    """A table of icons (icons.py) and how it is embedded."""
+
+    table: str
+    folder: str  # of a rung and of a part, before its number
+    is_coloured: bool
+    part_rows: int  # that are embedded at a time: a larger rung adds parts and embeds none again
+    drawn: int | None  # of all rows, the first
+
+
+COLOURED = Corpus("icons.csv", "", True, 22_000, None)
+MONOCHROME = Corpus("monochrome.csv", "monochrome-", False, 8_200, 24_600)
+
+
+def make_rung(flags, rung, corpus=COLOURED):
     """The embedding folder of a rung: the test rows and the first `rung` others of the parts, whichever are missing made."""
-    out = flags.work / f"rung-{rung}"
+    out = flags.work / f"rung-{corpus.folder}{rung}"
     if not (out / "manifest.json").exists():
         parts, rows = [], []
         while sum(row["split"] != "test" for row in rows) < rung:
-            parts.append(make_part(flags, len(parts)))
+            parts.append(make_part(flags, len(parts), corpus))
             rows += read_jsonl(parts[-1] / "rows.jsonl")
         others = [i for i, row in enumerate(rows) if row["split"] != "test"]
         tests = [i for i, row in enumerate(rows) if row["split"] == "test"]
@@ -108,7 +122,7 @@ def make_rung_of_fresh_rows(flags, rung):
     """The same of rows that no rung of one part has, neither as test rows nor as others."""
     out = flags.work / f"rung-{rung}-fresh"
     if not (out / "manifest.json").exists():
-        parts = [make_part(flags, 1), make_part(flags, 2)]
+        parts = [make_part(flags, 1, COLOURED), make_part(flags, 2, COLOURED)]
         rows = [row for part in parts for row in read_jsonl(part / "rows.jsonl")]
         tests = range(len(rows) - icons.TEST_ROWS, len(rows))
         for i in tests:
@@ -117,22 +131,27 @@ def make_rung_of_fresh_rows(flags, rung):
     return out
 
 
-MAKE_RUNG = {"usual": make_rung, "fresh": make_rung_of_fresh_rows}
+MAKE_RUNG = {
+    "usual": make_rung,
+    "fresh": make_rung_of_fresh_rows,
+    "monochrome": functools.partial(make_rung, corpus=MONOCHROME),
+}
 
 
-def make_part(flags, index):
-    """The embedding folder of the index-th PART_ROWS rows of the table, which is made if it is missing."""
-    out = flags.work / f"part-{index}"
+def make_part(flags, index, corpus):
+    """The embedding folder of the index-th part of the table's rows, which is made if it is missing."""
+    out = flags.work / f"part-{corpus.folder}{index}"
     if not (out / "manifest.json").exists():
-        table = flags.work / "icons.csv"
+        table = flags.work / corpus.table
         if not table.exists():
-            icons.write_icons(table)
+            icons.write_table(table, corpus.is_coloured, corpus.drawn)
         with open(table, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))[index * PART_ROWS :][:PART_ROWS]
-        if not rows:
-            raise SystemExit(f"{table}: has no rows from {index * PART_ROWS} on; choose a smaller rung")
-        of_part = flags.work / f"icons-{index}.csv"
-        write_csv(of_part, rows)
+            rows = list(csv.DictReader(file))[: corpus.drawn]
+        first = index * corpus.part_rows
+        if first >= len(rows):
+            raise SystemExit(f"{table}: has no rows from {first} on; choose a smaller rung")
+        of_part = flags.work / f"icons-{corpus.folder}{index}.csv"
+        write_csv(of_part, rows[first : first + corpus.part_rows])
         ladder_encoders.embed(of_part, out, flags.weights)
     return out
 

@@ -1,7 +1,9 @@
 """The ladder of corpus sizes: Mordal's search on planted encoders, and what is measured of runs that are there."""
 
+import io
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,8 +14,39 @@ import vlm
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import icons
 import ladder
 import mordal
+
+
+def test_icons_of_coloured_and_of_monochrome_sets(tmp_path):
+    """A coloured set has each drawing once, without skin tones; a monochrome set one icon for each caption."""
+    sets = {"inks": (True, "MIT"), "lines": (False, "MIT"), "closed": (False, "CC BY-NC 4.0")}
+    names = {
+        "inks": {"red-car": "a", "red-car-2": "a", "wave": "b", "wave-dark-skin-tone": "c"},
+        "lines": {"car-bold": "d", "car-outline": "e", "car-side-24": "f", "q": "g"},
+        "closed": {"boat": "h"},
+    }
+    files = {"collections": {name: {"palette": hue, "license": {"title": title}} for name, (hue, title) in sets.items()}}
+    for name, bodies in names.items():
+        files[f"json/{name}"] = {"icons": {icon: {"body": body} for icon, body in bodies.items()}, "height": 24}
+    package = tmp_path / "icons.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name, value in files.items():
+            text = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    coloured, monochrome = icons.read_icons(package, True), icons.read_icons(package, False)
+    assert [(icon.path, icon.caption) for icon in coloured] == [
+        ("icons/inks/red-car.png", "red car"),
+        ("icons/inks/wave.png", "wave"),
+    ]
+    assert [(icon.path, icon.caption) for icon in monochrome] == [
+        ("icons/lines/car-bold.png", "car"),
+        ("icons/lines/car-side-24.png", "car side"),
+    ]
+    assert 'viewBox="0 0 16 24"' in coloured[0].svg
 
 
 def test_clusters_are_families_and_a_medoid_is_most_like_its_family(tmp_path):
