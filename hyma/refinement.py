@@ -98,7 +98,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
                 trained = generator.lift(image, connectors.predict(*pair))
                 keep_best(state, name, six, trained, {"refinement_steps": step + 1}, key=sum)
             state["seconds"] = time.perf_counter() - started
-            save_checkpoint(checkpoint(), force=is_validation or signals.arrived())
+            save_checkpoint(checkpoint(), force=signals.arrived())
             signals.leave_if_asked()
     batches.close()
     try_weights_between(state, connectors, pair, generator, store, retrieval)

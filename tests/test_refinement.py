@@ -77,16 +77,18 @@ def test_the_best_state_by_validation_is_kept_and_a_resume_gives_the_same_bits(i
     retrieval = validation_retrieval(found.data, found.rows, found.val_rows, CPU)
     predicted = found.generator.predict(*PAIR)
     recalls = [0.0] * 6  # any state is better
-    saved = []
+    saved, forced = [], []
 
     def keep(state, force):
         saved.append(torch.load(to_file(state), weights_only=True))
+        forced.append(force)
 
     def run(earlier):
         parts = found.generator, recalls, found.store, retrieval, found.rows
         return refine(flags, PAIR, *parts, earlier, keep)
 
     whole = run(None)
+    assert forced == [False] * 12 + [True]  # a validation of one pair is not worth writing the state of all
     best = whole["best"]["efflite1:mpnet"]
     assert saved[0]["connectors"]["layers.0.1.weight"].shape == (64, 1024)  # along the axes
     assert best["layers"][1][0].shape == (1280, 1024)
