@@ -88,7 +88,8 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint; one costs as much as hundreds of steps
+VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint; one costs as much as many steps
+LEAST_STEPS = 16  # of the search for each of them
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
 
 
@@ -350,7 +351,7 @@ def main():
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
     schedule = Schedule(steps, flags.lr, flags.warmup_steps, flags.weight_decay, device)
-    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else VALIDATIONS
+    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else max(1, min(VALIDATIONS, steps // LEAST_STEPS))
     validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
     # Where training starts: at the closed form, at random weights, or at a checkpoint.
