@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,15 +37,29 @@ def run_on_ranks(main):
         run_script(main)
         return
     store = join()
+    status = 0
     try:
         run_script(main)
+        leave()
     except BaseException as end:
         sys.stderr = sys.__stderr__
         was_said = isinstance(end, SystemExit) and not isinstance(end.code, str)
-        if not was_said and not is_first_to_fail(store):
-            raise SystemExit(1) from None
-        raise
-    leave()
+        status = report(end) if was_said or is_first_to_fail(store) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo may still hold tensors, and abort a process whose interpreter is at its end (pytorch, pull request 179291).
+    os._exit(status)
+
+
+def report(end):
+    """Prints what Python prints of the exception that ends a process. Returns the process's exit status."""
+    if not isinstance(end, SystemExit):
+        traceback.print_exception(end)
+        return 1
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+        return 1
+    return end.code or 0
 
 
 def join():

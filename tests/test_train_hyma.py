@@ -149,6 +149,7 @@ def test_generators_learn_at_every_depth(run, planted, tmp_path, generator, conn
     rows = read_ranking(tmp_path / "x")
     assert rows[-1]["image"] == "control" and float(rows[0]["val_recall10"]) > 0.3
     assert len(read_connectors(tmp_path / "x")) == 3
+    assert [line["step"] for line in read_jsonl(tmp_path / "x" / "metrics.jsonl")] == [18]  # too few to validate twice
     for path in (tmp_path / "x" / "connectors").glob("*.pt"):
         vlm.read_connector(path)
 
