@@ -149,7 +149,6 @@ def test_generators_learn_at_every_depth(run, planted, tmp_path, generator, conn
     rows = read_ranking(tmp_path / "x")
     assert rows[-1]["image"] == "control" and float(rows[0]["val_recall10"]) > 0.3
     assert len(read_connectors(tmp_path / "x")) == 3
-    assert [line["step"] for line in read_jsonl(tmp_path / "x" / "metrics.jsonl")] == [18]  # too few to validate twice
     for path in (tmp_path / "x" / "connectors").glob("*.pt"):
         vlm.read_connector(path)
 
@@ -158,7 +157,8 @@ def test_lower_precision_trains_alike(run, planted, tmp_path):
     for precision in ("fp32", "bf16"):
         flags = ("--epochs", "2", "--pairs", "efflite1:mpnet", "--precision", precision)
         assert run("train_hyma.py", "--data", planted, "--out", precision, *QUICK, *flags).code == 0
-    fp32, bf16 = (read_jsonl(tmp_path / p / "metrics.jsonl")[-1]["loss"] for p in ("fp32", "bf16"))
+    # Twelve steps are validated once.
+    (fp32,), (bf16,) = ([line["loss"] for line in read_jsonl(tmp_path / p / "metrics.jsonl")] for p in ("fp32", "bf16"))
     assert bf16 == pytest.approx(fp32, rel=0.02)
 
 
