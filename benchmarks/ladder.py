@@ -5,6 +5,7 @@
     python benchmarks/ladder.py --rungs 2000              # icons and embeddings (once), then this rung
     python benchmarks/ladder.py --rungs 6000 19800        # keeps what is there, adds these rungs to the results
     python benchmarks/ladder.py --rungs 2000 6000 --variant fresh --rates 1e-2 --methods        # other rows and test icons
+    python benchmarks/ladder.py --rungs 2000 6000 --variant monochrome --methods      # other icons, of other sets
     python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
 
 A rung is a corpus of so many icons to train on and to choose by (icons.py), seen by 9 x 3 encoders of graded quality
