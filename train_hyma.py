@@ -89,7 +89,7 @@ from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
 VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint; one costs as much as many steps
-LEAST_STEPS = 16  # of the search for each of them
+LEAST_STEPS = 16  # for each validation: of 30 steps, two validations are a sixth of a search's seconds (NOTES.md)
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
 
 

@@ -98,7 +98,7 @@ class Corpus(NamedTuple):
     folder: str  # of a rung and of a part, before its number
     is_coloured: bool
     part_rows: int  # that are embedded at a time: a larger rung adds parts and embeds none again
-    drawn: int | None  # of all rows, the first
+    drawn: int | None  # how many rows have pictures, from the first on; None: all
 
 
 COLOURED = Corpus("icons.csv", "", True, 22_000, None)
