@@ -42,6 +42,7 @@ from hyma.files import read_jsonl, run_script, save_tensors, sha256_file, write_
 from hyma.metrics import Retrieval, fidelity, mean_recalls
 from hyma.pair_names import name_of_row, pair_of_name
 from hyma.runs import read_run
+from hyma.splits import refuse_held_out
 from vlm import load_connector, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,19 +103,18 @@ class Corpus(NamedTuple):
 
 
 COLOURED = Corpus("icons.csv", "", True, 22_000, None)
-MONOCHROME = Corpus("monochrome.csv", "monochrome-", False, 8_200, 24_600)
+MONOCHROME = Corpus("monochrome.csv", "monochrome-", False, 8_200, 57_400)
 
 
 def make_rung(flags, rung, corpus=COLOURED):
     """The embedding folder of a rung: the test rows and the first `rung` others of the parts, whichever are missing made."""
     out = flags.work / f"rung-{corpus.folder}{rung}"
     if not (out / "manifest.json").exists():
-        parts, rows = [], []
-        while sum(row["split"] != "test" for row in rows) < rung:
+        parts, rows, others = [], [], []
+        while len(others) < rung:
             parts.append(make_part(flags, len(parts), corpus))
             rows += read_jsonl(parts[-1] / "rows.jsonl")
-        others = [i for i, row in enumerate(rows) if row["split"] != "test"]
-        tests = [i for i, row in enumerate(rows) if row["split"] == "test"]
+            tests, others = places_by_use(rows)
         seal_rung(out, parts, rows, sorted(tests + others[:rung]))
     return out
 
@@ -125,11 +125,22 @@ def make_rung_of_fresh_rows(flags, rung):
     if not (out / "manifest.json").exists():
         parts = [make_part(flags, 1, COLOURED), make_part(flags, 2, COLOURED)]
         rows = [row for part in parts for row in read_jsonl(part / "rows.jsonl")]
-        tests = range(len(rows) - icons.TEST_ROWS, len(rows))
-        for i in tests:
-            rows[i]["split"] = "test"
-        seal_rung(out, parts, rows, [*range(rung), *tests])
+        for row in rows[-icons.TEST_ROWS :]:
+            row["split"] = "test"
+        tests, others = places_by_use(rows)
+        seal_rung(out, parts, rows, others[:rung] + tests)
     return out
+
+
+def places_by_use(rows):
+    """(places of the test rows, of all others), without those whose picture is held out under another caption.
+
+    embed.py leaves such rows out of a part, and knows nothing of the other parts.
+    """
+    held_out = refuse_held_out(rows, [row["image_sha256"] for row in rows])
+    tests = [i for i, row in enumerate(rows) if row["split"] == "test"]
+    others = [i for i, row in enumerate(rows) if row["split"] != "test" and i not in held_out]
+    return tests, others
 
 
 MAKE_RUNG = {

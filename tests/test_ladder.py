@@ -1,5 +1,6 @@
 """The ladder of corpus sizes: Mordal's search on planted encoders, and what is measured of runs that are there."""
 
+import argparse
 import io
 import json
 import sys
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import icons
 import ladder
 import mordal
+
+from hyma.embeddings import Embeddings
 
 
 def test_icons_of_coloured_and_of_monochrome_sets(tmp_path):
@@ -47,6 +50,32 @@ def test_icons_of_coloured_and_of_monochrome_sets(tmp_path):
         ("icons/lines/car-side-24.png", "car side"),
     ]
     assert 'viewBox="0 0 16 24"' in coloured[0].svg
+
+
+def test_no_row_of_a_rung_has_a_picture_that_another_part_holds_out(tmp_path, monkeypatch):
+    """c has the picture of the test row a, h that of the validation row f, g that of i, which tests the fresh rung."""
+    pictures = {"c": "a", "h": "f", "g": "i"}
+    splits = {"a": "test", "f": "val"}
+    parts = []
+    for name, keys in (("part-0", "abd"), ("part-1", "cefg"), ("part-2", "hi")):
+        rows = []
+        for key in keys:
+            split = splits.get(key, "train")
+            rows.append({"key": key, "split": split, "image_sha256": pictures.get(key, key)})
+        vectors = torch.eye(9, 1280)[[ord(key) - ord("a") for key in keys]]
+        parts.append(make_embedding_folder(tmp_path / name, rows, efflite0=vectors))
+    monkeypatch.setattr(ladder, "make_part", lambda flags, index, corpus: parts[index])
+    monkeypatch.setattr(icons, "TEST_ROWS", 1)
+    flags = argparse.Namespace(work=tmp_path)
+    for make, rung, keys in (
+        (ladder.make_rung, 2, "abd"),
+        (ladder.make_rung, 4, "abdef"),
+        (ladder.make_rung, 6, "abdefgi"),
+        (ladder.make_rung_of_fresh_rows, 3, "cefi"),
+    ):
+        data = Embeddings(make(flags, rung))
+        assert "".join(row["key"] for row in data.rows) == keys
+        assert data.load("efflite0").argmax(dim=1).tolist() == [ord(key) - ord("a") for key in keys]
 
 
 def test_clusters_are_families_and_a_medoid_is_most_like_its_family(tmp_path):
