@@ -7,6 +7,7 @@
     python benchmarks/ladder.py --rungs 2000 6000 --variant fresh --rates 1e-2 --methods        # other rows and test icons
     python benchmarks/ladder.py --rungs 2000 6000 --variant monochrome --methods      # other icons, of other sets
     python benchmarks/ladder.py --measure                 # trains nothing: measures the runs that are there
+    python benchmarks/ladder.py --rungs                   # means over all results so far
 
 A rung is a corpus of so many icons to train on and to choose by (icons.py), seen by 9 x 3 encoders of graded quality
 (ladder_encoders.py). The 2,001 test icons are the same at every rung, so scores can be compared along the ladder. Grid
@@ -66,12 +67,13 @@ def main():
             write_json(flags.json, results)
             print_table(name, results[name])
             print(f"{flags.json}: written, {time.time() - started:.0f} s\n", flush=True)
+    print_together(results)
 
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rungs", type=int, nargs="+", default=[2000, 6000, 19800], help="training and validation rows")
+    add("--rungs", type=int, nargs="*", default=[2000, 6000, 19800], help="training and validation rows")
     about = "fresh: rows and test icons that no usual rung up to 20,000 has; monochrome: other sets of icons (default: %(default)s)"
     add("--variant", choices=list(MAKE_RUNG), default="usual", help=about)
     add("--connectors", nargs="+", default=["mlp1"], choices=["mlp0", "mlp1", "mlp2"])
@@ -424,6 +426,24 @@ def print_table(name, result):
         for column in COLUMNS:
             cells.append(f"{row[column]:15.3f}" if column in row else f"{'':15}")
         print(f"{method:32}" + "".join(cells))
+
+
+def print_together(results):
+    """The hypernetwork and grid search's noise over all rungs, depths and corpora that have both: means, and in how many the
+    hypernetwork is as good. Without seconds, as some grid searches ran beside other work."""
+    both = [result["summary"] for result in results.values() if "grid" in result["summary"]]
+    if not both:
+        return
+    columns = [column for column in COLUMNS if column != "seconds"]
+    means = {}
+    for method in ("hyma", "grid"):
+        means[method] = {column: np.mean([summary[method][column] for summary in both]) for column in columns}
+    print_table(f"mean of {len(both)}", {"summary": means})
+    as_good = {}
+    for column, sign in (("regret", -1), ("spearman", 1), ("delivered R@10", 1), ("delivered R@1", 1)):
+        as_good[column] = sum(sign * (row["hyma"][column] - row["grid"][column]) >= 0 for row in both)
+    counts = ", ".join(f"{column} {count}" for column, count in as_good.items())
+    print(f"as good as grid search with another seed, of {len(both)}: {counts}")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,20 @@ def test_a_choice_against_grid_search_by_hand():
     )
 
 
+def test_all_results_together_by_hand(capsys):
+    one = dict.fromkeys(ladder.COLUMNS, 1.0)
+    results = {
+        "2000 mlp1": {"summary": {"hyma": one | {"regret": 0.5, "spearman": 0.2}, "grid": one}},
+        "6000 mlp1": {"summary": {"hyma": one | {"regret": 2.0}, "grid": one}},
+        "19800 mlp1": {"summary": {"hyma": one}},
+    }
+    ladder.print_together(results)
+    _, header, hyma, grid, counts = capsys.readouterr().out.splitlines()
+    assert header.startswith("mean of 2") and hyma.split()[1:] == ["1.000", "1.250", "0.600", "1.000", "1.000"]
+    assert set(grid.split()[1:]) == {"1.000"}
+    assert counts.endswith("of 2: regret 1, spearman 1, delivered R@10 2, delivered R@1 2")
+
+
 def test_runs_that_are_there_are_measured(runs, graded, tmp_path, monkeypatch, capsys):
     """Nothing is trained, and what is missing is left out: grid search's other rates, UniCon, Mordal's search."""
     work = tmp_path / "work"
