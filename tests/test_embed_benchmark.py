@@ -65,7 +65,7 @@ def test_memory_grows_by_what_is_known_of_each_row_and_no_more(tmp_path):
         archive = benchmark.write_small_pictures(tmp_path / f"{number}.tar", count)
         runs.append((str(archive), str(tmp_path / f"e{number}")))
     code = PRINT_PEAKS.format(runs=runs)
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # beside other work, two of so small encoders wait for each other
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # beside other work, two threads on so small encoders wait for each other
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=one_thread)
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "e2" / "manifest.json")["rows"] == 3300
