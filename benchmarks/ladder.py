@@ -36,20 +36,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import icons
 import ladder_encoders
 import mordal
-from training_runs import describe_machine, is_finished, ranked_pairs, val_recall10
+from training_runs import describe_machine, excess_intervals, is_finished, ranked_pairs, val_recall10
 
-from hyma.embeddings import Embeddings, RowStore, hash_keys
+from hyma.embeddings import RowStore, hash_keys
 from hyma.files import read_jsonl, run_script, save_tensors, sha256_file, write_csv, write_json, write_jsonl
-from hyma.metrics import Retrieval, fidelity, mean_recalls
+from hyma.metrics import INTERVAL, fidelity
 from hyma.pair_names import name_of_row, pair_of_name
 from hyma.runs import read_run
 from hyma.splits import refuse_held_out
+from hyma.tasks import open_tasks, score
 from vlm import load_connector, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSED_FORMS = ("whitened", "ridge", "procrustes", "unicon")
 METHODS = ("equal FLOPs", "halving", *CLOSED_FORMS, "mordal")
 DIRECTIONS = ("image", "text")  # what is retrieved
+EXCESS = "minus grid search's with another seed, 95 % over test icons"
 
 
 def main():
@@ -301,6 +303,12 @@ def measure(flags, trainer, runs):
     result["selectors"] = selectors
     result["true scores"] = {pair: [round(value, 3) for value in values] for pair, values in truth.items()}
     result["summary"] = summary(result)
+    if len(grids) > 1:
+        orders, grid_orders = (list(map(ranked_pairs, runs[method])) for method in ("hyma", "grid"))
+        hits = []
+        for run in runs["grid"]:
+            hits.append([found.units.numpy() for found in connector_scores(trainer.data, run, grid_orders[0])])
+        result[EXCESS] = excess_intervals(orders, grid_orders, np.array(hits))
     return result
 
 
@@ -317,11 +325,8 @@ def score_on_test(data, runs):
     scores = {run.name: {} for run in [*others, *runs["grid"]]}
     found = read_json(out / "results.json")
     for record in found["results"]:
-        both = []
-        for k in (1, 10):
-            recalls = [record["metrics"][f"{what}_retrieval_recall@{k}"] for what in DIRECTIONS]
-            both.append(100 * sum(recalls) / 2)
-        scores[Path(record["pretrained"]).name][name_of_row(record)] = tuple(both)
+        of_pair = tuple(100 * mean_of_directions(record["metrics"], k) for k in (1, 10))
+        scores[Path(record["pretrained"]).name][name_of_row(record)] = of_pair
     selectors = {}
     for row in found["methods"]:
         if row["kind"] == "selector":
@@ -386,15 +391,25 @@ def measure_mordal(trainer, grid_flags, truth, grid_costs):
 
 def score_alone(data, run):
     """(R@1, R@10) on the test rows, in per cent, of the only connector of a run."""
-    data = Embeddings(data)
-    image, text = pair_of_name(ranked_pairs(run)[0])
-    store = RowStore(data, [image, text], torch.device("cpu"))
-    rows = [index for index, row in enumerate(data.rows) if row["split"] == "test"]
-    retrieval = Retrieval(data, torch.tensor(rows), torch.device("cpu"))
-    connector = load_connector(read_run(run).connector(image, text))
-    six = retrieval.recalls(connector(store.take(text, retrieval.rows)), store.take(image, retrieval.rows))
-    recall1, _, recall10 = mean_recalls(six)
-    return 100 * recall1, 100 * recall10
+    [pair] = ranked_pairs(run)
+    metrics = next(connector_scores(data, run, [pair])).metrics
+    return tuple(100 * mean_of_directions(metrics, k) for k in (1, 10))
+
+
+def mean_of_directions(metrics, k):
+    """R@k, 0 to 1. metrics: by CLIP_benchmark's names."""
+    return sum(metrics[f"{what}_retrieval_recall@{k}"] for what in DIRECTIONS) / len(DIRECTIONS)
+
+
+def connector_scores(data, run, pairs):
+    """The Score on the test rows (`hyma.tasks`) of a run's connector of each of these pairs, as evaluate.py has it."""
+    cpu = torch.device("cpu")
+    [task] = open_tasks(None, data, argparse.Namespace(templates="1", device=cpu), run_seed=0)
+    run = read_run(run)
+    for image, text in map(pair_of_name, pairs):
+        store = RowStore(task.data, [image, text], cpu)
+        connector = load_connector(run.connector(image, text))
+        yield score(task, store.take(text, task.rows), store.take(image, task.rows), connector)
 
 
 def mean_gap(scores, truth, pairs, place):
@@ -426,6 +441,8 @@ def print_table(name, result):
         for column in COLUMNS:
             cells.append(f"{row[column]:15.3f}" if column in row else f"{'':15}")
         print(f"{method:32}" + "".join(cells))
+    for column, (low, high) in result.get(EXCESS, {}).items():
+        print(f"{column} {EXCESS}: {low} to {high}")
 
 
 def print_together(results):
@@ -444,6 +461,10 @@ def print_together(results):
         as_good[column] = sum(sign * (row["hyma"][column] - row["grid"][column]) >= 0 for row in both)
     counts = ", ".join(f"{column} {count}" for column, count in as_good.items())
     print(f"as good as grid search with another seed, of {len(both)}: {counts}")
+    differences = np.array([row["hyma"]["regret"] - row["grid"]["regret"] for row in both])
+    resampled = np.random.default_rng(0).choice(differences, (10_000, len(both))).mean(1)
+    low, high = np.percentile(resampled, INTERVAL)
+    print(f"regret minus grid search's, 95 % over rungs: {low:.2f} to {high:.2f}")
 
 
 if __name__ == "__main__":

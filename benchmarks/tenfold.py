@@ -37,20 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
 import graded_encoders
 from emoji_retrieval import EmojiRetrieval
-from training_runs import describe_machine, is_finished
+from training_runs import describe_machine, earlier_is_higher, excess_intervals, is_finished
 
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, run_script, write_json
-from hyma.metrics import INTERVAL, fidelity, resample
+from hyma.metrics import fidelity
 from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
 from hyma.runs import read_run
 from vlm import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-RESAMPLES = 2000  # behind the interval of the regret
-# `resample` takes its random seed from the bytes of a name; this one is seed 0, which the committed intervals were drawn
-# with.
-SEED_ZERO = "\0"
 
 
 def main():
@@ -231,34 +227,6 @@ def ranking_fidelity(order, truth):
     return values["regret"].item(), values["spearman"].item()
 
 
-def earlier_is_higher(order, pairs):
-    """[P]: a number for each of the pairs, the higher the earlier it comes in the order, as `fidelity` takes it."""
-    return np.array([-order.index(pair) for pair in pairs])
-
-
-def excess_interval(hymas, grids):
-    """The 95 % interval, over resamples of the emoji, of
-
-        mean over hypernetworks h of regret(h | all grids) - mean over grids g of regret(g | the grids but g)
-
-    in points: what the emoji can say of the hypernetwork's regret minus grid search's own.
-    """
-    pairs = grids[0].order
-    hits = [[grid.hits[pair] for pair in pairs] for grid in grids]
-    scores = resample({"grid": np.array(hits)}, RESAMPLES, SEED_ZERO)["grid"]  # [S, P, emoji] to [S, R, P]
-
-    def regrets(run, truth):
-        return fidelity(truth, earlier_is_higher(run.order, pairs))["regret"]  # [R]
-
-    of_grids = []
-    for k, grid in enumerate(grids):
-        others = np.delete(scores, k, axis=0)
-        of_grids.append(regrets(grid, others.mean(0)))
-    of_hymas = [regrets(hyma, scores.mean(0)) for hyma in hymas]
-    excess = np.mean(of_hymas, axis=0) - np.mean(of_grids, axis=0)  # [R]
-    return np.percentile(excess, INTERVAL).round(2).tolist()
-
-
 # --------------------------------------------------------------------------------------------- the measurement
 
 
@@ -285,7 +253,9 @@ def measure(benchmark, connector):
         of_hymas = over_seeds(hymas, name)
         result[f"cost_ratio_{name}"] = np.divide(of_hymas, of_grids).tolist()
         result[f"grid_{name}"] = of_grids
-    result["regret_excess_interval"] = excess_interval(hymas, grids)
+    grid_hits = np.array([[grid.hits[pair] for pair in grids[0].order] for grid in grids])
+    intervals = excess_intervals(over_seeds(hymas, "order"), over_seeds(grids, "order"), grid_hits)
+    result["regret_excess_interval"] = intervals["regret"]
     result["acceptance"] = acceptance(result)
     print_measurement(connector, result)
     return result

@@ -167,10 +167,11 @@ def test_all_results_together_by_hand(capsys):
         "19800 mlp1": {"summary": {"hyma": one}},
     }
     ladder.print_together(results)
-    _, header, hyma, grid, counts = capsys.readouterr().out.splitlines()
+    _, header, hyma, grid, counts, interval = capsys.readouterr().out.splitlines()
     assert header.startswith("mean of 2") and hyma.split()[1:] == ["1.000", "1.250", "0.600", "1.000", "1.000"]
     assert set(grid.split()[1:]) == {"1.000"}
     assert counts.endswith("of 2: regret 1, spearman 1, delivered R@10 2, delivered R@1 2")
+    assert interval.endswith("over rungs: -0.50 to 1.00")
 
 
 def test_runs_that_are_there_are_measured(runs, graded, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ import corpus
 import emoji_retrieval
 import graded_encoders
 import tenfold
+import training_runs
 
 
 def test_an_earlier_stage_is_the_pooled_map(weights):
@@ -103,8 +104,8 @@ def test_recall_in_galleries():
     assert emoji_retrieval.hits_in_ten(torch.ones(400, 16), images, galleries).mean() < 0.12
 
 
-def finished_run(order, validation=None, test=None, curve=(0.1,), hits=None):
-    return tenfold.FinishedRun(order, validation, list(curve), hits, test, flops=0, seconds=0)
+def finished_run(order, validation, test, curve=(0.1,)):
+    return tenfold.FinishedRun(order, validation, list(curve), None, test, flops=0, seconds=0)
 
 
 def test_the_comparison_by_hand():
@@ -139,13 +140,13 @@ def test_the_comparison_by_hand():
 def test_how_sure_an_excess_of_regret_is():
     """A pair a little worse is within the noise of the pictures; one far worse is not."""
     emoji = np.arange(1000)
-    hits = {"a": (emoji < 500) * 1.0, "b": (emoji >= 510) * 1.0, "c": (emoji < 300) * 1.0}
-    grids = [finished_run(["a", "b", "c"], hits=hits) for _ in range(3)]
-    low, high = tenfold.excess_interval([finished_run(["b", "a", "c"])] * 3, grids)
-    assert (low, high) == (-5.5, 7.3)
-    low, high = tenfold.excess_interval([finished_run(["c", "a", "b"])] * 3, grids)
-    assert (low, high) == (17.6, 22.5)
-    assert tenfold.excess_interval(grids, grids) == [0, 0]
+    hits = np.array([[emoji < 500, emoji >= 510, emoji < 300]] * 3) * 1.0  # of a, b and c
+    grids = [["a", "b", "c"]] * 3
+    found = training_runs.excess_intervals([["b", "a", "c"]] * 3, grids, hits)
+    assert found == {"regret": [-5.5, 7.3], "spearman": [-0.5, 0.5]}
+    found = training_runs.excess_intervals([["c", "a", "b"]] * 3, grids, hits)
+    assert found["regret"] == [17.6, 22.5] and found["spearman"][1] < 0
+    assert training_runs.excess_intervals(grids, grids, hits) == {"regret": [0, 0], "spearman": [0, 0]}
 
 
 def test_the_whole_script(run, tmp_path, monkeypatch):
