@@ -98,7 +98,7 @@ def cluster(names, alike):
     """
     if len(names) == 1:
         return {names[0]: names}
-    distances = squareform(1 - (alike + alike.T) / 2, checks=False)
+    distances = squareform(1 - (alike + alike.T) / 2, checks=False).clip(min=0)  # rounding: two of the same are more than alike
     numbers = fcluster(linkage(distances, "average"), math.ceil(len(names) ** 0.5), "maxclust")  # [N]
     clusters = {}
     for number in np.unique(numbers):

@@ -100,6 +100,13 @@ def test_clusters_are_families_and_a_medoid_is_most_like_its_family(tmp_path):
     assert sorted(clusters["text"]) == ["minilm_l6", "mpnet"] and cost["flops"] > 0
 
 
+def test_encoders_that_see_the_same_are_one_cluster():
+    """As in colour and in grey on monochrome icons, where rounding has put a CKA above 1."""
+    alike = np.array([[1, 1 + 2e-7, 0.2], [1 + 2e-7, 1, 0.2], [0.2, 0.2, 1]])
+    clusters = mordal.cluster(["colour", "grey", "control"], alike)
+    assert sorted(clusters.values()) == [["colour", "grey"], ["control"]]
+
+
 def test_a_learning_curve_is_a_line_in_logarithms():
     errors = [0.8 * length**-0.3 for length in (1, 2)]
     assert mordal.extrapolate([1, 2], errors, 10) == pytest.approx(0.8 * 10**-0.3)
