@@ -304,7 +304,8 @@ def measure(flags, trainer, runs):
     result["true scores"] = {pair: [round(value, 3) for value in values] for pair, values in truth.items()}
     result["summary"] = summary(result)
     if len(grids) > 1:
-        orders, grid_orders = (list(map(ranked_pairs, runs[method])) for method in ("hyma", "grid"))
+        orders = [ranked_pairs(run) for run in runs["hyma"]]
+        grid_orders = [ranked_pairs(run) for run in runs["grid"]]
         hits = []
         for run in runs["grid"]:
             hits.append([found.units.numpy() for found in connector_scores(trainer.data, run, grid_orders[0])])
@@ -392,8 +393,8 @@ def measure_mordal(trainer, grid_flags, truth, grid_costs):
 def score_alone(data, run):
     """(R@1, R@10) on the test rows, in per cent, of the only connector of a run."""
     [pair] = ranked_pairs(run)
-    metrics = next(connector_scores(data, run, [pair])).metrics
-    return tuple(100 * mean_of_directions(metrics, k) for k in (1, 10))
+    [found] = connector_scores(data, run, [pair])
+    return tuple(100 * mean_of_directions(found.metrics, k) for k in (1, 10))
 
 
 def mean_of_directions(metrics, k):
@@ -402,14 +403,17 @@ def mean_of_directions(metrics, k):
 
 
 def connector_scores(data, run, pairs):
-    """The Score on the test rows (`hyma.tasks`) of a run's connector of each of these pairs, as evaluate.py has it."""
+    """[Score] on the test rows (`hyma.tasks`) of a run's connector of each of these pairs, as evaluate.py has it."""
     cpu = torch.device("cpu")
     [task] = open_tasks(None, data, argparse.Namespace(templates="1", device=cpu), run_seed=0)
-    run = read_run(run)
-    for image, text in map(pair_of_name, pairs):
-        store = RowStore(task.data, [image, text], cpu)
-        connector = load_connector(run.connector(image, text))
-        yield score(task, store.take(text, task.rows), store.take(image, task.rows), connector)
+    pairs = [pair_of_name(pair) for pair in pairs]
+    encoders = {encoder for pair in pairs for encoder in pair}
+    store = RowStore(task.data, sorted(encoders), cpu)
+    scores = []
+    for image, text in pairs:
+        connector = load_connector(read_run(run).connector(image, text))
+        scores.append(score(task, store.take(text, task.rows), store.take(image, task.rows), connector))
+    return scores
 
 
 def mean_gap(scores, truth, pairs, place):
