@@ -58,7 +58,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rung", type=int, default=2000, help="training and validation rows (default: %(default)s)")
-    add("--seeds", type=int, default=2, help="random seeds: how many, from 0 (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="random seeds: how many, from 0 (default: %(default)s)")
     add("--measure", action="store_true", help="train nothing")
     add("--work", type=Path, default=Path("embeddings/ladder"), help="the ladder's (default: %(default)s)")
     add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
