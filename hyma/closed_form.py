@@ -59,13 +59,13 @@ def without_mean_direction(weight, mean):
 class CentredRows:
     """Rows [n, D] minus their mean, and their Gram matrix [D, D], the unnormalised covariance.
 
-    noise_rows: how many rows of isotropic noise the Gram matrix is regularised by.
+    rows: are centred in place. noise_rows: how many rows of isotropic noise the Gram matrix is regularised by.
     """
 
     def __init__(self, rows, noise_rows):
         self.mean = rows.mean(0)  # [D]
         self.strength = noise_rows / len(rows)
-        self.rows = rows - self.mean  # [n, D]
+        self.rows = rows.sub_(self.mean)  # [n, D]
         self.gram = gram_matrix(self.rows)  # [D, D]
         self.factor = torch.linalg.cholesky(regularised(self.gram, self.strength))  # [D, D], lower
 

@@ -23,6 +23,7 @@ from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, first_difference,
 
 FORMAT_VERSION = 1
 SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
+ROWS_AT_ONCE = 4096  # to normalise or project: memory for so many is used again, for all rows it would be new pages each time
 MAKE_AGAIN = "run embed.py again into a new --out"
 
 
@@ -236,7 +237,10 @@ class RowStore:
             tensor, rows = self.window[name], self.places
         else:
             tensor = self.tensors[name]
-        return F.normalize(tensor[rows.to(tensor.device)].to(self.device).float(), dim=1).to(dtype)
+        vectors = torch.empty(len(rows), tensor.shape[1], device=self.device)
+        for part, unit in zip(rows.to(tensor.device).split(ROWS_AT_ONCE), vectors.split(ROWS_AT_ONCE)):
+            F.normalize(tensor[part].to(self.device).float(), dim=1, out=unit)
+        return vectors.to(dtype)
 
 
 def hash_keys(rows) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyma.closed_form import HELD_OUT_ROWS, TEXT_NOISE_ROWS, CentredRows, SharedSpace, image_map
 from hyma.costs import connector_flops, connector_shapes, linear_flops
+from hyma.embeddings import ROWS_AT_ONCE
 from hyma.machine import bytes_for_copies
 from hyma.pairs import images_of, texts_of
 from hyma.training import Generator, separate_layers
@@ -297,7 +298,7 @@ class ProjectedStore:
         """The coordinates [all rows, k] of an image encoder; those of other rows than `rows` are zero."""
         count = len(self.store.tensors[image])
         coordinates = torch.zeros(count, self.dims[image], dtype=self.dtype, device=self.device)
-        for part in rows.split(65536):
+        for part in rows.split(ROWS_AT_ONCE):
             coordinates[part.to(self.device)] = self.project(image, part, self.dtype)
         return coordinates
 

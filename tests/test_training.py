@@ -126,6 +126,16 @@ def test_rows_that_do_not_fit_are_read_ahead_to_the_same_batches(planted, monkey
     epoch_order.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_are_taken_a_part_at_a_time_to_the_same_bits(planted, monkeypatch, dtype):
+    store, rows = RowStore(Embeddings(planted), ["efflite0"], CPU), torch.arange(850).flip(0)
+    whole = store.take("efflite0", rows, dtype)
+    assert whole.dtype == dtype and torch.equal(whole, F.normalize(store.tensors["efflite0"][rows].float(), dim=1).to(dtype))
+    monkeypatch.setattr("hyma.embeddings.ROWS_AT_ONCE", 100)
+    assert torch.equal(store.take("efflite0", rows, dtype), whole)
+    assert store.take("efflite0", rows[:0], dtype).shape == (0, whole.shape[1])
+
+
 # --------------------------------------------------------------------------------------------------- the loss of a step
 
 
