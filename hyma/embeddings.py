@@ -239,7 +239,7 @@ class RowStore:
             tensor = self.tensors[name]
         vectors = torch.empty(len(rows), tensor.shape[1], device=self.device)
         for part, unit in zip(rows.to(tensor.device).split(ROWS_AT_ONCE), vectors.split(ROWS_AT_ONCE)):
-            F.normalize(tensor[part].to(self.device).float(), dim=1, out=unit)
+            F.normalize(tensor.index_select(0, part).to(self.device).float(), dim=1, out=unit)
         return vectors.to(dtype)
 
 

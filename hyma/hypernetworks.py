@@ -311,7 +311,7 @@ class ProjectedStore:
         if name not in self.axes:
             return self.store.take(name, rows, dtype)
         if name in self.coordinates and dtype == self.dtype:
-            return self.coordinates[name][rows.to(self.device)]
+            return self.coordinates[name].index_select(0, rows.to(self.device))  # half the time of [rows] on a CPU
         return self.project(name, rows, dtype)
 
 
