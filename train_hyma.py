@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from hyma import closed_form, ranks
 from hyma.batches import Batches
-from hyma.costs import flop_counter, step_flops
+from hyma.costs import flop_counter, step_flops, validation_flops
 from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
 from hyma.graphs import check_graph, record_steps
@@ -88,8 +88,8 @@ from hyma.training_flags import (
 from kernels import adamw_outer, outer_grad_norm_sq
 from vlm import BadInput, pick_device, read_json
 
-VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint; one costs as much as many steps
-LEAST_STEPS = 16  # for each validation: of 30 steps, two validations are a sixth of a search's seconds (NOTES.md)
+VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint: at the end and, if it costs little, half way
+MOST_SHARE = 1 / 20  # of the FLOPs of the steps, for these together
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
 
 
@@ -261,6 +261,16 @@ def project_store(flags, generator, store, pairs, train_rows, val_rows):
     return generator.project_images(store, images_of(pairs.scored), rows, dtype)
 
 
+def count_validations(flags, generator, retrieval, pairs, steps, dims):
+    """How often a run of so many steps validates all pairs. dims: {encoder: width of its vectors in the loss}."""
+    if flags.stop_when_stable:
+        return VALIDATIONS_TO_STOP
+    pairs_of_step = draw_pairs(0, flags.seed, pairs.trained, flags.pairs_per_step)
+    of_steps = steps * step_flops(generator, flags.batch_size, pairs_of_step, dims)["flops"]
+    of_one = validation_flops(generator, retrieval, pairs.scored, dims)
+    return max(1, min(VALIDATIONS, int(MOST_SHARE * of_steps / of_one)))
+
+
 def train_step(generator, optimizer, moments, store, dtype, flags, pairs, rows, numbers):
     """One step of these pairs on a batch of rows [B]: their connectors, their mean loss, the update. Returns their losses [P].
     A CUDA graph can record it (`hyma.graphs`). numbers [5]: of the step (`Schedule`)."""
@@ -351,8 +361,6 @@ def main():
     steps_per_epoch = len(train_rows) // flags.batch_size
     steps = flags.epochs * steps_per_epoch
     schedule = Schedule(steps, flags.lr, flags.warmup_steps, flags.weight_decay, device)
-    validations = VALIDATIONS_TO_STOP if flags.stop_when_stable else max(1, min(VALIDATIONS, steps // LEAST_STEPS))
-    validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
 
     # Where training starts: at the closed form, at random weights, or at a checkpoint.
     checkpoints = Checkpoints(flags.out)
@@ -368,6 +376,8 @@ def main():
     else:
         state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
     started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
+    validations = count_validations(flags, generator, retrieval, pairs, steps, store.dims)
+    validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
     dtype = training_dtype(flags.precision)
     # Not before: the closed form needs float32.
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")

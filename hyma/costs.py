@@ -95,6 +95,16 @@ def step_flops(generator, batch_size, pairs, dims):
     return {"flops": total, "step_flops": of_predicting, "logit_flops": of_logits}
 
 
+def validation_flops(generator, retrieval, pairs, dims):
+    """About the FLOPs of validating these pairs on a Retrieval: their connectors forward, a third of the products of a step, and
+    the similarities. generator, dims: as for `step_flops`."""
+    of_connectors, _ = generator.flops(len(retrieval.rows), pairs)
+    of_similarities = 0
+    for image, _ in pairs:
+        of_similarities += 2 * retrieval.similarities * dims[image]
+    return of_connectors // 3 + of_similarities
+
+
 # ------------------------------------------------------------------------------------------------- comparing methods
 
 

@@ -52,6 +52,7 @@ class Retrieval:
         products = self.queries["caption"] * images + self.queries["image"] * captions  # of both directions by themselves
         size = 4 * captions * images
         self.one_matrix = torch.device(device).type == "cpu" and captions * images < products and size <= ONE_MATRIX_BYTES
+        self.similarities = min(captions * images, products)  # that both directions take at least
         to_text = self.random_recalls("image", "caption")
         to_image = self.random_recalls("caption", "image")
         self.chance = ((np.array(to_text) + np.array(to_image)) / 2).tolist()

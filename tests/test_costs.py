@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import QUICK, make_embedding_folder, read_ledger
+from helpers import CPU, QUICK, make_embedding_folder, read_ledger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -24,10 +24,15 @@ from hyma.costs import (
     scale_ledger,
     step_flops,
     trained_by_batches,
+    validation_flops,
 )
-from hyma.embeddings import Embeddings
+from hyma.embeddings import Embeddings, RowStore
 from hyma.files import write_json
+from hyma.hypernetworks import FactoredHyperNetwork
+from hyma.pair_names import choose_pairs
 from hyma.runs import read_run
+from hyma.splits import split_rows
+from hyma.training import validate, validation_retrieval
 
 # ------------------------------------------------------------------------------------------------------------- counting
 
@@ -49,6 +54,21 @@ def test_flops_of_logits_against_torch():
         (texts @ images.T).square().sum().backward()
     assert counter.get_total_flops() == logit_flops(64, [24])
     assert logit_flops(64, [24, 32]) == 4 * 64**2 * (24 + 32)
+
+
+@pytest.mark.parametrize("hidden_layers", [0, 1])
+def test_flops_of_a_validation_against_torch(planted, hidden_layers):
+    """Nearly: a text encoder's first layer has two products in a step and not three."""
+    data = Embeddings(planted)
+    pairs = choose_pairs(data, ["all"])
+    store = RowStore(data, data.names("image") + data.names("text"), CPU)
+    dims = ({name: store.dims[name] for name in data.names(kind)} for kind in ("image", "text"))
+    generator = FactoredHyperNetwork(*dims, hidden_layers, 2000)
+    retrieval = validation_retrieval(data, *split_rows(data), CPU)
+    with flop_counter() as counter:
+        validate(generator, store, retrieval, pairs)
+    ratio = validation_flops(generator, retrieval, pairs, store.dims) / counter.get_total_flops()
+    assert 0.8 < ratio < 1.01
 
 
 @pytest.mark.parametrize("weight_gradient", [False, True])

@@ -159,6 +159,7 @@ def test_a_run_of_recorded_steps_gives_the_same_bits(run, planted, tmp_path, tap
 def test_a_run_goes_on_with_graphs_and_without(run, planted, tmp_path, tapes):
     """From the checkpoint before the last, either way: AdamW's own counts of steps are in it, its options are not."""
     flags = ("--data", planted, *QUICK, "--pairs-per-step", "2", "--refine-steps", "0")
+    flags += ("--pairs", "*:minilm_l6", "--epochs", "30")  # so many have a validation, and so a checkpoint, half way
     assert run("train_hyma.py", *flags, "--out", "plain").code == 0
     assert run("train_hyma.py", *flags, "--graph", "--out", "graph").code == 0
     shutil.copytree(tmp_path / "plain", tmp_path / "whole")

@@ -117,7 +117,7 @@ FACTORED = ("--connector", "mlp1", "--pairs-per-step", "3", "--refine-steps", "2
 @pytest.mark.parametrize("flags, splits", [(FACTORED, ("pairs", "rows")), (MLP, ("rows", "pairs"))])
 def test_a_search_that_a_signal_ends_goes_on_with_the_other_split(run, torchrun, planted, tmp_path, flags, splits):
     """Three pairs a step: of two ranks the first has two of them, of three each has one; 128 rows are 43, 43 and 42."""
-    flags = (*flags, *FLAGS)
+    flags = (*flags, *FLAGS, "--pairs", "*:minilm_l6", "--epochs", "24")  # so many have a validation half way
     assert run("train_hyma.py", "--data", planted, *flags, "--out", "whole").code == 0
     process = torchrun("train_hyma.py", *flags, "--split", splits[0], "--out", "x")
     after_validations(tmp_path / "x", 1)

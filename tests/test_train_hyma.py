@@ -21,15 +21,16 @@ from helpers import (
 )
 
 import vlm
+from hyma.costs import step_flops, validation_flops
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import read_jsonl, save_tensors
-from hyma.hypernetworks import HyperNetwork
-from hyma.pair_names import name_of_row
+from hyma.hypernetworks import FactoredHyperNetwork, HyperNetwork
+from hyma.pair_names import choose_pairs, name_of_row
 from hyma.pairs import draw_pairs
 from hyma.splits import split_rows
 from hyma.training import Schedule, validation_retrieval
 from kernels import connector_mlp
-from train_hyma import update
+from train_hyma import count_validations, update
 
 QUICK = ("--epochs", "6", "--batch-size", "128", "--warmup-steps", "5", "--device", "cpu")
 
@@ -78,7 +79,7 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
     assert 0 < ledger["start_flops"] < ledger["flops"] and ledger["step_flops"] == 0 < ledger["logit_flops"]
     assert "embed.py" not in result.out and not (out / "prediction.csv").exists()  # nothing says that there are more rows
     metrics = read_jsonl(out / "metrics.jsonl")
-    assert [m["epoch"] for m in metrics] == [3, 6] and metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [m["epoch"] for m in metrics] == [6] and metrics[0]["loss"] < math.log(128) / 2  # of constant scores, log(128)
 
     best = out / "connectors" / f"{rows[0]['image']}_mlp1_{rows[0]['text']}.pt"
     assert f"best connector: runs/x/connectors/{best.name}" in result.out
@@ -100,7 +101,7 @@ def test_a_run_folder_holds_what_other_programs_rely_on(run, planted, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--generator", "mlp", "--width", "4", "--connector", "mlp0")])
 def test_kill_and_resume_give_the_same_bits(run, spawn, planted, tmp_path, flags):
-    flags = ("--data", planted, *QUICK, *flags, "--pairs", "*:minilm_l6")
+    flags = ("--data", planted, *QUICK, *flags, "--pairs", "*:minilm_l6", "--stop-when-stable")  # a validation an epoch
     assert run("train_hyma.py", *flags, "--out", "whole").code == 0
     config, metrics = tmp_path / "killed" / "config.json", tmp_path / "killed" / "metrics.jsonl"
     for validations in (0, 1, 2):
@@ -225,6 +226,26 @@ def test_a_settled_ranking_ends_the_search(run, planted, tmp_path):
         (tmp_path / "x" / name).unlink()
     again = run("train_hyma.py", *flags, "--out", "x")  # from its last checkpoint, which is of the refinement
     assert again.code == 0 and read_ledger(tmp_path / "x")["steps"] == ledger["steps"]
+
+
+@pytest.mark.parametrize("generator", [FactoredHyperNetwork, HyperNetwork])
+def test_a_run_is_also_validated_half_way_where_that_costs_little(planted, generator):
+    data = Embeddings(planted)
+    scored = choose_pairs(data, ["all"])
+    dims = RowStore(data, data.names("image") + data.names("text"), CPU).dims
+    made = generator({name: dims[name] for name in data.names("image")}, {name: dims[name] for name in data.names("text")}, 1, 64)
+    retrieval = validation_retrieval(data, *split_rows(data), CPU)
+    flags = argparse.Namespace(stop_when_stable=False, seed=0, pairs_per_step=2, batch_size=128)
+    pairs = argparse.Namespace(trained=scored, scored=scored)
+
+    def count(steps):
+        return count_validations(flags, made, retrieval, pairs, steps, dims)
+
+    of_step = step_flops(made, 128, draw_pairs(0, 0, scored, 2), dims)["flops"]
+    least = math.ceil(2 * 20 * validation_flops(made, retrieval, scored, dims) / of_step)
+    assert (count(1), count(least - 1), count(least), count(100 * least)) == (1, 1, 2, 2) and least > 100
+    flags.stop_when_stable = True
+    assert count(1) == 10
 
 
 # ------------------------------------------------------------------------------------------------------- added encoders
@@ -390,7 +411,7 @@ def wait_until(process, condition, seconds=120):
 
 def test_a_terminated_run_resumes_by_the_same_command_to_the_same_bits(run, spawn, planted, tmp_path, monkeypatch):
     """SIGUSR1 saves and continues; SIGTERM saves and leaves with 143; the same command resumes it, with or without --out."""
-    flags = ("--data", planted, *QUICK, "--epochs", "40", "--pairs", "*:minilm_l6")
+    flags = ("--data", planted, *QUICK, "--epochs", "40", "--pairs", "*:minilm_l6")  # so many have a validation half way
     assert run("train_hyma.py", *flags, "--out", "whole").code == 0
     for out in (("--out", "stopped"), ()):
         folder = tmp_path / "stopped" if out else None
@@ -425,7 +446,7 @@ def test_a_damaged_checkpoint_has_a_predecessor(run, refused, planted, tmp_path)
     result = run("train_hyma.py", "--resume", "--out", "damaged")
     assert result.code == 0 and "checkpoint.pt" in result.err and "taking the one before it" in result.err
     assert_same_connectors(tmp_path / "whole", tmp_path / "damaged")
-    assert len(read_jsonl(tmp_path / "damaged" / "metrics.jsonl")) == 2
+    assert len(read_jsonl(tmp_path / "damaged" / "metrics.jsonl")) == len(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == 1
     for path in (newest, previous):
         torch.save({}, path)
     refused("train_hyma.py", "--resume", "--out", "damaged", says=["is no checkpoint of this script", "another --out"])
