@@ -113,7 +113,8 @@ def parse_flags():
         help="pairs per step, of one text encoder (default: a third of its pairs; from 32,768 rows, half; mlp: all)",
     )
     add("--lr", type=float, help="peak learning rate (default: factored 1e-3 on 16,384 rows, less on fewer, up to 2e-3 on more; mlp 1e-3)")
-    about = "steps that the pair ranked first is trained further by itself, at four times --lr (default: half the schedule, or fewer; 0: none)"
+    about = "steps that the pair ranked first is trained further by itself, at four times --lr (default: half the schedule or fewer, "
+    about += "from 32,768 rows a third; 0: none)"
     add("--refine-steps", type=int, metavar="N", help=about)
     about = "end the search once three of its ten validations rank the pairs alike (default: train every epoch)"
     add("--stop-when-stable", action="store_true", help=about)
@@ -176,7 +177,7 @@ def resolve_flags(flags, device, row_count, pairs):
         flags.rank = min(flags.rank, row_count)
     if flags.refine_steps is None:
         steps = flags.epochs * (row_count // flags.batch_size)
-        flags.refine_steps = refinement_steps(steps, len(pairs.trained + pairs.untrained))
+        flags.refine_steps = refinement_steps(steps, len(pairs.trained + pairs.untrained), row_count)
     return flags
 
 

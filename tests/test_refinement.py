@@ -153,7 +153,9 @@ def to_file(value):
 @pytest.mark.parametrize("pairs, expected", [(27, 50), (300, 50), (8, 16), (1, 2)])
 def test_few_pairs_are_refined_for_fewer_steps(pairs, expected):
     """A grid of 8 pairs trains for 800 steps in all, of which 16 are a fiftieth."""
-    assert refinement_steps(100, pairs) == expected
+    assert refinement_steps(100, pairs, 1000) == expected
+    assert refinement_steps(100, pairs, 32767) == expected
+    assert refinement_steps(100, pairs, 32768) == min(expected, 33)
 
 
 def test_no_training_row_is_a_right_answer_of_a_validation_row(initialise):
