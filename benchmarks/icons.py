@@ -43,8 +43,8 @@ class Icon(NamedTuple):
 
 
 def write_table(table, coloured=True, drawn=None):
-    """Writes the table and, beside it in icons/, the pictures of its first `drawn` rows (default: all). Downloads the package if
-    it is not there."""
+    """Writes the table and, beside it in icons/, those pictures of its first `drawn` rows (default: all) that are missing.
+    Downloads the package if it is not there."""
     folder = table.parent
     folder.mkdir(parents=True, exist_ok=True)
     icons = read_icons(download(folder), coloured)

@@ -102,12 +102,11 @@ class Corpus(NamedTuple):
     table: str
     folder: str  # of a rung and of a part, before its number
     is_coloured: bool
-    part_rows: int  # that are embedded at a time: a larger rung adds parts and embeds none again
-    drawn: int | None  # how many rows have pictures, from the first on; None: all
+    part_rows: int  # that are drawn and embedded at a time: a larger rung adds parts and embeds none again
 
 
-COLOURED = Corpus("icons.csv", "", True, 22_000, None)
-MONOCHROME = Corpus("monochrome.csv", "monochrome-", False, 8_200, 57_400)
+COLOURED = Corpus("icons.csv", "", True, 22_000)
+MONOCHROME = Corpus("monochrome.csv", "monochrome-", False, 8_200)
 
 
 def make_rung(flags, rung, corpus=COLOURED):
@@ -159,11 +158,10 @@ def make_part(flags, index, corpus):
     out = flags.work / f"part-{corpus.folder}{index}"
     if not (out / "manifest.json").exists():
         table = flags.work / corpus.table
-        if not table.exists():
-            icons.write_table(table, corpus.is_coloured, corpus.drawn)
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))[: corpus.drawn]
         first = index * corpus.part_rows
+        icons.write_table(table, corpus.is_coloured, drawn=first + corpus.part_rows)
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         if first >= len(rows):
             raise SystemExit(f"{table}: has no rows from {first} on; choose a smaller rung")
         of_part = flags.work / f"icons-{corpus.folder}{index}.csv"
