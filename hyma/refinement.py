@@ -34,8 +34,8 @@ SHARES = (0.25, 0.5, 0.75)  # of the way from the predicted to the last weights
 def refinement_steps(steps, pair_count, row_count):
     """Half of a schedule of `steps`, from 32,768 training rows on a third, or fewer where the pairs are so few that this is much
     of what a grid search costs."""
-    share = 2 if row_count < 32768 else 3
-    return min(steps // share, int(MOST_SHARE * steps * pair_count))
+    of_schedule = steps // 2 if row_count < 32768 else steps // 3
+    return min(of_schedule, int(MOST_SHARE * steps * pair_count))
 
 
 def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, saved, save_checkpoint):
