@@ -2,7 +2,7 @@
 
     runs/<name>/config.json      every flag, what the method is, versions, device, commit; written first
                 metrics.jsonl    a line each time that the pairs are validated
-                checkpoint.pt    all that a resumed run needs; the one before it is kept too
+                checkpoint.pt    all that a resumed run needs; until the run is finished, the one before it is kept too
                 connectors/      <image>_mlp<C>_<text>.pt and, of the same stem, a .json card that says what made it
                 ranking.csv      the pairs, best first
                 ledger.json      what it cost; written last: a folder without it is not finished
@@ -119,7 +119,7 @@ def interrupted_run(typed):
 
 
 class Checkpoints:
-    """The last two checkpoints of a run folder: where the newer one is damaged, the older one is used."""
+    """The last two checkpoints of an unfinished run's folder: where the newer one is damaged, the older one is used."""
 
     def __init__(self, folder):
         self.newest = folder / "checkpoint.pt"
@@ -163,6 +163,10 @@ class Checkpoints:
             os.replace(self.newest, self.previous)
         os.replace(self.next, self.newest)
 
+    def drop_previous(self):
+        """Of a finished run, which has its results: this takes as much space as the newest."""
+        self.previous.unlink(missing_ok=True)
+
 
 def find_run(out=None):
     """The run folder to resume: `out`, or the newest in runs/."""
@@ -184,7 +188,8 @@ def newest_finished_run():
 
 
 def write_results(out, data, ranking, connector_of, batch_size, state):
-    """Writes connectors and cards, ranking.csv and, last, ledger.json. Returns the connectors' paths, best first.
+    """Writes connectors and cards, ranking.csv and, last, ledger.json; drops the checkpoint before the last. Returns the
+    connectors' paths, best first.
 
     ranking: the rows of `rank_pairs`. connector_of("image:text"): its layers and what its card is to record. state: what
     a checkpoint holds: step, updates (of each pair), flops, start_flops, step_flops, logit_flops, seconds, peak_bytes,
@@ -214,6 +219,7 @@ def write_results(out, data, ranking, connector_of, batch_size, state):
     if state.get("settled_at"):
         ledger["settled_at"] = state["settled_at"]  # the step at which the search has ended, its ranking being settled
     write_json(out / "ledger.json", ledger)
+    Checkpoints(out).drop_previous()
     return paths
 
 

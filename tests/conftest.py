@@ -24,6 +24,7 @@ from helpers import (  # noqa: E402, F401  some test files take these from here
     write_csv,
 )
 
+import hyma.runs  # noqa: E402
 from hyma import machine  # noqa: E402
 
 machine.keep_freed_memory = lambda: None  # or this process would keep what every test's encoder has taken
@@ -80,6 +81,22 @@ def refused(run):
         return result
 
     return refused
+
+
+@pytest.fixture
+def run_until_results(run, monkeypatch):
+    """The same as `run`, of a training that is stopped when only its results are to be written: both checkpoints are there."""
+
+    def stop(*_):
+        raise SystemExit(1)
+
+    def run_until_results(script, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(hyma.runs, "write_results", stop)
+            result = run(script, *arguments)
+        assert result.code == 1, result.err
+
+    return run_until_results
 
 
 @pytest.fixture

@@ -435,18 +435,18 @@ def test_a_terminated_run_resumes_by_the_same_command_to_the_same_bits(run, spaw
     assert finished.code == 0 and "stopped: is finished" in finished.out
 
 
-def test_a_damaged_checkpoint_has_a_predecessor(run, refused, planted, tmp_path):
+def test_a_damaged_checkpoint_has_a_predecessor(run, run_until_results, refused, planted, tmp_path):
     flags = ("--data", planted, *QUICK, "--pairs", "*:minilm_l6")
     assert run("train_hyma.py", *flags, "--out", "whole").code == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    run_until_results("train_hyma.py", *flags, "--out", "damaged")
     newest, previous = (tmp_path / "damaged" / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))
     newest.write_bytes(newest.read_bytes()[:5000])
     (tmp_path / "damaged" / "metrics.jsonl").unlink()
-    (tmp_path / "damaged" / "ledger.json").unlink()
     result = run("train_hyma.py", "--resume", "--out", "damaged")
     assert result.code == 0 and "checkpoint.pt" in result.err and "taking the one before it" in result.err
     assert_same_connectors(tmp_path / "whole", tmp_path / "damaged")
     assert len(read_jsonl(tmp_path / "damaged" / "metrics.jsonl")) == len(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == 1
+    assert newest.exists() and not previous.exists()  # a finished run needs one
     for path in (newest, previous):
         torch.save({}, path)
     refused("train_hyma.py", "--resume", "--out", "damaged", says=["is no checkpoint of this script", "another --out"])
