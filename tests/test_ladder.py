@@ -173,11 +173,16 @@ def test_all_results_together_by_hand(capsys):
         "6000 mlp1": {"summary": {"hyma": one | {"regret": 2.0}, "grid": one}},
         "19800 mlp1": {"summary": {"hyma": one}},
     }
+    for result in results.values():
+        result["hyma"] = [one | {"regret": regret} for regret in (0.5, 0.5, 2.0)]
+        result["grid"] = [one | {"regret": regret} for regret in (0.1, 0.4, 2.5)]
     ladder.print_together(results)
-    _, header, hyma, grid, counts, interval = capsys.readouterr().out.splitlines()
+    _, header, hyma, grid, counts, hyma_runs, grid_runs, interval = capsys.readouterr().out.splitlines()
     assert header.startswith("mean of 2") and hyma.split()[1:] == ["1.000", "1.250", "0.600", "1.000", "1.000"]
     assert set(grid.split()[1:]) == {"1.000"}
     assert counts.endswith("of 2: regret 1, spearman 1, delivered R@10 2, delivered R@1 2")
+    assert hyma_runs.endswith("of 6: regret 4, spearman 6, delivered R@10 6, delivered R@1 6")
+    assert grid_runs.endswith("of 6: regret 4, spearman 6, delivered R@10 6, delivered R@1 6")
     assert interval.endswith("over rungs: -0.50 to 1.00")
 
 
