@@ -91,6 +91,7 @@ from vlm import BadInput, pick_device, read_json
 VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint: at the end and, if it costs little, half way
 MOST_SHARE = 1 / 20  # of the FLOPs of the steps, for these together
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
+SAME_AS_BASE = ("generator", "connector", "width", "rank", "rows", "seed")  # flags of a run that an encoder is added to
 
 
 def parse_flags():
@@ -132,7 +133,9 @@ def parse_flags():
     if flags.resume:
         return parse_resumed_flags(parser, find_run(flags.out))
     if flags.add_encoder:
-        flags = parse_with_defaults(parser, flags_to_keep(flags.from_run))
+        kept = flags_to_keep(flags.from_run)
+        flags = parse_with_defaults(parser, kept)
+        check_same_as_base(flags, kept)
     check_training_flags(flags, "width", "rank", "pairs_per_step")
     check_seeds("--seed", [flags.seed])
     if flags.refine_steps is not None and flags.refine_steps < 0:
@@ -157,6 +160,16 @@ def flags_to_keep(run):
     for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
         kept.pop(name, None)
     return kept
+
+
+def check_same_as_base(flags, kept):
+    """Raises BadInput for a flag by which the added encoder would have other parts than the run in --from, or be trained on rows
+    that choose there. kept: of `flags_to_keep`."""
+    for name in SAME_AS_BASE:
+        now, base = getattr(flags, name), kept.get(name)
+        if now != base:
+            has = "none" if base is None else base
+            raise BadInput(f"--{name} {now}: contradicts --from {flags.from_run}, which has {has}; leave it out")
 
 
 def resolve_flags(flags, device, row_count, pairs):

@@ -277,6 +277,8 @@ def test_an_encoder_is_added_to_a_finished_run(run, refused, planted, tmp_path):
     assert text.code == 0 and len(read_ranking(tmp_path / "two")) == 6, text.err
     refused("train_hyma.py", "--add-encoder", "efflite1", says="--from")
     refused("train_hyma.py", *add, "--out", "y", "--lr", "0.1", says=["holds a run already", "--lr 0.000222"])
+    for flag, value in (("--connector", "mlp2"), ("--rank", "64"), ("--seed", "2"), ("--rows", "300")):
+        refused("train_hyma.py", *add, flag, value, "--out", "z2", says=[f"{flag} {value}: contradicts --from x", "leave it out"])
     refused("train_hyma.py", "--add-encoder", "control", "--from", "x", says=["control", "x already"])
     refused("train_hyma.py", "--add-encoder", "vit_l16", "--from", "x", says=["vit_l16", "embed.py"])
     refused("train_hyma.py", "--add-encoder", "efflite1", "--from", "nowhere", says="--from nowhere: holds no run")
