@@ -42,7 +42,7 @@ from hyma.machine import peak_bytes
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.ranking import rank_pairs
-from hyma.runs import Checkpoints, find_run, write_results
+from hyma.runs import Checkpoints, find_run, without_seed, write_results
 from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
@@ -123,7 +123,7 @@ def folders_to_resume(flags):
     """The run folder of --out, or of the newest run; of several seeds, those of all."""
     out = find_run(flags.out)
     if flags.out is None:  # of several seeds, the newest run's name without its seed
-        out = out.with_name(re.sub(r"-s\d+$", "", out.name))
+        out = without_seed(out)
     name = re.escape(out.name) + r"-s\d+"
     folders = sorted(path.parent for path in out.parent.glob("*/config.json"))
     of_seeds = [folder for folder in folders if re.fullmatch(name, folder.name)]
@@ -272,7 +272,8 @@ def main():
     device = pick_device(ranks.rank_device(flags.device))
     check_graph(flags.graph, device)
 
-    data, pairs = open_data(flags)
+    first = run_folder(flags, flags.seeds[0]) if flags.out else None
+    data, pairs = open_data(flags, first, typed, resumed_config)
     image_names, text_names = images_of(pairs), texts_of(pairs)
     steps = None
     if resumed_config is None:

@@ -340,7 +340,7 @@ def main():
     check_graph(flags.graph, device)
 
     # The data: rows to train on and to choose by, and the pairs.
-    data, chosen_pairs = open_data(flags)
+    data, chosen_pairs = open_data(flags, flags.out, typed, resumed_config)
     pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
     flags = resolve_flags(flags, device, len(train_rows), pairs)

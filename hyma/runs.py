@@ -13,6 +13,7 @@ Code that reads a run knows neither trainers nor their flags: what it needs is i
 
 import csv
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -69,7 +70,7 @@ def reopen_run(out, resumed_config, must_match):
             continue
         if resumed_config.get(key) != value:
             data = resumed_config["flags"]["data"]
-            what = "splits" if key == "split" else "embeddings"
+            what = "splits" if key == "split" else key
             raise BadInput(f"--resume: the {what} in {data} are no longer those that {out} was started with")
     return lock_folder(out)
 
@@ -116,6 +117,11 @@ def interrupted_run(typed):
         if same and not (path.parent / "ledger.json").is_file():
             return path.parent
     return None
+
+
+def without_seed(out):
+    """The folder that the run folders of several seeds are named after: runs/x for runs/x-s1."""
+    return out.with_name(re.sub(r"-s\d+$", "", out.name))
 
 
 class Checkpoints:

@@ -18,9 +18,9 @@ from hyma.embeddings import SAMPLE
 from hyma.machine import provenance
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval, mean_recalls
-from hyma.pair_names import choose_pairs, name_of_row, pair_name
+from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
 from hyma.pairs import group_by_text, images_of, texts_of
-from hyma.runs import create_run, reopen_run, run_of_same_command
+from hyma.runs import create_run, interrupted_run, reopen_run, run_of_same_command
 from hyma.settled import leader, leads_since
 from hyma.splits import split_rows
 from hyma.training_flags import recorded_flags
@@ -48,10 +48,24 @@ class Generator(Protocol):
 # ------------------------------------------------------------------------------------------------- data and run folder
 
 
-def open_data(flags):
-    """(the embedding folder, the pairs) of the flags."""
+def open_data(flags, out, typed, resumed_config):
+    """(the embedding folder, the pairs) of the flags. A run that goes on keeps its pairs where --pairs stands for more by now, as
+    encoders were embedded since. out: the run folder, None if it is not named. Others: see `open_run_folder`."""
     data = open_embeddings(flags.data or SAMPLE)
-    return data, choose_pairs(data, flags.pairs)
+    pairs = choose_pairs(data, flags.pairs)
+    names = resumed_config["pairs"] if resumed_config else ranks.from_first(lambda: pairs_of_started(out, typed))
+    started_with = list(map(pair_of_name, names))
+    if started_with and set(started_with) < set(pairs):
+        print(f"pairs: {data.folder} has {len(pairs) - len(started_with)} more by now; this run keeps those that it was started with")
+        return data, started_with
+    return data, pairs
+
+
+def pairs_of_started(out, typed):
+    """The names of the pairs of the run that the same command has started, [] if there is none."""
+    out = out or interrupted_run(typed)
+    config = run_of_same_command(out, typed) if out else None
+    return config["pairs"] if config else []
 
 
 def split_for_training(data, seed, count):

@@ -9,7 +9,7 @@ from pathlib import Path
 from hyma import ranks
 from hyma.embeddings import SAMPLE
 from hyma.merging import Folders, as_folders
-from hyma.runs import interrupted_run
+from hyma.runs import interrupted_run, without_seed
 from vlm import BadInput, read_json
 
 
@@ -88,6 +88,8 @@ def resolve_training_flags(flags, name, device, row_count):
     if flags.out is None:
         new = Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
         flags.out = Path(ranks.from_first(lambda: str(interrupted_run(typed) or new)))
+        if len(getattr(flags, "seeds", [])) > 1:  # a folder each, of which the interrupted one is one
+            flags.out = without_seed(flags.out)
     flags.epochs = flags.epochs or max(10, math.ceil(100 / (row_count // flags.batch_size)))
     flags.logit_scale = flags.logit_scale or logit_scale_of(row_count)
     flags.precision = flags.precision or ("tf32" if device.type == "cuda" else "fp32")

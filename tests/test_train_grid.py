@@ -166,6 +166,35 @@ def test_several_seeds_are_a_run_each(run, planted, tmp_path):
         assert result.code == 0 and "runs/x-s0" in result.out and "runs/x-s1" in result.out, result.err
 
 
+def test_several_seeds_without_a_name_go_on_in_their_folders(run, run_until_results, planted, tmp_path):
+    flags = ("--data", planted, *QUICK, "--pairs", "efflite1:mpnet", "--epochs", "1", "--seeds", "0", "1")
+    run_until_results("train_grid.py", *flags)
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [folder.name[-3:] for folder in folders] == ["-s0", "-s1"]
+    result = run("train_grid.py", *flags)
+    assert result.code == 0 and f"{folders[0].name}: is finished" in result.out, result.err
+    assert sorted((tmp_path / "runs").iterdir()) == folders
+    assert all((folder / "ledger.json").is_file() for folder in folders)
+
+
+@pytest.mark.parametrize("script", ["train_grid.py", "train_hyma.py"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_goes_on_though_an_encoder_was_embedded_since(run, run_until_results, planted, tmp_path, script, named):
+    """Its pairs are those that it was started with, and its bits those of a run that was not interrupted."""
+    shutil.copytree(planted, tmp_path / "data")
+    (tmp_path / "data" / "efflite0.pt").rename(tmp_path / "efflite0.pt")
+    flags = ("--data", "data", *QUICK, "--epochs", "1")
+    assert run(script, *flags, "--out", "whole").code == 0
+    place = ("--out", "x") if named else ()
+    run_until_results(script, *flags, *place)
+
+    (tmp_path / "efflite0.pt").rename(tmp_path / "data" / "efflite0.pt")
+    result = run(script, *flags, *place)
+    assert result.code == 0 and "data has 2 more by now" in result.out, result.err
+    (out,) = [tmp_path / "x"] if named else (tmp_path / "runs").iterdir()
+    assert_same_run(tmp_path / "whole", out)
+
+
 # ------------------------------------------------------------------------------------------- halving, refining, budgets
 
 
