@@ -33,9 +33,9 @@ from hyma.picture_folders import (
     read_text_files,
     split_of_folders,
 )
-from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture, is_file
+from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, find_file, holds_picture, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_file, open_source
-from hyma.splits import split_of_file
+from hyma.splits import known_split, split_of_words
 from hyma.tables import Table, choose_delimiter, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
 from vlm import BadInput, check_regular
@@ -250,7 +250,7 @@ def are_one_corpus(tables):
     suffixes = {table_suffix(path) for path in tables}
     if len(suffixes) == 1 and suffixes.issubset((*SHARD_SUFFIXES, *TAR_SUFFIXES)):
         return True
-    return all(split_of_file(path.stem) or path.stem in TABLE_STEMS for path in tables)
+    return all(split_of_words(path.stem) or path.stem in TABLE_STEMS for path in tables)
 
 
 def names_from(root, paths):
@@ -279,6 +279,9 @@ def read_tables(root, paths, asked):
     paths_of_note = {}  # how tables were understood -> those that were
     notes = []
     several = len(paths) > 1
+    splits = splits_of_tables(root, paths) if several else {}
+    without_split = []
+    in_other_split = {}  # table whose pictures were found in the folder of another split -> (the folder, its rows from, to)
     folder = root
     for path in tqdm(paths, desc="tables", unit="file", disable=len(paths) < 10):
         table = read_table(path, asked)
@@ -289,19 +292,29 @@ def read_tables(root, paths, asked):
         columns = choose_columns(path, table.records, asked.image, asked.caption)
         found = rows_of_table(path, table, columns)
         notes += type_labels(path, found, table.class_names.get(columns.label))
-        split = split_of_path(path.relative_to(root))
-        if several and split and not columns.split:
-            for row in found:
-                row["split"] = split
-        folder = find_root(path, found, root)
         note = f"{columns}{'; ' + table.note if table.note else ''}"
+        if splits.get(path) and not columns.split:
+            for row in found:
+                row["split"] = splits[path]
+        elif not any("split" in row for row in found):
+            if split_by_folders(found):
+                note += "; splits of its pictures' folders"
+            elif any(splits.values()):
+                without_split.append(path)
+        folder = find_root(path, found, root)
+        if splits.get(path) and known_split(folder.name) not in (None, splits[path]):
+            in_other_split[path] = (folder, len(rows), len(rows) + len(found))
         if folder != path.parent:
             note += f"; pictures in {os.path.relpath(folder, root)}"
         paths_of_note.setdefault(note, []).append(path)
         if several:
             prefix_images(found, os.path.relpath(folder, root))
         rows += found
+    for path, place in in_other_split.items():
+        check_not_shared(path, rows, *place)
     understood = [f"{names_from(root, like)}: {note}" for note, like in paths_of_note.items()]
+    if without_split:
+        notes.append(f"{names_from(root, without_split)}: named after no split, as other tables are, so that their rows train")
     stem = paths[0].name[: -len(table_suffix(paths[0]))]
     if several or is_part(stem):
         name = root.resolve().name
@@ -385,7 +398,7 @@ def find_root(table, rows, root):
     images = [row["image"] for row in some if row["image"]]
 
     def count_there(folder):
-        return sum(is_file(folder / image) for image in images)
+        return sum(find_file(folder, image) is not None for image in images)
 
     usual = []
     for base in (table.parent, root):
@@ -394,11 +407,26 @@ def find_root(table, rows, root):
     if count_there(best):
         return best
     holding = [folder for folder in folders_beside(table, root) if count_there(folder)]
+    split = split_of_path(table.relative_to(root))
+    of_split = [folder for folder in holding if split and known_split(folder.name) == split]  # train/ of train.csv
+    holding = of_split or holding
     if len(holding) > 1:
         raise BadInput(
             f"--data {table}: its pictures may be those of {named(holding)}; write the folder into the paths of its pictures"
         )
     return holding[0] if holding else table.parent
+
+
+def check_not_shared(table, rows, folder, start, end):
+    """Raises BadInput if another table has a picture of a table whose own were found in the folder of another split: 0.jpg of val.csv
+    in train/, which train.csv means. rows: of all tables; the table's are those from start to end."""
+    others = {row["image"] for row in rows[:start] + rows[end:]}
+    for row in rows[start:end]:
+        if row["image"] in others:
+            raise BadInput(
+                f"--data {table}: its {row['image']} is in another table too, and {folder} is named after another split; bring its own "
+                "pictures, or write their folder into their paths"
+            )
 
 
 def folders_beside(table, root):
@@ -422,9 +450,38 @@ def prefix_images(rows, folder):
             row["image"] = f"{folder}/{image}"
 
 
+def splits_of_tables(root, paths):
+    """{table: the split that its folders or its name say it is of, None where they do not}.
+
+    Of a saved DatasetDict the folders are the splits, whatever their names: rows of an unknown split are not trained on.
+    """
+    splits = {path: split_of_path(path.relative_to(root)) for path in paths}
+    if any(splits.values()) and (root / "dataset_dict.json").is_file():
+        for path in paths:
+            splits[path] = splits[path] or path.relative_to(root).parts[0]
+    return splits
+
+
 def split_of_path(path):
-    """The split that a table's folders, or else its name, say it is of; None if they do not."""
-    return split_of_folders(path.parent.parts) or split_of_file(path.stem)
+    """The split that a table's path says it is of, None if it does not. A folder that is named after a split and nothing else
+    counts first, then a word of the table's name, then one of a folder's."""
+    folders = path.parent.parts
+    for split in (split_of_folders(folders), split_of_words(path.stem), *map(split_of_words, folders)):
+        if split:
+            return split
+    return None
+
+
+def split_by_folders(rows):
+    """Gives rows the split that the folder of their picture is named after, if all have one and these are different. Returns
+    whether they have."""
+    with_picture = [row for row in rows if row["image"]]
+    splits = [split_of_folders(Path(row["image"]).parent.parts) for row in with_picture]
+    if None in splits or len(set(splits)) < 2:
+        return False
+    for row, split in zip(with_picture, splits):
+        row["split"] = split
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------- folders

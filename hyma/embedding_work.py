@@ -1,5 +1,6 @@
 """What a run of embed.py has to do: the rows, their pictures and captions, each once, and the shards of these."""
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +139,7 @@ def divide(work, flags, batch_size):
         captions = make_shards(folder, "captions", work.captions(), flags.shard_rows, batch_size)
         if not work.fixed:
             forget_mended(work, pictures)
+            check_same_pictures(work, pictures)
         for shard in captions:  # texts of about the same length go through an encoder together
             shard.items.sort(key=len, reverse=True)
     return Parts(pictures, captions, plan)
@@ -155,6 +157,16 @@ def forget_mended(work, shards):
                 break
     if mended:
         print(f"{work.out}: pictures that were refused can be used now")
+
+
+def check_same_pictures(work, shards):
+    """Raises BadInput if pictures that an interrupted run has embedded are others now: another copy of them, say. One is looked at
+    of every shard, of 100 shards at most."""
+    for shard in shards[:: math.ceil(len(shards) / 100) or 1]:
+        for image, known in read_journal(shard.journal).items():
+            if not known.reason:
+                compare_pictures(work.corpus.root / image, read_picture(work.corpus.root, image)[0], known)
+                break
 
 
 def order_of(shards, flags):
@@ -192,19 +204,18 @@ class PictureCheck:
             path = picture.image or image
             known = batch.shard.found.get(image)
             if known:
-                self.compare(path, picture, known)
+                compare_pictures(self.work.corpus.root / path, picture, known)
             if path in self.sha256:
-                self.compare(path, picture, Picture(None, path, self.sha256[path]))
+                compare_pictures(self.work.corpus.root / path, picture, Picture(None, path, self.sha256[path]))
             if picture.reason:
                 self.bad += self.rows_of_image[image]
 
-    def compare(self, path, picture, known):
-        path = self.work.corpus.root / path
-        if known.reason and not picture.reason:
-            raise BadInput(f"{path}: could not be read before and can be now; run the same command again")
-        if picture.reason and not known.reason:
-            raise BadInput(f"{path}: was readable before and is not now ({picture.reason}); restore it")
-        if known.sha256 not in (None, picture.sha256):
-            raise BadInput(
-                f"{path}: is not the picture that was read before (sha256); restore it, or choose another --out"
-            )
+
+def compare_pictures(path, picture, known):
+    """Raises BadInput if a Picture is not what an earlier look, `known`, has found. path: of the picture, for the message."""
+    if known.reason and not picture.reason:
+        raise BadInput(f"{path}: could not be read before and can be now; run the same command again")
+    if picture.reason and not known.reason:
+        raise BadInput(f"{path}: was readable before and is not now ({picture.reason}); restore it")
+    if known.sha256 not in (None, picture.sha256):
+        raise BadInput(f"{path}: is not the picture that was read before (sha256); restore it, or choose another --out")

@@ -51,9 +51,10 @@ def only_text(picture, texts):
 def read_text_files(root, pictures, captions):
     """(rows, a line about them) of pictures and texts, a caption a line. A picture without a text has an empty caption."""
     rows = []
+    level = find_split_level([path.relative_to(root).parent.parts for path in pictures])
     for path in pictures:
         image = path.relative_to(root)
-        split = split_of_folders(image.parent.parts)
+        split = split_of_folders(image.parent.parts) if level is None else image.parts[level]
         text = read_text(captions[path]) if path in captions else ""
         lines = [line for line in text.split("\n") if line.strip()]
         for line in lines or [""]:

@@ -15,9 +15,10 @@ from hyma.seeds import seeded_generator
 from vlm import BadInput
 
 SPELLINGS = {
-    "train": ("train", "training", "trn", "restval"),  # restval: Karpathy's COCO, whose authors train on it
-    "val": ("val", "valid", "validation", "validate", "dev", "development"),
-    "test": ("test", "testing", "tst"),
+    # restval: Karpathy's COCO, whose authors train on it
+    "train": ("train", "training", "trn", "restval", "trainval"),
+    "val": ("val", "valid", "validation", "validate", "dev", "development", "eval"),
+    "test": ("test", "testing", "tst", "holdout"),
 }
 SPLIT_OF = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
 
@@ -27,18 +28,19 @@ MOST_HELD_OUT = 5000
 
 
 def known_split(name):
-    """train, val or test for a name as people write it (Train, val2014, test-images), None for any other."""
-    plain = str(name).strip().casefold()
-    plain = re.sub(r"[-_ ]?(\d{4}|images|imgs|set|split|data)$", "", plain)
+    """train, val or test for a name as people write it (Train, val2014, test-images, testA, test2), None for any other."""
+    plain = re.sub(r"(?<=[a-z])[A-Z]$", "", str(name).strip()).casefold()
+    plain = re.sub(r"[-_ ]?(\d{1,4}|images|imgs|set|split|data)$", "", plain)
     return SPLIT_OF.get(plain)
 
 
-def split_of_file(stem):
-    """The split that a word of a table's name is: train.csv, cc3m-validation-0000.tar, captions_val2017.json.
+def split_of_words(name):
+    """The split that a word of a table's name is, or of its folder's: train.csv, cc3m-validation-0000.tar,
+    captions_val2017.json, test_unseen/, split=test/.
 
     None if there is none, or if there are two.
     """
-    found = set(map(known_split, re.split(r"[-_.]", stem))) - {None}
+    found = set(map(known_split, re.split(r"[-_.= ]", name))) - {None}
     return found.pop() if len(found) == 1 else None
 
 

@@ -20,6 +20,7 @@ from hyma.datasets import read_corpus
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
+from hyma.pictures import read_picture
 from hyma.splits import give_splits, split_rows
 from vlm import BadInput, open_image
 
@@ -402,6 +403,36 @@ def test_a_table_of_each_split_and_one_in_a_folder_of_its_own(folder, embed):
     assert captions_of(rows) == [f"caption {k}" for k in range(6)]
 
 
+def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
+    """train.csv and val.csv both say 0.webp: each means its own folder, and where that is missing, none."""
+    tables = {"train": range(6), "val": range(6, 9)}
+    for split, numbers in tables.items():
+        (folder / split).mkdir()
+        for place, k in enumerate(numbers):
+            (folder / f"{k}.webp").rename(folder / split / f"{place}.WEBP")
+        write_csv(folder / f"{split}.csv", [picture(place) | {"caption": f"{split} {place}"} for place in range(len(numbers))])
+    _, rows, _ = embed(folder)
+    assert [row["image"] for row in rows if row["caption"].startswith("val")] == [f"val/{k}.WEBP" for k in range(3)]
+    shutil.rmtree(folder / "val")
+    result, _, _ = embed(folder, out="without")
+    assert result.code == 1 and "val.csv: its train/0.webp is in another table too" in result.err
+    write_csv(folder / "train.csv", [picture(k) for k in range(4)])
+    write_csv(folder / "val.csv", [picture(k) for k in (4, 5)])  # all are of train/, divided by the user
+    _, rows, _ = embed(folder, out="divided")
+    assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 2
+
+
+@pytest.mark.parametrize("image", ["caf\u0065\u0301.webp", "sub\\0.webp", "0.WEBP", " 0.webp"])
+@pytest.mark.parametrize("place", ["", "images"])
+def test_spellings_of_paths_count_in_the_folder_of_pictures_too(folder, tmp_path, image, place):
+    there = tmp_path / "in" / place
+    (there / "sub").mkdir(parents=True)
+    for name in ("caf\u00e9.webp", "sub/0.webp", "0.webp"):
+        shutil.copy(folder / "0.webp", there / name)
+    corpus = read_corpus(write_csv(tmp_path / "in" / "t.csv", [{"image": image, "caption": "one"}]))
+    assert corpus.root == there and read_picture(corpus.root, corpus.rows[0]["image"])[0].reason is None
+
+
 def test_captions_in_another_folder(folder, embed):
     (folder / "in" / "images").mkdir(parents=True)
     (folder / "in" / "captions").mkdir()
@@ -573,6 +604,21 @@ def test_pictures_mended_before_an_encoder_is_finished_are_taken(folder, embed, 
     assert (tmp_path / "e" / "tiny.pt").read_bytes() == (tmp_path / "whole" / "tiny.pt").read_bytes()
 
 
+def test_another_copy_of_the_pictures_does_not_finish_a_pass(folder, refused, run, tmp_path):
+    """Equal tables; the pictures of the second were made smaller."""
+    table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
+    shards = ("--shard-rows", "8", "--batch-size", "8", "--out", "e")
+    assert run("embed.py", *TINY, "--data", table, *shards, "--shard", "0/2").code == 0
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    for path in other.glob("*.webp"):
+        with Image.open(path) as large:
+            large.resize((32, 32)).save(path)
+    refused("embed.py", *TINY, "--data", other / "t.jsonl", *shards, says=["other/0.webp", "is not the picture that was read"])
+    moved = folder.rename(tmp_path / "moved")  # the same pictures in another place
+    assert run("embed.py", *TINY, "--data", moved / "t.jsonl", *shards).code == 0
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM, errno.EACCES])
 def test_a_fault_of_the_machine_stops_and_costs_no_row(folder, embed, monkeypatch, number):
     table = write_jsonl(folder / "t.jsonl", [picture(k) for k in range(40)])
@@ -662,6 +708,49 @@ def test_splits_that_come_with_the_data_are_kept(folder, embed, names, expected)
     assert {split: splits.count(split) for split in expected} == expected and len(rows) == 40
     if names.count("test") == 1 and "val" not in expected:  # test but no val: some of train chooses
         assert splits.count("val") > 0 and "set aside by picture content from 32" in result.out
+
+
+def place_by_split(folder, names):
+    """Moves twenty pictures into a folder of each name."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir()
+        for k in range(20 * number, 20 * number + 20):
+            (folder / f"{k}.webp").rename(folder / name / f"{k}.webp")
+
+
+@pytest.mark.parametrize(
+    "names", [("flickr_train", "flickr_test"), ("split=train", "split=test"), ("train_sft", "test_unseen"), ("trainval", "testA")]
+)
+@pytest.mark.parametrize("of", ["tables", "paths"])
+def test_no_picture_of_a_test_folder_is_trained_on(folder, embed, names, of):
+    """Of two tables the folders' words count; of one table's pictures folders of a split's name alone."""
+    place_by_split(folder, names)
+    rows = [{"image": f"{names[k // 20]}/{k}.webp", "caption": f"caption {k}"} for k in range(40)]
+    if of == "paths":
+        write_csv(folder / "metadata.csv", rows)
+    else:
+        for number, name in enumerate(names):
+            of_table = [row | {"image": Path(row["image"]).name} for row in rows[20 * number : 20 * number + 20]]
+            write_csv(folder / name / "metadata.csv", of_table)
+    result, rows, _ = embed(folder)
+    splits = [row["split"] for row in sorted(rows, key=lambda row: int(row["caption"].split()[1]))]
+    if of == "paths" and names[0] != "trainval":
+        assert "set aside by picture content from 40 training pictures" in result.out
+        return
+    assert set(splits[:20]) == {"train", "val"} and set(splits[20:]) == {"test"}
+    assert ("splits of its pictures' folders" in result.out) == (of == "paths")
+
+
+def test_a_folder_beside_those_of_splits_is_none_that_trains(folder, embed):
+    """a.webp with a.txt: what is in extra/ is named and not used, as a split of that name in a column is."""
+    place_by_split(folder, ("train", "test"))
+    (folder / "extra").mkdir()
+    for name, k in (("train", 0), ("train", 1), ("test", 20), ("extra", 19)):
+        if name == "extra":
+            (folder / "train" / f"{k}.webp").rename(folder / name / f"{k}.webp")
+        (folder / name / f"{k}.txt").write_text(f"caption {k}")
+    result, rows, _ = embed(folder, "--allow-bad", "1")
+    assert {row["caption"]: row["split"] for row in rows}["caption 19"] == "extra" and "'extra' (1 rows)" in result.out
 
 
 def test_unknown_splits_are_named(folder, embed):

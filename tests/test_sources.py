@@ -307,6 +307,11 @@ def test_a_folder_that_the_datasets_library_saved(folder, embed, refused, tmp_pa
     assert [row["split"] for row in rows[4:]] == ["test", "test"]
     assert [picture_bytes(saved / row["image"]) for row in rows] == [cell["bytes"] for cell in cells[:6]]
     assert len(read_corpus(saved / "test").rows) == 3  # one split by itself
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "private"]}')
+    (saved / "test").rename(saved / "private")
+    assert [row["split"] for row in read_corpus(saved).rows] == ["train"] * 4 + ["private"] * 3  # not trained on
+    (saved / "private").rename(saved / "test")
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     (saved / "test" / "state.json").write_text('{"_data_files": [{"filename": "../train/x.arrow"}]}')
     refused("embed.py", *TINY, "--data", saved, says=["state.json", "no file beside it"])
 
