@@ -452,7 +452,7 @@ def main():
             state["metrics"].append(line)
             state["losses"].clear()
             progress.set_postfix(progress_line(state))
-            if flags.stop_when_stable and step + 1 < steps and is_settled(state["metrics"]):
+            if flags.stop_when_stable and step + 1 < steps and is_settled(state["metrics"], of_trained):
                 state["settled_at"] = step + 1
             signals.arrived_anywhere()
             save_checkpoint()

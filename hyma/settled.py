@@ -26,12 +26,14 @@ def leads_since(metrics):
     return since
 
 
-def is_settled(metrics):
-    """Whether the same pair leads the last validations, and all pairs are in nearly the same order in each."""
+def is_settled(metrics, trained):
+    """Whether the same pair leads the last validations, and the trained pairs are in nearly the same order in each. trained: their
+    names; others, of a run that an encoder is added to, keep their scores and so their order."""
     last = metrics[-ALIKE:]
     if len(last) < ALIKE or leads_since(metrics) > last[0]["step"]:
         return False
-    return all(are_alike(line["recalls"], next_line["recalls"]) for line, next_line in zip(last, last[1:]))
+    recalls = [{name: line["recalls"][name] for name in trained} for line in last]
+    return all(map(are_alike, recalls, recalls[1:]))
 
 
 def are_alike(recalls, next_recalls):

@@ -333,15 +333,21 @@ def test_the_progress_shows_the_loss_the_best_pair_and_how_long_it_has_led():
 
 
 def test_a_ranking_settles_when_three_validations_agree():
+    def settled(metrics):
+        return is_settled(metrics, metrics[0]["recalls"])
+
     alike = [
         validation(10, a=0.2, b=0.3, c=0.4),
         validation(20, a=0.3, b=0.4, c=0.5),
         validation(30, a=0.1, b=0.3, c=0.6),
     ]
-    assert is_settled(alike) and not is_settled(alike[:2])
-    assert not is_settled([*alike, validation(40, a=0.3, b=0.2, c=0.6)])  # the same pair leads, others change places
-    assert not is_settled([*alike, validation(40, a=0.7, b=0.6, c=0.5)])
+    assert settled(alike) and not settled(alike[:2])
+    assert not settled([*alike, validation(40, a=0.3, b=0.2, c=0.6)])  # the same pair leads, others change places
+    assert not settled([*alike, validation(40, a=0.7, b=0.6, c=0.5)])
     others = [validation(10, a=0.9, b=0.3, c=0.4), validation(20, a=0.3, b=0.4, c=0.5), *alike[2:]]
-    assert not is_settled(others) and is_settled([*others, *alike[2:]])
-    assert not is_settled([validation(step, a=0.2, b=0.2) for step in (10, 20, 30)])  # nothing tells them apart
-    assert is_settled([validation(step, a=0.2) for step in (10, 20, 30)])
+    assert not settled(others) and settled([*others, *alike[2:]])
+    assert not settled([validation(step, a=0.2, b=0.2) for step in (10, 20, 30)])  # nothing tells them apart
+    assert settled([validation(step, a=0.2) for step in (10, 20, 30)])
+    base = {f"base{k}": 0.5 + 0.01 * k for k in range(27)}  # of a run that encoders are added to: their order is settled
+    turned = [validation(10 * k, a=(0.1, 0.3)[k % 2], b=0.2, c=(0.3, 0.1)[k % 2], **base) for k in range(1, 4)]
+    assert settled(turned) and not is_settled(turned, ["a:t", "b:t", "c:t"])
