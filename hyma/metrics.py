@@ -26,8 +26,9 @@ class Retrieval:
     candidates there are, so a few validation rows alone say little about a search among thousands (NOTES.md).
     A picture with several captions is once among the pictures, a caption of several pictures once among the
     captions; any of its own counts as found. CLIP_benchmark merges pictures and no captions: with `merge_captions` False
-    a caption of two pictures is there twice, and each has one right picture. A tie counts against the match, so that
-    constant vectors score zero.
+    a caption of two pictures is there twice, and each has one right picture. A tie with a wrong candidate counts against the
+    match, so that constant vectors score zero; one with another right candidate does not: captions that differ in capitals
+    alone have one vector by many encoders.
     `chance`: what a random order scores, for k = 1, 5, 10, the mean of both directions.
     """
 
@@ -49,6 +50,9 @@ class Retrieval:
             self.queries[part] = int(place[: self.query_rows].max()) + 1
             self.place[part], self.first[part] = place.to(device), first.to(device)
         captions, images = len(self.first["caption"]), len(self.first["image"])
+        _, first_of_pair = number_names((self.place["caption"] * images + self.place["image"]).tolist())
+        self.is_different = torch.zeros(len(rows), dtype=torch.bool, device=device)  # [n], from rows before it with both parts
+        self.is_different[first_of_pair.to(device)] = True
         products = self.queries["caption"] * images + self.queries["image"] * captions  # of both directions by themselves
         size = 4 * captions * images
         self.one_matrix = torch.device(device).type == "cpu" and captions * images < products and size <= ONE_MATRIX_BYTES
@@ -63,12 +67,16 @@ class Retrieval:
         A query with m right candidates of c misses them all in the first k with the chance of drawing k of the others,
         prod_{j < k} (c - m - j) / (c - j).
         """
-        right = self.place[query].cpu().bincount()[: self.queries[query]].double()  # [queries]
+        right = self.right_candidates(query).double()
         count = len(self.first[target])
         missed = [torch.ones_like(right)]
         for j in range(max(self.ks)):
             missed.append(missed[-1] * ((count - right - j) / max(1, count - j)).clamp(0, 1))
         return [1 - missed[k].mean().item() for k in self.ks]
+
+    def right_candidates(self, query):
+        """[queries]: how many different right candidates each one has."""
+        return self.place[query][self.is_different].cpu().bincount()[: self.queries[query]]
 
     def ranks(self, text, image):
         """How many candidates come before a query's first right one: of each caption among the pictures [captions], of
@@ -87,7 +95,8 @@ class Retrieval:
         for query, target in (("caption", "image"), ("image", "caption")):
             match = self.place[target][self.nearest_right_rows(own, query)]  # [queries]
             queries = candidates[query][: self.queries[query]]
-            found.append(true_rank(queries, candidates[target], match, block_bytes=SCORES_BYTES))
+            ranks = true_rank(queries, candidates[target], match, block_bytes=SCORES_BYTES)
+            found.append(self.without_right_ties(ranks, own, query))
         return found
 
     def ranks_of_scores(self, scores):
@@ -102,18 +111,29 @@ class Retrieval:
             before = ~(block[: len(matches)] < matches[:, None])  # a tie and a NaN count against the match
             caption_ranks.append(before.sum(1) - 1)
             image_ranks += (~(block[:, : len(of_images)] < of_images)).sum(0)
-        return [torch.cat(caption_ranks), image_ranks]
+        ranks = {"caption": torch.cat(caption_ranks), "image": image_ranks}
+        return [self.without_right_ties(ranks[query], own, query) for query in ranks]
 
     def nearest_right_rows(self, own, query):
         """[queries]: of the rows that a query has, the first of those whose picture and caption are nearest. own: a row's
         similarity of picture and caption [n]."""
         own = own.nan_to_num(nan=-torch.inf)
         place, count = self.place[query], len(own)
-        candidates = self.first[query].shape
-        best = own.new_full(candidates, -torch.inf).scatter_reduce(0, place, own, "amax")  # [candidates]
-        rows = torch.arange(count, device=own.device).where(own == best[place], count)  # [n]
+        rows = torch.arange(count, device=own.device).where(own == self.best_of(own, query)[place], count)  # [n]
         nearest = torch.full_like(self.first[query], count).scatter_reduce(0, place, rows, "amin")
         return nearest[: self.queries[query]]
+
+    def best_of(self, own, query):
+        """[candidates]: the largest similarity of each one's rows."""
+        best = own.new_full(self.first[query].shape, -torch.inf)
+        return best.scatter_reduce(0, self.place[query], own, "amax")
+
+    def without_right_ties(self, ranks, own, query):
+        """The ranks [queries] without the other right candidates that are as near as the first: those before it by a tie."""
+        place = self.place[query]
+        is_best = self.is_different & (own == self.best_of(own.nan_to_num(nan=-torch.inf), query)[place])  # [n], no NaN is
+        tied = torch.zeros_like(self.first[query]).index_add(0, place, is_best.long())  # [candidates]
+        return (ranks - (tied[: len(ranks)] - 1).clamp(min=0)).clamp(min=0)
 
     def recalls(self, text, image):
         """R@1, 5, 10 of text to image, then of image to text. Arguments as for `ranks`."""

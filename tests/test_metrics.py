@@ -62,6 +62,20 @@ def test_one_matrix_ranks_as_two_do_with_distractors(block, monkeypatch):
     assert all(map(torch.equal, by_one, by_two))
 
 
+@pytest.mark.parametrize("one_matrix", [True, False])
+def test_captions_of_a_picture_that_have_one_vector_are_both_right(one_matrix):
+    """As "Dog 0" and "dog 0" have by an encoder without capitals. Ties with captions of other pictures count against it still."""
+    rows = [{"image": f"{k}", "caption": f"{dog} {k}"} for k in range(4) for dog in ("Dog", "dog", "dog")]  # one row twice
+    retrieval = Retrieval(Rows(rows), torch.arange(12), CPU)
+    retrieval.one_matrix = one_matrix
+    image = torch.eye(4).repeat_interleave(3, 0)
+    assert retrieval.right_candidates("image").tolist() == [2] * 4 and retrieval.right_candidates("caption").tolist() == [1] * 8
+    assert retrieval.recalls(image, image) == [1.0] * 6
+    alike = image.clone()
+    alike[3:6] = image[:3]  # the captions of picture 1 are as those of picture 0
+    assert [ranks.tolist() for ranks in retrieval.ranks(alike, image)] == [[0, 0, 3, 3, 0, 0, 0, 0], [2, 6, 0, 0]]
+
+
 def test_a_collapsed_connector_scores_nothing():
     data = Rows([{"image": str(k), "caption": str(k)} for k in range(30)])
     retrieval = Retrieval(data, torch.arange(30), CPU)
