@@ -189,7 +189,7 @@ def score_retrieval(task, mapped, images):
     is the headline.
     """
     retrieval = task.retrieval
-    caption_ranks, picture_ranks = retrieval.ranks(mapped, images)  # [captions], [pictures]
+    caption_ranks, picture_ranks = retrieval.ranks(mapped, F.normalize(images, dim=1))  # [captions], [pictures]
     metrics = {}
     for direction, ranks in (("image_retrieval", caption_ranks), ("text_retrieval", picture_ranks)):
         for k in retrieval.ks:
@@ -434,7 +434,8 @@ KINDS = {kind.name: kind for kind in (RETRIEVAL, ZEROSHOT, VQA)}
 
 
 def image_inputs(task, image_name, run_data=None):
-    """The image embeddings of the task's rows, unit vectors [n, D_i] as stored. run_data: as for `text_inputs`."""
+    """The image embeddings of the task's rows [n, D_i] as stored, which embed.py makes unit vectors. run_data: as for
+    `text_inputs`."""
     check_same_encoder(image_name, task.data, run_data)
     return load_embeddings(task.data, image_name)[task.rows]
 
