@@ -49,7 +49,7 @@ class Prediction(NamedTuple):
     """R@10 of P pairs on a whole corpus, 0 to 1, as if among `candidates` rows."""
 
     pairs: list
-    target_rows: float  # training rows of the whole corpus
+    target_rows: int  # training rows of the whole corpus
     candidates: int
     sizes: np.ndarray  # [J] training rows of the curve's points
     curve: np.ndarray  # [J, P] R@10 there
@@ -76,8 +76,8 @@ class LearningCurves(NamedTuple):
 def learning_curves(store, data, pairs, rows, seed, candidates):
     """The LearningCurves of the pairs, which are grouped by image encoder, on these rows of a part.
 
-    A hit is the chance that the row's caption finds its picture among the first ten of so many candidates, and its picture
-    the caption, the mean of both.
+    A hit is the chance that the row's caption finds its picture among the first ten of so many candidate rows, and its picture
+    a caption, the mean of both.
     """
     if len(rows) > MOST_ROWS:
         rows = rows[torch.arange(MOST_ROWS) * len(rows) // MOST_ROWS]
@@ -157,24 +157,32 @@ def hits_of_rows(retrieval, scores, chances):
     scores = scores[retrieval.first["caption"]][:, retrieval.first["image"]]  # [captions, pictures]
     total = 0
     for query, ranks in zip(("caption", "image"), retrieval.ranks_of_scores(scores)):
-        total = total + chances[query][ranks.cpu()][retrieval.place[query].cpu()]
+        chance, right = chances[query]  # [m, targets], [queries]
+        total = total + chance[right, ranks.cpu()][retrieval.place[query].cpu()]
     return total / 2
 
 
 def chances_of_hits(retrieval, candidates):
-    """{"caption", "image": [targets]}: the chance that a query finds its right one among the first ten of `candidates`, by how
-    many of the retrieval's own come before it.
+    """{"caption", "image": (chance [m, targets], right [queries])}: the chance that a query finds a right one among the first ten of
+    so many candidate rows, by how many right ones it has and how many of the retrieval's own candidates come before the first.
 
-    With r of c before the right one, the share of all that come before it is Beta(r + 1/2, c - r + 1/2), so that how many of
-    other candidates do is beta-binomial. Scores of small and of large parts can then be compared.
+    With r of c wrong ones before the first right one, the share of all that come before it is Beta(r + 1/2, c - r + 1/2), so that
+    how many of other candidates do is beta-binomial. Scores of small and of large parts can then be compared. A picture with
+    several captions is one candidate.
     """
+    pictures = round(candidates * len(retrieval.first["image"]) / len(retrieval.rows))
     chances = {}
-    for query, target in (("caption", "image"), ("image", "caption")):
-        others = len(retrieval.first[target]) - 1  # c
-        before = np.arange(others + 1)  # r
+    for query, target, count in (("caption", "image", pictures), ("image", "caption", candidates)):
+        right = retrieval.right_candidates(query)  # [queries]
+        targets = len(retrieval.first[target])
+        chance = torch.zeros(int(right.max()) + 1, targets, dtype=torch.float64)
         counts = np.arange(10)[:, None]
-        shares = betabinom.pmf(counts, candidates - 1, before + PRIOR, others - before + PRIOR)  # [10, targets]
-        chances[query] = torch.from_numpy(shares.sum(0))
+        for m in right.unique().tolist():
+            wrong = targets - m  # c
+            before = np.arange(wrong + 1)  # r
+            shares = betabinom.pmf(counts, max(0, count - m), before + PRIOR, wrong - before + PRIOR)  # [10, c + 1]
+            chance[m, : wrong + 1] = torch.from_numpy(shares.sum(0))
+        chances[query] = chance, right
     return chances
 
 
@@ -222,10 +230,9 @@ def odds_to_share(logits):
     return 1 / (1 + np.exp(-logits))
 
 
-def predict(store, data, pairs, rows, training_rows, growth, seed):
-    """The Prediction for a whole corpus that is `growth` times the part. pairs: grouped by image encoder. rows: of the part,
-    to fit and to score on. training_rows: how many of the part's train."""
-    held_out = len(rows) - training_rows
-    candidates = max(LEAST_CANDIDATES, round(growth * held_out))
+def predict(store, data, pairs, rows, training_rows, validation_rows, seed):
+    """The Prediction for a whole corpus that has so many training and validation rows. pairs: grouped by image encoder. rows: of
+    the part, to fit and to score on."""
+    candidates = max(LEAST_CANDIDATES, validation_rows)
     curves = learning_curves(store, data, pairs, rows, seed, candidates)
-    return extrapolate(curves, pairs, growth * training_rows, candidates)
+    return extrapolate(curves, pairs, training_rows, candidates)

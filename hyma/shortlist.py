@@ -40,10 +40,10 @@ def advise(out, data, store, pairs, train_rows, val_rows, seed):
         )
         return
     pairs = sorted(pairs, key=lambda pair: images_of(pairs).index(pair[0]))
-    growth = subset["whole"]["rows"] / data.row_count
+    splits = subset["whole"]["splits"]
     with flop_counter() as counter:
         rows = torch.cat([train_rows, val_rows]).sort().values
-        prediction = predict(store, data, pairs, rows, len(train_rows), growth, seed)
+        prediction = predict(store, data, pairs, rows, splits["train"], splits.get("val", 0), seed)
     kept, probability = shortlist(prediction, encoder_costs(data, pairs))
     write_csv(out / "prediction.csv", prediction_rows(prediction, kept))
     print_prediction(prediction, kept, counter.get_total_flops())

@@ -38,7 +38,7 @@ def part(graded, tmp_path):
     for name, flops in (("efflite1", 3), ("efflite0", 3), ("control", 12), ("minilm_l6", 1), ("mpnet", 1)):
         manifest["encoders"][name]["flops_per_row"] = flops
     options = {"--data": ["my/captions.csv"], "--weights": ["efflite1=my weights.safetensors", "control=c.safetensors"]}
-    whole = {"rows": 13000, "pictures": 13000, "splits": {}}
+    whole = {"rows": 13000, "pictures": 13000, "splits": {"train": 8000, "val": 1000, "test": 4000}}
     manifest["subset"] = {"rows": 1300, "seed": 0, "whole": whole, "options": options}
     write_json(tmp_path / "few" / "manifest.json", manifest)
     return tmp_path / "few"
@@ -66,6 +66,8 @@ def test_a_run_on_a_part_says_which_encoders_to_embed_the_whole_corpus_with(run,
     saved = 100 * (15 + 2 - len(texts)) / 20
     assert f"1 image encoder (efflite1) and {len(texts)} text encoder" in result.out
     assert f"saves {saved:.0f}% of the embedding" in result.out
+    of_few = run("train_hyma.py", "--data", part.name, "--rows", "500", "--out", "runs/y", *QUICK)
+    assert of_few.code == 0 and "prediction for 8,000 training rows" in of_few.out  # of the whole corpus all the same
 
 
 def test_a_whole_corpus_needs_no_choice(graded, part):
@@ -108,6 +110,23 @@ def test_hits_among_more_candidates_than_there_are():
 
     assert 0.05 < mean_hits(4000) < 0.9
     assert mean_hits(400) == pytest.approx(mean_hits(4000), abs=0.03)
+
+
+@pytest.mark.parametrize("captions, noise", [(1, 2), (1, 5), (2, 3), (5, 3), (5, 6)])
+def test_hits_where_pictures_have_several_captions(captions, noise):
+    """Of 600 rows, what a Retrieval finds among 3,000 of the same kind: their pictures are fewer, and any caption is right."""
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(3000 // captions, 16, generator=random)
+    picture = torch.arange(3000) // captions
+    texts = latent[picture] + noise * torch.randn(3000, 16, generator=random)
+    scores = texts @ latent[picture].T  # [rows, rows]
+    rows = Rows([{"image": f"{k // captions}", "caption": f"{k}"} for k in range(3000)])
+
+    few = Retrieval(rows, torch.arange(600), CPU)
+    predicted = hits_of_rows(few, scores[:600, :600], chances_of_hits(few, 3000)).mean().item()
+    whole = Retrieval(rows, torch.arange(3000), CPU)
+    real = [(ranks < 10).double().mean().item() for ranks in whole.ranks_of_scores(scores[:, whole.first["image"]])]
+    assert predicted == pytest.approx(sum(real) / 2, abs=0.03)
 
 
 def test_rows_that_share_a_caption_are_held_out_together_where_the_splits_hold_them_apart():
