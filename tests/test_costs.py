@@ -229,6 +229,11 @@ def test_the_cost_of_embedding_is_in_the_manifest(tmp_path, planted):
     data = Embeddings(folder)
     assert embedding_flops(data, ["efflite0", "minilm_l6"], 10) == 10 * (768_000_000 + 190_000_000)
     assert embedding_flops(data, ["efflite0", "mpnet"], 10) is None  # nobody has counted mpnet's
+    for row, image in zip(data.rows, "aaab"):
+        row["image"] = image
+    assert embedding_flops(data, ["efflite0", "minilm_l6"], 10) == 5 * 768_000_000 + 10 * 190_000_000  # a picture once
+    for row in data.rows:
+        row["image"] = row["caption"]
     spent = {"flops": 5, "seconds": 0.0, "rows": 10}
     cost = cost_of_selector(spent, data, ["efflite0", "minilm_l6"], 1)
     assert cost.embedding_flops == 9_580_000_000 and cost.flops_with_embedding == 9_580_000_005
