@@ -46,6 +46,8 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     save_checkpoint was last given by an interrupted run, else None. save_checkpoint(refinement, force): saves it now, or
     only if it is time to.
     """
+    if saved and saved.get("is_finished"):  # by an earlier start of the same command
+        return saved["state"]
     pairs, name = [pair], pair_name(pair)
     image, _ = pair
     dtype = training_dtype(flags.precision)
@@ -105,7 +107,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     batches.close()
     try_weights_between(state, connectors, pair, generator, store, retrieval)
     state["seconds"] = time.perf_counter() - started
-    save_checkpoint(checkpoint(), force=True)
+    save_checkpoint(checkpoint() | {"is_finished": True}, force=True)
     return state
 
 
