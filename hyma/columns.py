@@ -4,9 +4,11 @@ To add a name that people give to a column, extend the lists below.
 """
 
 import ast
+import io
 import json
 import math
 import re
+import tokenize
 from collections import Counter, defaultdict
 from decimal import Decimal
 from pathlib import Path
@@ -221,18 +223,30 @@ def read_captions(record, columns):
 
 
 def as_list(value):
-    """A cell's values: of a list, or of a text that is a list as JSON or Python writes it."""
+    """A cell's values: of a list, or of a text that is a list as JSON, numpy or Python writes it."""
     if isinstance(value, list):
         return value
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
-        for read in (json.loads, ast.literal_eval):
+        for read in (json.loads, read_strings, ast.literal_eval):
             try:
                 values = read(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
                 continue
             if isinstance(values, list) and all(isinstance(item, str | dict) for item in values):
                 return values
     return [value]
+
+
+def read_strings(text):
+    """The strings of an array, between which numpy writes no comma: Python would take them for one. Raises ValueError if there
+    is anything else in it."""
+    values = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.STRING:
+            values.append(ast.literal_eval(token.string))
+        elif token.string.strip() not in ("", "[", "]", ","):
+            raise ValueError(f"no array of strings: {token.string}")
+    return values
 
 
 def is_conversation(column):

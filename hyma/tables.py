@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyma.annotations import published_records
+from hyma.pictures import IMAGE_SUFFIXES
 from hyma.remote import read_bytes
 from vlm import BadInput
 
@@ -132,13 +133,15 @@ def holds_rows(lines, fields, width, image_place, delimiter):
     """Whether one of a field's further lines reads as a row of the table: as many fields, a picture of the same kind."""
     if not lines or len(fields) <= image_place:
         return False
-    kind = Path(fields[image_place]).suffix
+    own = fields[image_place]
+    kind = Path(own).suffix.lower()
+    kinds = IMAGE_SUFFIXES if kind in IMAGE_SUFFIXES else (kind,)
     for line in lines:
         cells = line.rstrip("\r\n").split(delimiter)
         if len(cells) < width:
             continue
         cell = cells[image_place].strip('"')
-        if cell and " " not in cell and Path(cell).suffix == kind:
+        if cell and (" " not in cell or " " in own) and Path(cell).suffix.lower() in kinds:
             return True
     return False
 

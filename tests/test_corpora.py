@@ -5,12 +5,14 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import SAMPLE, TINY, make_embedding_folder, sample_captions, tasks_of, unit_vectors, write_csv
 from PIL import Image
@@ -80,6 +82,23 @@ def test_a_stray_quote_swallows_no_row(folder, embed, name, delimiter):
     (folder / name).write_text("\n".join(lines) + "\n")
     _, rows, quarantine = embed(folder / name)
     assert captions_of(rows) == captions and not quarantine
+
+
+@pytest.mark.parametrize("names", [("1.jpg", "2.png", "3.PNG", "4.jpg"), ("my pics/1.jpg", "my pics/2.jpg", "my pics/3.jpg", "4.jpg")])
+def test_a_stray_quote_swallows_no_row_of_another_kind(tmp_path, names):
+    captions = ['"Stop, she said', "a dog", 'a screen of 27"', "a cat"]
+    lines = ["image\tcaption", *map("\t".join, zip(names, captions))]
+    (tmp_path / "t.tsv").write_text("\n".join(lines) + "\n")
+    assert captions_of(read_corpus(tmp_path / "t.tsv").rows) == captions
+
+
+def test_an_array_of_captions_as_numpy_prints_it(tmp_path):
+    """pandas writes lists that came from parquet so: without commas, which Python reads as one text."""
+    captions = [["A dog runs.", "A brown dog's ball.", "x" * 80], ["one"], ['say "no"', "yes, no"]]
+    rows = [{"image": f"{k}.jpg", "captions": str(np.array(texts, dtype=object))} for k, texts in enumerate(captions)]
+    rows += [{"image": "3.jpg", "captions": "['a', 'b']"}, {"image": "4.jpg", "captions": "['red'] car [sic]"}]
+    found = captions_of(read_corpus(write_csv(tmp_path / "t.csv", rows)).rows)
+    assert found == [*itertools.chain(*captions), "a", "b", "['red'] car [sic]"]
 
 
 def test_a_caption_of_several_lines_is_one_caption(folder, embed):
