@@ -22,9 +22,8 @@ from hyma.remote import find_remote, is_file, open_file, read_bytes
 from vlm import BadInput, open_image, reason_of
 
 ENDINGS = (".tar", ".parquet", ".arrow", *METHODS)  # of the files that pictures are packed in
-ADDRESS = re.compile(
-    rf"(?P<file>.*?(?P<kind>{'|'.join(map(re.escape, ENDINGS))}))/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S | re.I
-)
+END_OF_FILE = re.compile(rf"(?P<kind>{'|'.join(map(re.escape, ENDINGS))})(?=/)", re.I)
+PLACE = re.compile(r"/(?P<name>.*)@(?P<start>\d+)(\+(?P<size>\d+))?", re.S)  # within that file
 CELLS_AT_ONCE = 32  # cells of a parquet file that are read together
 BATCHES_KEPT = 8  # of so many cells: threads that read ahead do not come in order
 
@@ -55,11 +54,14 @@ def cell_address(column, row):
 
 def find_address(path) -> Address | None:
     """The Address that a path is, None for the path of a file of its own."""
-    found = ADDRESS.fullmatch(str(path))
-    if found is None or os.path.isdir(found["file"]):
-        return None
-    size = None if found["size"] is None else int(found["size"])
-    return Address(Path(found["file"]), found["kind"].lower(), found["name"], int(found["start"]), size)
+    path = str(path)
+    for end in END_OF_FILE.finditer(path):
+        file = path[: end.end()]
+        found = PLACE.fullmatch(path, end.end())
+        if found and not os.path.isdir(file):  # Spark writes folders of such names
+            size = None if found["size"] is None else int(found["size"])
+            return Address(Path(file), end["kind"].lower(), found["name"], int(found["start"]), size)
+    return None
 
 
 def containing_file(path):

@@ -69,21 +69,12 @@ def open_archive(path):
 def list_members(path):
     """(the files in an archive, whether it is whole). A tar has two empty blocks at its end, so that a cut one is known."""
     members = []
-    is_whole = False
+    start, is_whole = 0, True
     try:
         size, is_all = inflated_size(path) if find_ending(path) else (file_size(path), True)
-        # not decompressed by tarfile: a picture is reached by its place
-        with open_archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            file.seek(archive.offset)
-            try:
-                for member in archive:
-                    archive.members = []  # which would grow with the archive
-                    if member.isfile() and not member.issparse() and member.offset_data + member.size <= size:
-                        members.append(member)
-                file.seek(archive.offset)
-                is_whole = is_all and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-            except (tarfile.ReadError, *DAMAGE):  # cut within a member
-                pass
+        with open_archive(path) as file:
+            while start is not None:
+                start, is_whole = read_members(file, start, size, members)
     except (tarfile.ReadError, *DAMAGE) as error:
         with open_file(path) as file:
             start = file.read(6)
@@ -92,7 +83,44 @@ def list_members(path):
                 f"--data {path}: is compressed, and its name does not say how; name it .tar.gz, .tar.bz2, .tar.xz or .tar.zst, or uncompress it"
             ) from None
         raise BadInput(f"--data {path}: is no tar archive, or is cut off in its first file ({error})") from None
-    return members, is_whole
+    return members, is_whole and is_all
+
+
+def read_members(file, start, size, members):
+    """Adds the files of the archive that begins at a byte. Returns (where the one begins that was joined to it, as `cat` does, else
+    None; whether it is whole)."""
+    file.seek(start)
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  not decompressed by it: a picture is reached by its place
+    except (tarfile.ReadError, *DAMAGE):
+        if start == 0:
+            raise
+        return None, False
+    with archive:
+        file.seek(archive.offset)
+        try:
+            for member in archive:
+                archive.members = []  # which would grow with the archive
+                if member.isfile() and not member.issparse() and member.offset_data + member.size <= size:
+                    members.append(member)
+            end = archive.offset
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                return None, False
+            return end_of_zeros(file, end), True
+        except (tarfile.ReadError, *DAMAGE):  # cut within a member
+            return None, False
+
+
+def end_of_zeros(file, start):
+    """Where the first block after a byte begins that is not empty, None if there is none."""
+    file.seek(start)
+    place = start
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            return place
+        place += len(block)
+    return None
 
 
 def file_size(path):
@@ -118,7 +146,10 @@ def read_sample(path, file, sample, asked):
             raise ValueError("its .json is no object")
         record |= {name: part for name, part in value.items() if asked.is_known(name)}
     record[asked.image or "image"] = find_picture(path, sample, asked.image)
-    for ending in (asked.caption, *CAPTION_MEMBERS):
+    endings = [asked.caption]
+    if not record.get(asked.caption):  # else a field of the .json is asked for
+        endings += CAPTION_MEMBERS
+    for ending in endings:
         if ending in sample:
             text = read_text_member(file, sample[ending])
             column = ending if ending == asked.caption else "caption"

@@ -251,6 +251,37 @@ def test_a_cut_archive_costs_its_end_and_says_so(folder, embed, tmp_path, cut):
     assert list(quarantine.values()) == ["empty caption"] * (found - 5)
 
 
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_joined_archives_are_read_to_the_end(folder, tmp_path, ending):
+    """`cat a.tar b.tar > all.tar`: the first ends with empty blocks, behind which the second is."""
+    parts = [write_tar(tmp_path / f"{part}.{ending}", samples(folder, numbers)) for part, numbers in (("a", range(3)), ("b", (3, 4)))]
+    joined = tmp_path / f"all.{ending}"
+    whole = b"".join(part.read_bytes() for part in parts)
+    joined.write_bytes(whole)
+    corpus = read_corpus(joined)
+    assert captions_of(corpus.rows) == [f"caption {k}" for k in range(5)] and "CUT OFF" not in corpus.notes[0]
+    assert [picture_bytes(tmp_path / row["image"]) for row in corpus.rows] == [(folder / f"{k}.webp").read_bytes() for k in range(5)]
+    joined.write_bytes(whole[: parts[0].stat().st_size + parts[1].stat().st_size // 3])
+    corpus = read_corpus(joined)
+    assert captions_of(corpus.rows)[:3] == ["caption 0", "caption 1", "caption 2"] and "CUT OFF after" in corpus.notes[0]
+
+
+def test_a_field_that_is_asked_for_counts_before_the_text(tmp_path):
+    """Of a corpus whose captions were written anew: the first ones are in .txt, the new in the .json's field of the same name."""
+    members = {"a.jpg": b"p", "a.txt": "of the web", "a.json": '{"caption": "written anew"}', "b.jpg": b"q", "b.txt": "alone"}
+    path = write_tar(tmp_path / "t.tar", members)
+    assert captions_of(read_corpus(path, caption_column="caption").rows) == ["written anew", "alone"]
+    assert captions_of(read_corpus(path).rows) == ["of the web", "alone"]
+
+
+@pytest.mark.parametrize("name", ["captions.parquet", "cc3m.tar"])
+def test_a_corpus_in_a_folder_named_as_a_file(folder, tmp_path, name):
+    """As Spark and Dask write them."""
+    path = write_tar(tmp_path / name / "00000.tar", samples(folder, range(3)))
+    rows = read_corpus(path.parent).rows
+    assert [picture_bytes(path.parent / row["image"]) for row in rows] == [(folder / f"{k}.webp").read_bytes() for k in range(3)]
+
+
 def test_archives_that_end_and_begin_with_one_name_are_not_mixed(folder, tmp_path):
     write_tar(tmp_path / "s" / "0.tar", {"a.webp": b"p"})
     write_tar(tmp_path / "s" / "1.tar", {"a.txt": "another"})
