@@ -41,7 +41,7 @@ from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
 from hyma.graphs import check_graph, record_steps
 from hyma.grid_state import COSTS
-from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
+from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork, projection_flops
 from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
@@ -425,6 +425,7 @@ def main():
             # What it cost.
             for key, flops in step_flops(generator, flags.batch_size, batch_pairs, store.dims).items():
                 state[key] += flops
+            state["flops"] += projection_flops(store, flags.batch_size, images_of(batch_pairs))
             for pair in batch_pairs:
                 state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1

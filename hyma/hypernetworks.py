@@ -315,6 +315,14 @@ class ProjectedStore:
         return self.project(name, rows, dtype)
 
 
+def projection_flops(store, row_count, images):
+    """Of a product for each of these image encoders whose coordinates [row_count, k] are made when they are taken, not kept."""
+    if not isinstance(store, ProjectedStore):
+        return 0
+    made = [store.axes[image] for image in images if image in store.axes and image not in store.coordinates]  # [D, k] each
+    return sum(2 * row_count * axes.numel() for axes in made)
+
+
 def is_identity(columns):
     """Whether axes [D, k] are those of the space itself."""
     return columns.shape[0] == columns.shape[1] and torch.equal(columns, torch.eye(len(columns)).to(columns))

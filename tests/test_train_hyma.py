@@ -248,6 +248,22 @@ def test_a_run_is_also_validated_half_way_where_that_costs_little(planted, gener
     assert count(1) == 10
 
 
+def test_projecting_each_batch_is_a_cost(run, planted, tmp_path, monkeypatch):
+    """Where the coordinates of all rows do not fit in memory, every step makes those of its own; the bits are the same."""
+    flags = ("--data", planted, *QUICK, "--epochs", "2", "--rank", "64", "--refine-steps", "2")
+    assert run("train_hyma.py", *flags, "--out", "kept").code == 0
+    monkeypatch.setattr("hyma.hypernetworks.bytes_for_copies", lambda device: 0)
+    assert run("train_hyma.py", *flags, "--out", "made").code == 0
+    assert_same_connectors(tmp_path / "kept", tmp_path / "made")
+    kept, made = read_ledger(tmp_path / "kept"), read_ledger(tmp_path / "made")
+    dims = {name: encoder.dim for name, encoder in Embeddings(planted).encoders.items()}
+    of_steps = 0
+    for pair, updates in made["updates_per_pair"].items():
+        of_steps += updates * 2 * 128 * dims[pair.split(":")[0]] * 64
+    assert (made["flops"] - made["start_flops"]) - (kept["flops"] - kept["start_flops"]) == of_steps > 0
+    assert made["start_flops"] < kept["start_flops"]
+
+
 # ------------------------------------------------------------------------------------------------------- added encoders
 
 
