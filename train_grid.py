@@ -150,7 +150,7 @@ def plan_steps(flags, pairs, dims, row_count):
     with torch.device("meta"):  # shapes alone
         connectors = FreeConnectors(pairs, dims, hidden_layers_of(flags), seed=0)
     flops = step_flops(connectors, flags.batch_size, pairs, dims)["flops"]
-    steps = max(1, round(budget / flops))
+    steps = max(1, int(budget / flops))
     if steps > MOST_STEPS:
         raise BadInput(
             f"--budget-of {flags.budget_of}: its {budget:.3g} FLOPs would be {steps:.3g} steps; is it damaged?"

@@ -20,13 +20,12 @@ from hyma.embeddings import FORMAT_VERSION, hash_keys
 from hyma.files import lock_folder, save_tensors, sha256_file, write_json, write_jsonl
 from hyma.row_order import compare_rows
 from hyma.scan import row_fault, row_keys
-from hyma.splits import give_splits, known_split
+from hyma.splits import LEFT_OUT, give_splits, known_split
 from hyma.vector_files import find_vectors, is_in_place, part_number
 from hyma.verifying import reembed
 from vlm import BadInput
 
 UNIT = 1e-2  # how far a length may be from 1: of what was stored in 16 bits
-LEFT_OUT = "left out"  # the split of rows that cannot be used, but whose vectors are there
 
 
 class Adopted(NamedTuple):

@@ -22,6 +22,7 @@ SPELLINGS = {
 }
 SPLIT_OF = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
 
+LEFT_OUT = "left out"  # the split of rows of an adopted folder that cannot be used, but whose vectors are there
 IN_TWO_SPLITS = "in two splits"  # how the reason of a row begins that is left out for its picture's sake
 HELD_OUT = 0.1  # of the pictures, for each of val and test
 MOST_HELD_OUT = 5000

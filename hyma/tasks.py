@@ -21,7 +21,7 @@ from hyma.embeddings import Embeddings, check_same_encoder, unique
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
 from hyma.prompts import RecordedEncoder, load_prompts, read_templates
-from hyma.splits import split_rows
+from hyma.splits import LEFT_OUT, split_rows
 from kernels import true_rank
 from vlm import MAPPED_AT_ONCE, BadInput
 
@@ -101,7 +101,8 @@ def choose_rows(data, run_seed):
     if test and not (is_foreign and manifest.get("test_set_aside")):
         return published or "test split", torch.tensor(test)
     if is_foreign:
-        return published or "all rows", torch.arange(data.row_count)
+        usable = [i for i, row in enumerate(data.rows) if row.get("split") != LEFT_OUT] if data.rows else range(data.row_count)
+        return published or "all rows", torch.tensor(usable)
     _, validation = split_rows(data, run_seed)
     return "validation rows, which also chose the connectors", validation
 

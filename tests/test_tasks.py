@@ -257,6 +257,8 @@ def test_the_rows_that_are_scored_are_not_those_trained_on(tmp_path):
     folder = make_embedding_folder(tmp_path / "own", rows)
     own = tasks_of(folder, run_seed=0)["zeroshot"]
     assert own.rows.tolist() == list(range(0, 40, 4)) and "also chose the connectors" in own.protocol
+    left_out = make_embedding_folder(tmp_path / "adopted", [*rows, {"caption": "", "split": "left out"}])
+    assert tasks_of(left_out)["retrieval"].rows.tolist() == list(range(40))
     foreign = tasks_of(folder)["zeroshot"]
     assert foreign.rows.tolist() == list(range(40)) and "all rows" in foreign.protocol
     bare = make_embedding_folder(tmp_path / "bare", [{}] * 40)
