@@ -217,25 +217,28 @@ def open_all_tasks(flags, runs, data):
         of_folder = open_tasks(name, folder, flags, seeds[0] if is_own else None)
         tasks += of_folder
         if not is_own:
-            warnings += warn_of_seen_pictures(of_folder[0], data, seeds)
+            warnings += warn_of_seen_pictures(of_folder[0], data, trained_runs(runs))
     return tasks, warnings
 
 
-def warn_of_seen_pictures(task, data, seeds):
-    """[a warning] if another folder's pictures are among those that the runs were trained on, by their digests, else [].
+def warn_of_seen_pictures(task, data, runs):
+    """A warning if another folder's pictures are among those that the runs were trained on, and one if they are among those that
+    chose their connectors, by the pictures' digests.
 
-    data: what the runs were trained on. seeds: the runs'.
+    data: what the runs were trained on. runs: that were trained.
     """
-    seen = set()
-    for seed in seeds if data.rows else []:
-        train_rows, _ = split_rows(data, seed)
-        seen |= digests_of(data, train_rows)
     shown = digests_of(task.data, task.rows)
-    if shown.isdisjoint(seen):
-        return []
-    count = len(shown & seen)
-    message = f"{count:,} of its {len(shown):,} pictures are among those that the runs were trained on"
-    return [f"{task.data.folder}: {message}, so that its scores are higher than those of new pictures"]
+    seen = {"the runs were trained on": set(), "chose the runs' connectors": set()}
+    for run in runs if data.rows and shown else []:
+        rows_of_run = split_rows(data, run.seed, run.config["flags"].get("rows"))
+        for use, rows in zip(seen, rows_of_run):
+            seen[use] |= digests_of(data, rows)
+    warnings = []
+    for use, pictures in seen.items():
+        if count := len(shown & pictures):
+            message = f"{count:,} of its {len(shown):,} pictures are among those that {use}"
+            warnings.append(f"{task.data.folder}: {message}, so that its scores are higher than those of new pictures")
+    return warnings
 
 
 def digests_of(data, rows):
@@ -313,6 +316,16 @@ def warn_of_hidden_costs(methods):
     return warnings
 
 
+def warn_of_other_pairs(methods, pairs):
+    """A warning for each method whose cost is of more pairs than are compared."""
+    warnings = []
+    for method in methods:
+        count = len(method.runs[0].ranks)
+        if method.trained and count > len(pairs):
+            warnings.append(f"{method.name}: has {count} pairs, of which {len(pairs)} are compared; its cost is that of all {count}")
+    return warnings
+
+
 def open_selectors(data, pairs, runs, flags):
     """What `run_selectors` returns, on training rows of the first run that has any: connectors alone have none."""
     trained = trained_runs(runs)
@@ -347,7 +360,7 @@ def main():
     # Tasks: every connector is scored on every one.
     tasks, of_rows = open_all_tasks(flags, runs, data)
     tasks, of_weights = check_before_scoring(tasks, methods, pairs, data, flags)
-    warnings += of_rows + of_weights + warn_of_hidden_costs(methods)
+    warnings += of_rows + of_weights + warn_of_hidden_costs(methods) + warn_of_other_pairs(methods, pairs)
     task_scores, records = score_runs(tasks, methods, pairs, data, flags)
     task_scores = headline_first(task_scores)
 

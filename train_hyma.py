@@ -41,7 +41,7 @@ from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
 from hyma.graphs import check_graph, record_steps
 from hyma.grid_state import COSTS
-from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork, projection_flops
+from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
@@ -209,6 +209,7 @@ def new_state(pairs):
         "updates": {pair_name(pair): 0 for pair in pairs.untrained + pairs.trained},
         "fold_recalls": {},  # cross-validated scores of the closed form, see `cross_validate`
         "fold_rows": 0,  # of one fold
+        "fold_pairs": pairs.base_state["fold_pairs"] if pairs.base_state else len(pairs.scored),  # by which folds have their sizes
         "losses": [],  # of the steps since the last validation
         "metrics": [],  # lines of metrics.jsonl
         "best": None,  # the best validation: score, epoch, recalls, weights
@@ -246,7 +247,7 @@ def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
     state = new_state(pairs)
     with flop_counter() as counter:
         if generator.starts_from_closed_form and ranks.is_first():
-            folds = closed_form.fold_rows(data, train_rows, flags.seed, len(pairs.scored), generator.held_out_rows)
+            folds = closed_form.fold_rows(data, train_rows, flags.seed, state["fold_pairs"], generator.held_out_rows)
             state["fold_recalls"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
         generator.load_state_dict(ranks.from_first(generator.state_dict))
@@ -425,7 +426,7 @@ def main():
             # What it cost.
             for key, flops in step_flops(generator, flags.batch_size, batch_pairs, store.dims).items():
                 state[key] += flops
-            state["flops"] += projection_flops(store, flags.batch_size, images_of(batch_pairs))
+            state["flops"] += store.projection_flops(flags.batch_size, images_of(batch_pairs))
             for pair in batch_pairs:
                 state["updates"][pair_name(pair)] += 1
             state["step"] = step + 1

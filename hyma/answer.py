@@ -165,7 +165,8 @@ def describe_regret(result):
         seeds = f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
         by = f"the connectors of {oracle.name}{seeds}"
     regret = regret_of_primary(result, 0)
-    return f"By {by}, its regret is {describe_interval(regret)}; that of a random choice is {regret.random:.2f}."
+    its_regret = "its regret" if len(result.primary.runs) == 1 else "the mean regret of what its seeds choose"
+    return f"By {by}, {its_regret} is {describe_interval(regret)}; that of a random choice is {regret.random:.2f}."
 
 
 def describe_interval(regret):
@@ -181,12 +182,13 @@ def regret_of_primary(result, place):
 
 def describe_failures(result):
     """A sentence for each task on which the choice is no better than a random one."""
+    choice = "the choice is" if len(result.primary.runs) == 1 else "what the seeds choose is in the mean"
     sentences = []
     for place, task in enumerate(result.tasks):
         regret = regret_of_primary(result, place)
         if is_no_better_than_random(regret):
             sentences.append(
-                f"On {task.name} the choice is no better than a random one: its regret is {describe_interval(regret)}, that "
+                f"On {task.name} {choice} no better than a random one: its regret is {describe_interval(regret)}, that "
                 f"of a random choice {regret.random:.2f}."
             )
     return sentences
@@ -205,6 +207,6 @@ def describe_cost(result):
     cost = result.costs[primary.name]
     ratio = cost_ratio(cost, result.costs[oracle.name], "flops_equal_batch")
     sentence = f"The search cost {teraflop(cost.flops)} TFLOP in {cost.seconds:.0f} s"
-    if not ratio or oracle is primary:
+    if not ratio or oracle is primary or len(oracle.runs[0].ranks) > len(primary.runs[0].ranks):
         return f"{sentence}."
     return f"{sentence}, {ratio:.2g} times the FLOPs of {oracle.name} at equal batch size."

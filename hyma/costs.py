@@ -167,7 +167,8 @@ def scale_ledger(ledger, reference):
     At equal samples, those of the logits grow with the batch, and those that go with the steps shrink with it:
 
         equal_batch   = flops + logit_flops (b - 1) + step_flops (1 / b - 1),   b = reference batch / own batch
-        equal_updates = equal_batch * reference samples per trained pair / own samples per trained pair
+        equal_updates = start_flops + (equal_batch - start_flops) r,
+        r             = reference samples per trained pair / own samples per trained pair
     """
     flops = ledger["flops"]
     costs = {key: ledger[key] for key in ("flops", "seconds", "pair_samples")}
@@ -176,7 +177,8 @@ def scale_ledger(ledger, reference):
     batches = reference["batch_size"] / ledger["batch_size"]
     equal_batch = flops + ledger["logit_flops"] * (batches - 1)
     equal_batch += ledger["step_flops"] * (1 / batches - 1)
-    equal_updates = equal_batch * samples_per_pair(reference) / samples_per_pair(ledger)
+    start = ledger["start_flops"]  # is paid once
+    equal_updates = start + (equal_batch - start) * samples_per_pair(reference) / samples_per_pair(ledger)
     return costs | {"flops_equal_batch": equal_batch, "flops_equal_updates": equal_updates}
 
 

@@ -109,6 +109,7 @@ def arrange_added_encoder(name, run, data):
     base_state = saved["state"]
     if not {"refined", "fold_recalls"} <= base_state.keys():
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
+    base_state.setdefault("fold_pairs", len(base_state["fold_recalls"]))  # of an earlier version
     if "refinement" in saved:
         base_state["refined"] |= saved["refinement"]["state"]["best"]
     base_pairs = list(map(pair_of_name, base_state["best"]["recalls"]))

@@ -157,7 +157,9 @@ def test_flops_at_another_batch_size_are_those_of_a_run_there(run, planted, tmp_
     assert costs["flops_equal_batch"] == pytest.approx(ledgers[64]["flops"], rel=1e-9)
     assert costs["flops"] > 1.05 * costs["flops_equal_batch"] or kind != "grid"
     half = ledgers[64] | {"pair_samples": ledgers[64]["pair_samples"] / 2}
-    assert scale_ledger(ledgers[128], half)["flops_equal_updates"] == costs["flops_equal_batch"] / 2
+    start = ledgers[128]["start_flops"]  # is paid once
+    expected = start + (costs["flops_equal_batch"] - start) / 2
+    assert scale_ledger(ledgers[128], half)["flops_equal_updates"] == pytest.approx(expected)
 
 
 def test_a_ledger_scaled_by_hand():
@@ -174,7 +176,7 @@ def test_a_ledger_scaled_by_hand():
     reference = {"batch_size": 32, "pair_samples": 3840, "updates_per_pair": {"a:t": 60, "b:t": 60}}
     costs = scale_ledger(ledger, reference)
     assert costs["flops_equal_batch"] == 1000 + 300 * (0.5 - 1) + 200 * (2 - 1)
-    assert costs["flops_equal_updates"] == costs["flops_equal_batch"] * 1920 / 1280
+    assert costs["flops_equal_updates"] == 100 + (costs["flops_equal_batch"] - 100) * 1920 / 1280
     assert (costs["flops"], costs["seconds"], costs["pair_samples"]) == (1000, 2, 1280)
 
     closed_form = ledger | {"start_flops": 1000.0, "step_flops": 0, "logit_flops": 0}

@@ -305,6 +305,8 @@ def test_a_task_that_shows_training_pictures_says_so(run, tmp_path):
     assert result.code == 0, result.err
     said = "seen: 20 of its 60 pictures are among those that the runs were trained on"
     assert said in result.out and result.out.count("were trained on") == 1, result.out
+    for name in ("other", "seen"):
+        assert f"{name}: 10 of its 60 pictures are among those that chose the runs' connectors" in result.out
 
 
 def test_without_a_test_split_the_validation_rows_are_scored(run, refused, planted, tmp_path):
@@ -385,6 +387,9 @@ def test_oracles_that_cannot_be_the_truth_are_refused(run, refused, runs, graded
     few = ("--data", graded, *QUICK, "--epochs", "1", "--pairs", "efflite1:*", "--out", "few")
     assert run("train_grid.py", *few).code == 0
     refused("evaluate.py", runs / "hyma", "--oracle", "few", says=["few: has no ", "4 pairs missing of 6"])
+    result = run("evaluate.py", "few", "--oracle", runs / "grid", "--bootstrap", "10", "--selector-rows", "0")
+    assert "has 6 pairs, of which 2 are compared; its cost is that of all 6" in result.out, result.err
+    assert "TFLOP in" in result.out and "times the FLOPs of" not in result.out
     refused("evaluate.py", runs / "hyma", "few", says=["few: has no "])
     refused(
         "evaluate.py", runs / "hyma", "--oracle", runs / "grid", runs / "halving", says="must be seeds of one method"
