@@ -231,6 +231,10 @@ class RowStore:
         self.batch = None  # the rows of the step that the window is used for
         self.places = None  # where these are in the window
 
+    def projection_flops(self, row_count, images):
+        """Of taking so many rows: none, as vectors are taken as they are."""
+        return 0
+
     def take(self, name, rows, dtype=torch.float32):
         """Unit vectors [len(rows), dim], on the device. They are of unit length before they are rounded to dtype."""
         if rows is self.batch and name in self.window:

@@ -314,13 +314,10 @@ class ProjectedStore:
             return self.coordinates[name].index_select(0, rows.to(self.device))  # half the time of [rows] on a CPU
         return self.project(name, rows, dtype)
 
-
-def projection_flops(store, row_count, images):
-    """Of a product for each of these image encoders whose coordinates [row_count, k] are made when they are taken, not kept."""
-    if not isinstance(store, ProjectedStore):
-        return 0
-    made = [store.axes[image] for image in images if image in store.axes and image not in store.coordinates]  # [D, k] each
-    return sum(2 * row_count * axes.numel() for axes in made)
+    def projection_flops(self, row_count, images):
+        """Of taking so many rows of image encoders: of a product for each whose coordinates are not kept."""
+        made = [self.axes[image] for image in images if image in self.axes and image not in self.coordinates]  # [D, k] each
+        return sum(2 * row_count * axes.numel() for axes in made)
 
 
 def is_identity(columns):

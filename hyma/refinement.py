@@ -20,7 +20,6 @@ from hyma.costs import step_flops
 from hyma.free_connectors import FreeConnectors, train_step
 from hyma.graphs import record_steps
 from hyma.grid_state import keep_best, new_state
-from hyma.hypernetworks import projection_flops
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
 from hyma.training import Schedule, StepLosses, build_adamw, load_moments, moments_of, training_dtype, validate
@@ -92,7 +91,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
 
             for key, flops in step_flops(connectors, flags.batch_size, pairs, store.dims).items():
                 state[key] += flops
-            state["flops"] += projection_flops(store, flags.batch_size, [image])
+            state["flops"] += store.projection_flops(flags.batch_size, [image])
             state["updates"][name] += 1
             state["step"] = step + 1
             progress.update()
