@@ -382,11 +382,11 @@ def main():
     started = time.perf_counter()
     saved = ranks.from_first(lambda: checkpoints.load("generator", "optimizer", "moments", "state"))
     refinement = None
+    is_finished = saved and (flags.out / "ledger.json").is_file()  # also where the base run has refined the chosen pair
     if saved:
         state, store = resume_training(flags, saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
         refinement = saved.get("refinement")
         done = state["step"] + (refinement["state"]["step"] if refinement else 0)
-        is_finished = (flags.out / "ledger.json").is_file()  # also where the base run has refined the chosen pair
         print(resumed_line(flags.out, done, done if is_finished else steps + flags.refine_steps))
     else:
         state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
@@ -489,7 +489,8 @@ def main():
             state[key] += refined[key]
         state["step"] += refined["step"]
         state["updates"][pair_name(chosen)] += refined["step"]
-    state["peak_bytes"] = peak_bytes(device)
+    # Of a finished run, the memory of the process that trained.
+    state["peak_bytes"] = read_json(flags.out / "ledger.json")["peak_bytes"] if is_finished else peak_bytes(device)
     export(flags, data, generator, state, retrieval, ranking, refined)
     # Of a part of a corpus: which encoders are worth embedding all of it with.
     advise(flags.out, data, vectors, pairs.trained + pairs.untrained, train_rows, val_rows, flags.seed)

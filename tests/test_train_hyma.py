@@ -133,6 +133,17 @@ def test_resume_of_a_finished_run_and_contradictions(run, refused, planted, tmp_
     refused("train_hyma.py", "--resume", "--out", made, says="checkpoint.pt")
 
 
+@pytest.mark.parametrize("refine_steps", ["0", "4"])
+def test_a_finished_run_costs_no_more_when_its_command_is_typed_again(run, planted, tmp_path, monkeypatch, refine_steps):
+    flags = ("--data", planted, *QUICK, "--epochs", "1", "--pairs", "efflite0:*", "--refine-steps", refine_steps)
+    assert run("train_hyma.py", *flags, "--out", "x").code == 0
+    ledger = (tmp_path / "x" / "ledger.json").read_bytes()
+    monkeypatch.setattr("hyma.machine.peak_bytes", lambda device: 1)  # another process's
+    again = run("train_hyma.py", *flags, "--out", "x")
+    assert again.code == 0 and "is finished" in again.out, again.err
+    assert (tmp_path / "x" / "ledger.json").read_bytes() == ledger
+
+
 def test_resume_refuses_other_embeddings(run, refused, planted, tmp_path):
     shutil.copytree(planted, tmp_path / "data")
     assert run("train_hyma.py", "--data", "data", *QUICK, "--epochs", "1", "--out", "x").code == 0
