@@ -69,7 +69,7 @@ class LearningCurves(NamedTuple):
     """What the closed forms of P pairs score at J sizes on the same n rows."""
 
     sizes: np.ndarray  # [J] training rows
-    hits: np.ndarray  # [J, P, n] 0 to 1
+    hits: np.ndarray  # [J, P, n], whose means are 0 to 1
     group: np.ndarray  # [n] the group of rows that it belongs to
 
 
@@ -153,28 +153,32 @@ def held_out_scores(store, pairs, train_rows, held_out):
 
 
 def hits_of_rows(retrieval, scores, chances):
-    """[h]: of each row, the chance of a hit, the mean of both directions. chances: the `chances_of_hits` of the retrieval."""
+    """[h]: of each row, the chance of a hit, the mean of both directions. A picture of several rows, or a caption, is divided
+    among them: the mean is that of all pictures and of all captions. chances: the `chances_of_hits` of the retrieval."""
     scores = scores[retrieval.first["caption"]][:, retrieval.first["image"]]  # [captions, pictures]
     total = 0
     for query, ranks in zip(("caption", "image"), retrieval.ranks_of_scores(scores)):
         chance, right = chances[query]  # [m, targets], [queries]
-        total = total + chance[right, ranks.cpu()][retrieval.place[query].cpu()]
+        place = retrieval.place[query].cpu()  # [h]
+        rows = place.bincount()  # [queries], of each
+        share = len(place) / (len(rows) * rows)  # [queries]
+        total = total + (chance[right, ranks.cpu()] * share)[place]
     return total / 2
 
 
 def chances_of_hits(retrieval, candidates):
-    """{"caption", "image": (chance [m, targets], right [queries])}: the chance that a query finds a right one among the first ten of
-    so many candidate rows, by how many right ones it has and how many of the retrieval's own candidates come before the first.
+    """{"caption", "image": (chance [m, targets], right [queries])}: the chance that a query finds a right one among the first ten
+    of so many candidate rows, by how many right ones it has and how many of the retrieval's own candidates come before the first.
 
     With r of c wrong ones before the first right one, the share of all that come before it is Beta(r + 1/2, c - r + 1/2), so that
-    how many of other candidates do is beta-binomial. Scores of small and of large parts can then be compared. A picture with
-    several captions is one candidate.
+    how many of other candidates do is beta-binomial. Scores of small and of large parts can then be compared. Of so many rows, as
+    many pictures and captions are different as of the retrieval's.
     """
-    pictures = round(candidates * len(retrieval.first["image"]) / len(retrieval.rows))
     chances = {}
-    for query, target, count in (("caption", "image", pictures), ("image", "caption", candidates)):
+    for query, target in (("caption", "image"), ("image", "caption")):
         right = retrieval.right_candidates(query)  # [queries]
         targets = len(retrieval.first[target])
+        count = round(candidates * targets / len(retrieval.rows))
         chance = torch.zeros(int(right.max()) + 1, targets, dtype=torch.float64)
         counts = np.arange(10)[:, None]
         for m in right.unique().tolist():

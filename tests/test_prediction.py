@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, Rows, read_csv
+from helpers import CPU, Rows, make_embedding_folder, read_csv
 
 import vlm
-from hyma.embeddings import Embeddings
+from hyma.embeddings import Embeddings, RowStore
 from hyma.files import write_json
 from hyma.metrics import Retrieval
 from hyma.prediction import (
@@ -21,7 +21,9 @@ from hyma.prediction import (
     chances_of_hits,
     extrapolate,
     groups_of_rows,
+    held_out_scores,
     hits_of_rows,
+    learning_curves,
     logit,
     odds_to_share,
 )
@@ -103,30 +105,67 @@ def test_hits_among_more_candidates_than_there_are():
     latent = torch.randn(4000, 16, generator=random)
     scores = latent @ (latent + 1.5 * torch.randn(4000, 16, generator=random)).T
     rows = Rows([{"image": f"{k}", "caption": f"{k}"} for k in range(4000)])
-
-    def mean_hits(count):
-        retrieval = Retrieval(rows, torch.arange(count), CPU)
-        return hits_of_rows(retrieval, scores[:count, :count], chances_of_hits(retrieval, 4000)).mean().item()
-
-    assert 0.05 < mean_hits(4000) < 0.9
-    assert mean_hits(400) == pytest.approx(mean_hits(4000), abs=0.03)
+    assert 0.05 < mean_hits_of(4000, rows, scores) < 0.9
+    assert mean_hits_of(400, rows, scores) == pytest.approx(mean_hits_of(4000, rows, scores), abs=0.03)
 
 
-@pytest.mark.parametrize("captions, noise", [(1, 2), (1, 5), (2, 3), (5, 3), (5, 6)])
+@pytest.mark.parametrize("captions, noise", [((1,), 2), ((1,), 5), ((2,), 3), ((5,), 3), ((5,), 6), ((1, 9), 3), ((1, 9), 6)])
 def test_hits_where_pictures_have_several_captions(captions, noise):
-    """Of 600 rows, what a Retrieval finds among 3,000 of the same kind: their pictures are fewer, and any caption is right."""
+    """Of 600 rows, what a Retrieval finds among 3,000 of the same kind: their pictures are fewer, and any caption is right.
+    Pictures have so many captions in turn."""
     random = torch.Generator().manual_seed(0)
-    latent = torch.randn(3000 // captions, 16, generator=random)
-    picture = torch.arange(3000) // captions
+    counts = torch.tensor(captions).repeat(3000 // sum(captions))
+    picture = torch.arange(len(counts)).repeat_interleave(counts)  # [rows]
+    latent = torch.randn(len(counts), 16, generator=random)
     texts = latent[picture] + noise * torch.randn(3000, 16, generator=random)
     scores = texts @ latent[picture].T  # [rows, rows]
-    rows = Rows([{"image": f"{k // captions}", "caption": f"{k}"} for k in range(3000)])
+    rows = Rows([{"image": f"{image}", "caption": f"{k}"} for k, image in enumerate(picture.tolist())])
+    assert mean_hits_of(600, rows, scores) == pytest.approx(real_recall(rows, scores), abs=0.03)
 
-    few = Retrieval(rows, torch.arange(600), CPU)
-    predicted = hits_of_rows(few, scores[:600, :600], chances_of_hits(few, 3000)).mean().item()
-    whole = Retrieval(rows, torch.arange(3000), CPU)
-    real = [(ranks < 10).double().mean().item() for ranks in whole.ranks_of_scores(scores[:, whole.first["image"]])]
-    assert predicted == pytest.approx(sum(real) / 2, abs=0.03)
+
+def test_hits_where_pictures_share_a_caption():
+    """Each caption is of two pictures: there are half as many captions to find."""
+    random = torch.Generator().manual_seed(0)
+    latent = torch.randn(1500, 16, generator=random).repeat_interleave(2, 0)  # [rows, 16], of captions
+    scores = latent @ (latent + 2 * torch.randn(3000, 16, generator=random)).T  # [rows, rows]
+    rows = Rows([{"image": f"{k}", "caption": f"{k // 2}"} for k in range(3000)])
+    assert mean_hits_of(600, rows, scores) == pytest.approx(real_recall(rows, scores), abs=0.015)
+
+
+def mean_hits_of(count, rows, scores):
+    """What is predicted of the first rows for as many as there are."""
+    few = Retrieval(rows, torch.arange(count), CPU)
+    return hits_of_rows(few, scores[:count, :count], chances_of_hits(few, len(scores))).mean().item()
+
+
+def real_recall(rows, scores):
+    """R@10 of all rows, the mean of both directions."""
+    whole = Retrieval(rows, torch.arange(len(scores)), CPU)
+    of_queries = whole.ranks_of_scores(scores[whole.first["caption"]][:, whole.first["image"]])
+    return sum((ranks < 10).double().mean().item() for ranks in of_queries) / 2
+
+
+@pytest.mark.parametrize("captions", [(1,), (5,), (1, 9)])
+def test_a_prediction_holds_what_the_whole_corpus_scores(captions, tmp_path):
+    """Of 500 planted rows, for 1,000 that train and 1,000 that are held out: pictures have so many captions in turn."""
+    random = torch.Generator().manual_seed(0)
+    counts = torch.tensor(captions).repeat(2000 // sum(captions))
+    picture = torch.arange(len(counts)).repeat_interleave(counts)  # [rows]
+    latent = torch.randn(len(counts), 16, generator=random)
+    images = latent @ torch.randn(16, 48, generator=random) + 6 * torch.randn(len(counts), 48, generator=random)
+    texts = latent[picture] @ torch.randn(16, 48, generator=random) + 9 * torch.randn(2000, 48, generator=random)
+    rows = [{"image": f"{k}.png", "split": "train"} for k in picture.tolist()]
+    data = Embeddings(make_embedding_folder(tmp_path / "e", rows, efflite0=images[picture], mpnet=texts))
+    store, pairs = RowStore(data, ["efflite0", "mpnet"], CPU), [("efflite0", "mpnet")]
+
+    held_out = torch.arange(1000, 2000)
+    (scores,) = held_out_scores(store, pairs, torch.arange(1000), held_out)
+    retrieval = Retrieval(data, held_out, CPU)
+    of_queries = retrieval.ranks_of_scores(scores[retrieval.first["caption"]][:, retrieval.first["image"]])
+    real = sum((ranks < 10).double().mean().item() for ranks in of_queries) / 2
+    curves = learning_curves(store, data, pairs, torch.arange(500), 0, candidates=1000)
+    low, high = extrapolate(curves, pairs, 1000, 1000).interval[:, 0]
+    assert low - 0.02 < real < high + 0.02
 
 
 def test_rows_that_share_a_caption_are_held_out_together_where_the_splits_hold_them_apart():
