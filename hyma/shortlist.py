@@ -55,11 +55,11 @@ def advise(out, data, store, pairs, train_rows, val_rows, seed):
 
 
 def encoder_costs(data, pairs):
-    """{encoder: FLOPs of a row}, 1 for each where the manifest lacks any."""
+    """{encoder: FLOPs of embedding the folder's rows}, 1 for each where the manifest lacks any."""
     names = images_of(pairs) + texts_of(pairs)
     costs = {}
     for name in names:
-        costs[name] = data.record(name).get("flops_per_row")
+        costs[name] = embedding_flops(data, [name], data.row_count)
     return costs if all(costs.values()) else dict.fromkeys(names, 1)
 
 
@@ -67,7 +67,7 @@ def shortlist(prediction, costs):
     """(encoders, probability): as few as hold, with CERTAIN probability, a pair that is at most CLOSE below the best.
 
     Of the encoders that can go, the one goes next that loses the least probability for what it saves.
-    costs: {encoder: FLOPs of a row}.
+    costs: {encoder: FLOPs}.
     """
     scores = odds_to_share(prediction.draws)  # [draws, P]
     enough = scores.max(1, keepdims=True) - CLOSE  # [draws, 1]

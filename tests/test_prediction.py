@@ -27,7 +27,7 @@ from hyma.prediction import (
     logit,
     odds_to_share,
 )
-from hyma.shortlist import CERTAIN, CLOSE, shortlist, whole_corpus
+from hyma.shortlist import CERTAIN, CLOSE, encoder_costs, shortlist, whole_corpus
 
 QUICK = ("--epochs", "1", "--connector", "mlp0", "--batch-size", "128", "--warmup-steps", "1", "--device", "cpu")
 
@@ -183,6 +183,15 @@ def make_prediction(scores):
     pairs = [(image, text) for image in "abc" for text in "st"]
     draws = logit(np.array(scores))
     return Prediction(pairs, 1000, 2000, None, None, odds_to_share(draws.mean(0)), None, draws)
+
+
+def test_a_picture_of_several_captions_is_embedded_once(part):
+    data = Embeddings(part)
+    pairs = [("efflite1", "mpnet"), ("control", "mpnet")]
+    assert encoder_costs(data, pairs) == {"efflite1": 3 * 1300, "control": 12 * 1300, "mpnet": 1300}
+    for k, row in enumerate(data.rows):
+        row["image"] = f"{k // 5}.png"
+    assert encoder_costs(data, pairs) == {"efflite1": 3 * 260, "control": 12 * 260, "mpnet": 1300}
 
 
 def test_the_shortlist_holds_a_pair_close_to_the_best():
