@@ -21,7 +21,7 @@ from hyma.embeddings import Embeddings, check_same_encoder, unique
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
 from hyma.prompts import RecordedEncoder, load_prompts, read_templates
-from hyma.splits import LEFT_OUT, split_rows
+from hyma.splits import LEFT_OUT, known_split, split_rows
 from kernels import true_rank
 from vlm import MAPPED_AT_ONCE, BadInput
 
@@ -91,8 +91,8 @@ def open_tasks(name, folder, flags, run_seed=None) -> list[Task]:
 def choose_rows(data, run_seed):
     """The rows to evaluate: (which they are, in words; their indices [n]).
 
-    Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all. A test
-    split that embed.py has set aside itself counts for that folder's own runs alone: others have seen none of its rows.
+    Rows of the test split; else, of the folder that a run was trained on, the validation rows of its seed; else all usable ones.
+    A test split that embed.py has set aside itself counts for that folder's own runs alone: others have seen none of its rows.
     """
     manifest = data.manifest or {}
     published = manifest.get("protocol")  # a standard set's own description of its rows
@@ -101,10 +101,24 @@ def choose_rows(data, run_seed):
     if test and not (is_foreign and manifest.get("test_set_aside")):
         return published or "test split", torch.tensor(test)
     if is_foreign:
-        usable = [i for i, row in enumerate(data.rows) if row.get("split") != LEFT_OUT] if data.rows else range(data.row_count)
-        return published or "all rows", torch.tensor(usable)
+        description, rows = usable_rows(data)
+        return published or description, torch.tensor(rows, dtype=torch.int64)
     _, validation = split_rows(data, run_seed)
     return "validation rows, which also chose the connectors", validation
+
+
+def usable_rows(data):
+    """(which they are, in words; their indices): rows that can be used, of splits with known names if there are any."""
+    if not data.rows:
+        return "all rows", range(data.row_count)
+    splits = [row.get("split") or "train" for row in data.rows]
+    usable = [i for i, split in enumerate(splits) if split != LEFT_OUT]
+    known = [i for i in usable if known_split(splits[i])]
+    if len(known) == len(usable):
+        return "all rows", known
+    if not known:
+        return "all rows, whose splits have unknown names", usable
+    return f"all rows but {len(usable) - len(known):,} of splits with unknown names", known
 
 
 @torch.no_grad()

@@ -259,6 +259,11 @@ def test_the_rows_that_are_scored_are_not_those_trained_on(tmp_path):
     assert own.rows.tolist() == list(range(0, 40, 4)) and "also chose the connectors" in own.protocol
     left_out = make_embedding_folder(tmp_path / "adopted", [*rows, {"caption": "", "split": "left out"}])
     assert tasks_of(left_out)["retrieval"].rows.tolist() == list(range(40))
+    unknown = make_embedding_folder(tmp_path / "unknown", [*rows, {"split": "extra"}, {"split": "left out"}])
+    some = tasks_of(unknown)["retrieval"]
+    assert some.rows.tolist() == list(range(40)) and "all rows but 1 of splits with unknown names; 40" in some.protocol
+    unnamed = tasks_of(make_embedding_folder(tmp_path / "unnamed", [{"split": "extra"}] * 4))["retrieval"]
+    assert unnamed.rows.tolist() == list(range(4)) and "all rows, whose splits have unknown names; 4" in unnamed.protocol
     foreign = tasks_of(folder)["zeroshot"]
     assert foreign.rows.tolist() == list(range(40)) and "all rows" in foreign.protocol
     bare = make_embedding_folder(tmp_path / "bare", [{}] * 40)
