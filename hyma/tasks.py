@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vlm
 from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, check_same_encoder, unique
+from hyma.embeddings import Embeddings, check_same_encoder, has_unit_rows, unique
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
 from hyma.prompts import RecordedEncoder, load_prompts, read_templates
@@ -204,7 +204,9 @@ def score_retrieval(task, mapped, images):
     is the headline.
     """
     retrieval = task.retrieval
-    caption_ranks, picture_ranks = retrieval.ranks(mapped, F.normalize(images, dim=1))  # [captions], [pictures]
+    if not has_unit_rows(images, images.shape):  # of published files; as they are stored, unit vectors keep their ranks
+        images = F.normalize(images, dim=1)
+    caption_ranks, picture_ranks = retrieval.ranks(mapped, images)  # [captions], [pictures]
     metrics = {}
     for direction, ranks in (("image_retrieval", caption_ranks), ("text_retrieval", picture_ranks)):
         for k in retrieval.ks:

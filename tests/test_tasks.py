@@ -139,6 +139,19 @@ def test_retrieval_by_hand(tmp_path):
     assert metrics["image_retrieval_recall@5"] == metrics["text_retrieval_recall@5"] == 1
 
 
+def test_pictures_of_unit_length_are_ranked_as_they_are_stored(tmp_path):
+    """Rounded to 16 bits they are a little longer or shorter, and normalised again a few would change places."""
+    task = tasks_of(make_embedding_folder(tmp_path / "e", [{}] * 400))["retrieval"]
+    images = F.normalize(torch.ones(16) + 0.01 * unit_vectors(400, 16), dim=1).half()
+    texts = images + 0.01 * unit_vectors(400, 16, seed=1)
+    ranks = task.retrieval.ranks(F.normalize(texts.float(), dim=1), images.float())[0]
+    again = task.retrieval.ranks(F.normalize(texts.float(), dim=1), F.normalize(images.float(), dim=1))[0]
+    found = score(task, texts, images, torch.nn.Identity()).metrics
+    recalls = {k: (ranks < k).double().mean().item() for k in (1, 5, 10)}
+    assert any((again < k).double().mean().item() != recalls[k] for k in recalls)
+    assert all(found[f"image_retrieval_recall@{k}"] == recalls[k] for k in recalls)
+
+
 def test_vqa_by_hand(tmp_path):
     """The nearest of a row's own choices counts, whatever other rows offer; a tie is no answer."""
     asked = [
