@@ -164,7 +164,7 @@ def open_image(source):
     where pillow-heif is installed. Refuses, before decoding, what Pillow calls a decompression bomb (over 89 million
     pixels) and very thin pictures. Raises whatever Pillow raises for an unreadable file.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused just below
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata
@@ -178,16 +178,23 @@ def open_image(source):
         image.load()
         if image.mode == "I" and image.format != "PNG":  # which has 16 bits at most
             raise ValueError("pixels are 32-bit integers, whose black and white are not known")
-        with contextlib.suppress(Exception):  # broken metadata of a picture whose pixels are whole
-            image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("pixels are floating-point numbers, whose black and white are not known")
-        if image.mode.startswith("I"):  # 16-bit greys: PIL's own conversion clips them to white
-            image = image.point(lambda value: value / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright_on_white(image)
+
+
+def upright_on_white(image):
+    """An image as Pillow has opened it, as upright RGB on white."""
+    from PIL import Image, ImageOps
+
+    with contextlib.suppress(Exception):  # broken metadata of a picture whose pixels are whole
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys: PIL's own conversion clips them to white
+        image = image.point(lambda value: value / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @functools.cache

@@ -239,12 +239,14 @@ def as_list(value):
 
 def read_strings(text):
     """The strings of an array, between which numpy writes no comma: Python would take them for one. Raises ValueError if there
-    is anything else in it."""
+    is anything else in it, RowFault if numpy has left some out."""
     values = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.STRING:
             values.append(ast.literal_eval(token.string))
-        elif token.string.strip() not in ("", "[", "]", ","):
+        elif token.string == "..." and values:
+            raise RowFault("numpy has left captions out (...); write the list as JSON")
+        elif token.string.strip() not in ("", "[", "]"):
             raise ValueError(f"no array of strings: {token.string}")
     return values
 

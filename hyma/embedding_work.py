@@ -137,9 +137,8 @@ def divide(work, flags, batch_size):
             print(f"{work.out}: an earlier run made shards with other flags; starting over")
         pictures = make_shards(folder, "pictures", work.images(), flags.shard_rows, batch_size)
         captions = make_shards(folder, "captions", work.captions(), flags.shard_rows, batch_size)
-        if not work.fixed:
-            forget_mended(work, pictures)
-            check_same_pictures(work, pictures)
+        forget_mended(work, pictures)
+        check_same_pictures(work, pictures)
         for shard in captions:  # texts of about the same length go through an encoder together
             shard.items.sort(key=len, reverse=True)
     return Parts(pictures, captions, plan)
@@ -156,7 +155,8 @@ def forget_mended(work, shards):
                 mended += 1
                 break
     if mended:
-        print(f"{work.out}: pictures that were refused can be used now")
+        late = ", and stay out, as the rows are fixed" if work.fixed else ""
+        print(f"{work.out}: pictures that were refused can be used now{late}")
 
 
 def check_same_pictures(work, shards):

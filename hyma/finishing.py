@@ -190,6 +190,8 @@ def keep_prompts(work, encoder, templates):
     data = FolderRows(work.out, manifest["dataset"], manifest, work.fixed.rows, len(work.fixed.rows))
     known = Encoder(encoder.name, encoder.kind, encoder.spec, encoder.model.embed_dim)
     recorded = RecordedEncoder(known, encoder.plan["weights_sha256"], json.dumps(encoder.plan["transform"]))
+    for path in (work.out / "prompts").glob(f"{encoder.name}-*.pt"):  # by the settings of an earlier file of this name
+        path.unlink()
     different = []
     for source in templates:
         for run_seed in (0, None):

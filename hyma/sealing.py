@@ -40,8 +40,14 @@ def add_to_manifest(folder, name, record):
 
 def seal_folder(folder):
     """Makes the unfinished manifest the folder's manifest. There is none if another process has sealed the folder."""
-    if (folder / "manifest.partial.json").is_file():
-        os.replace(folder / "manifest.partial.json", folder / "manifest.json")
+    if not (folder / "manifest.partial.json").is_file():
+        return
+    manifest = read_manifest(folder)
+    for name in [name for name, record in manifest["encoders"].items() if record is None]:  # see `sound_record`
+        print(f"{folder}: its {name} was damaged and is not embedded again: it is there no more")
+        del manifest["encoders"][name]
+        write_manifest(folder, manifest)
+    os.replace(folder / "manifest.partial.json", folder / "manifest.json")
 
 
 # ------------------------------------------------------------------------------------------------- from shards to a file

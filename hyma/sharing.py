@@ -1,5 +1,6 @@
 """A pair to share: a CustomVLM as a folder that sentence-transformers and `vlm.get_vlm_from_checkpoint` load."""
 
+import inspect
 import json
 import re
 from collections import OrderedDict
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from hyma.records import Records
-from vlm import IMAGE_FOLDER, BadInput, connector_layers, weights_digest
+from vlm import IMAGE_FOLDER, BadInput, connector_layers, upright_on_white, weights_digest
 
 # FOLDER/modules.json          the text encoder and the connector, [text] -> the image encoder's space: plain
 #                              sentence-transformers reads it, and runs no code of ours
@@ -19,13 +20,19 @@ from vlm import IMAGE_FOLDER, BadInput, connector_layers, weights_digest
 #        IMAGE_mlpC_TEXT.safetensors, .json      the connector and its card, as in a run folder
 #        README.md             the model card
 
-IMAGE_MODULE = '''"""The image encoder of a stitched pair as a module of sentence-transformers: a timm model and its own preprocessing."""
+# Pictures become what vlm.open_image makes of them, by the same lines: vectors and connector were trained on these.
+IMAGE_MODULE = f'''"""The image encoder of a stitched pair as a module of sentence-transformers: a timm model and its own preprocessing."""
+
+import contextlib
 
 import timm
 import torch
 from sentence_transformers.base.modules import InputModule
 
 
+{inspect.getsource(upright_on_white)}
+'''
+IMAGE_MODULE += '''
 class TimmImage(InputModule):
     modalities = ["image"]
 
@@ -35,7 +42,7 @@ class TimmImage(InputModule):
         self.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
     def preprocess(self, inputs, prompt=None, **options):
-        return {"pixels": torch.stack([self.transform(image.convert("RGB")) for image in inputs])}
+        return {"pixels": torch.stack([self.transform(upright_on_white(image)) for image in inputs])}
 
     def forward(self, features, **options):
         vectors = self.model(features["pixels"]).float()

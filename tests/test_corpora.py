@@ -96,9 +96,11 @@ def test_an_array_of_captions_as_numpy_prints_it(tmp_path):
     """pandas writes lists that came from parquet so: without commas, which Python reads as one text."""
     captions = [["A dog runs.", "A brown dog's ball.", "x" * 80], ["one"], ['say "no"', "yes, no"]]
     rows = [{"image": f"{k}.jpg", "captions": str(np.array(texts, dtype=object))} for k, texts in enumerate(captions)]
-    rows += [{"image": "3.jpg", "captions": "['a', 'b']"}, {"image": "4.jpg", "captions": "['red'] car [sic]"}]
-    found = captions_of(read_corpus(write_csv(tmp_path / "t.csv", rows)).rows)
-    assert found == [*itertools.chain(*captions), "a", "b", "['red'] car [sic]"]
+    rows += [{"image": "3.jpg", "captions": "['a ' 'b', 'c']"}, {"image": "4.jpg", "captions": "['red'] car [sic]"}]
+    rows += [{"image": "5.jpg", "captions": "['first' ... 'last']"}]
+    rows = read_corpus(write_csv(tmp_path / "t.csv", rows)).rows
+    assert captions_of(rows[:-1]) == [*itertools.chain(*captions), "a b", "c", "['red'] car [sic]"]
+    assert "numpy has left captions out" in rows[-1]["fault"]
 
 
 def test_a_caption_of_several_lines_is_one_caption(folder, embed):

@@ -422,6 +422,39 @@ def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
         found = text_inputs(task, "minilm_l6", {"minilm_l6": "/nowhere"})
         assert found.shape == (len(task.texts), 384)
 
+    # An encoder that is embedded again, by other settings perhaps, has its prompts made again too.
+    (prompts, *_) = sorted((tmp_path / "e" / "prompts").iterdir())
+    before = vlm.load_tensors(prompts)
+    torch.save(0 * before, prompts)
+    (tmp_path / "e" / "minilm_l6.pt").unlink()
+    result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", "e")
+    assert result.code == 0, result.err
+    torch.testing.assert_close(vlm.load_tensors(prompts), before)
+
+
+def test_a_damaged_encoder_that_is_not_embedded_again_leaves_the_others_usable(run, weights, corpus, tmp_path):
+    text = ("--encoder", "tiny=random:test_vit", "minilm_l6", "--weights", f"minilm_l6={weights['minilm_l6']}", "--device", "cpu")
+    assert run("embed.py", *text, "--data", corpus, "--out", "e").code == 0
+    (tmp_path / "e" / "minilm_l6.pt").unlink()
+    assert run("embed.py", "--encoder", "minilm_l6", "--device", "cpu", "--data", corpus, "--out", "e").code == 1  # without weights
+    other = ("--encoder", "other=random:test_vit2", "--device", "cpu", "--data", corpus, "--out", "e")
+    result = run("embed.py", *other)
+    assert result.code == 0 and "its minilm_l6 was damaged and is not embedded again" in result.out, result.err
+    assert list(Embeddings(tmp_path / "e").encoders) == ["tiny", "other"]
+
+
+def test_a_picture_mended_after_the_rows_were_fixed_stays_out(run, pictures, corpus, tmp_path):
+    folder, _ = pictures
+    picture = (folder / "7.webp").read_bytes()
+    (folder / "7.webp").unlink()
+    unfinished = ("--encoder", "tiny=random:test_vit", "minilm_l6", "--device", "cpu", "--data", corpus, "--out", "e")
+    assert run("embed.py", *unfinished).code == 1  # minilm_l6's weights are missing; tiny is done, so that the rows are fixed
+    (folder / "7.webp").write_bytes(picture)
+    other = ("--encoder", "tiny=random:test_vit", "other=random:test_vit2", "--device", "cpu", "--data", corpus, "--out", "e")
+    result = run("embed.py", *other)
+    assert result.code == 0 and "stay out, as the rows are fixed" in result.out, result.err
+    assert {len(vlm.load_tensors(tmp_path / "e" / f"{name}.pt")) for name in ("tiny", "other")} == {39}
+
 
 def test_half_precision_is_recorded_and_near(run, weights, corpus, tmp_path):
     flags = (

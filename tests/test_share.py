@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import SAMPLE, sample_captions
+from PIL import Image, ImageDraw
 
 import vlm
 from vlm import BadInput
@@ -66,6 +67,16 @@ def test_plain_sentence_transformers_loads_what_is_shared(shared, model, picture
     pair = router(shared)
     torch.testing.assert_close(pair.encode(CAPTIONS, **options), model.encode_text(CAPTIONS))
     torch.testing.assert_close(pair.encode(pictures, **options), model.encode_image(pixels(model, pictures)))
+    # As they come from other people's phones and drawing programs.
+    disc = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(disc).ellipse((8, 8, 56, 56), fill="red")
+    disc.save(shared.parent / "disc.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    pictures[0].save(shared.parent / "lying.jpg", exif=exif)
+    for path in (shared.parent / "disc.png", shared.parent / "lying.jpg"):
+        seen = model.encode_image(pixels(model, [vlm.open_image(path)]))
+        torch.testing.assert_close(pair.encode([Image.open(path)], **options), seen)
 
 
 def test_the_folder_and_a_safetensors_file_load_as_the_connector_does(shared, model, weights, pictures):
