@@ -424,7 +424,7 @@ def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
 
     # An encoder that is embedded again, by other settings perhaps, has its prompts made again too.
     (prompts, *_) = sorted((tmp_path / "e" / "prompts").iterdir())
-    before = vlm.load_tensors(prompts)
+    before = vlm.load_tensors(prompts).clone()  # not of the mapped file
     torch.save(0 * before, prompts)
     (tmp_path / "e" / "minilm_l6.pt").unlink()
     result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", "e")
