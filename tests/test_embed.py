@@ -427,7 +427,7 @@ def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
     before = vlm.load_tensors(prompts).clone()  # not of the mapped file
     torch.save(0 * before, prompts)
     (tmp_path / "e" / "minilm_l6.pt").unlink()
-    result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", "e")
+    result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", tmp_path / "e")
     assert result.code == 0, result.err
     torch.testing.assert_close(vlm.load_tensors(prompts), before)
 
