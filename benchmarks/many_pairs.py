@@ -4,8 +4,9 @@
     python benchmarks/many_pairs.py
 
 The pairs are of thirty image and ten text encoders, among them the ladder's nine and three (ladder_encoders.py). The truth is how
-connectors do on the ladder's test icons: the search's own, and those of one grid search at the ladder's best rate.
-Writes benchmarks/many_pairs.json, a list over random seeds for each number of pairs. CPU only.
+connectors do on the ladder's test icons: the search's own, and those of grid search at the ladder's best rate. Grid search's own
+choices are judged by the mean of its other seeds, and the search's by the same truths, each in turn.
+Writes benchmarks/many_pairs.json, for each number of pairs a list over random seeds of the search and of grid search. CPU only.
 """
 
 import argparse
@@ -39,12 +40,10 @@ def main():
     for data in (ladder.make_rung(flags, flags.rung), make_rung_of_many(flags)):
         trainer = ladder.Trainer(flags, data, "mlp1")
         runs = [trainer.hyma(seed) for seed in range(flags.seeds)]
-        passes = "--pairs-per-pass", PAIRS_PER_PASS
-        name = f"mlp1-grid-{RATE}-s0"
-        grid = trainer.train("train_grid.py", name, *trainer.depth(), "--lr", RATE, "--seeds", 0, *passes)
-        of_seeds = [measure(data, run, grid) for run in runs]
-        results[f"{of_seeds[0]['pairs']} pairs"] = of_seeds
-    few, many = results.values()
+        grids = [train_grid(trainer, seed) for seed in range(flags.grid_seeds)]
+        pair_count = len(ranked_pairs(runs[0]))
+        results[f"{pair_count} pairs"], results[f"{pair_count} pairs, grid search"] = measure(data, runs, grids)
+    few, _, many, _ = results.values()
     for key in ("flops", "seconds"):
         cost = [np.mean([of_seed[key] for of_seed in of_seeds]) for of_seeds in (few, many)]
         results[f"ratio of {key}"] = round(cost[1] / cost[0], 3)
@@ -54,11 +53,19 @@ def main():
         print(f"{name}: {value}")
 
 
+def train_grid(trainer, seed):
+    """The folder of grid search's run of a seed."""
+    name = f"mlp1-grid-{RATE}-s{seed}"
+    options = "--lr", RATE, "--seeds", seed, "--pairs-per-pass", PAIRS_PER_PASS
+    return trainer.train("train_grid.py", name, *trainer.depth(), *options)
+
+
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--rung", type=int, default=2000, help="training and validation rows (default: %(default)s)")
     add("--seeds", type=int, default=3, help="random seeds: how many, from 0 (default: %(default)s)")
+    add("--grid-seeds", type=int, default=2, help="of grid search, half an hour each (default: %(default)s)")
     add("--measure", action="store_true", help="train nothing")
     add("--work", type=Path, default=Path("embeddings/ladder"), help="the ladder's (default: %(default)s)")
     add("--weights", type=Path, default=ROOT / "weights", help="encoder weights, made if missing")
@@ -77,25 +84,40 @@ def make_rung_of_many(flags):
     return out
 
 
-def measure(folder, run, grid):
-    """What a run cost, and its choice by the test scores of its own connectors, of which the first's is refined, and by those of
-    grid search's."""
+def measure(folder, runs, grids):
+    """What runs of the search cost, and their choices by the test scores of their own connectors, of which the chosen pair's is
+    refined, and by those of grid search. The same of grid search's runs, each judged by the others.
+    """
     data = Embeddings(folder)
     pairs = choose_pairs(data, ["all"])
     test_rows = torch.tensor([i for i, row in enumerate(data.rows) if row["split"] == "test"])
+    grid_scores = [test_scores(grid, data, pairs, test_rows) for grid in grids]
+    of_search, of_grid = [], []
+    others = [ladder.mean_scores(grid_scores[:k] + grid_scores[k + 1 :]) for k in range(len(grids)) if len(grids) > 1]
+    for run in runs:
+        by_each = [judge(run, scores, ", grid search") for scores in others or grid_scores]  # as grid search itself is judged
+        of_search.append(cost_of(run) | judge(run, test_scores(run, data, pairs, test_rows), "") | ladder.mean_of(by_each))
+    for k, grid in enumerate(grids):
+        of_grid.append(cost_of(grid) | (judge(grid, others[k], ", other seeds") if others else {}))
+    return of_search, of_grid
+
+
+def cost_of(run):
+    """A finished run's number of pairs, cost and choice."""
+    order, ledger = ranked_pairs(run), read_run(run).ledger
+    return {"pairs": len(order), "flops": ledger["flops"], "seconds": ledger["seconds"], "chosen": order[0]}
+
+
+def judge(run, scores, of):
+    """A run's ranking by the scores {"image:text": (R@1, R@10)} of connectors. of: ends the keys."""
     order = ranked_pairs(run)
-    ledger = read_run(run).ledger
-    result = {"pairs": len(order), "flops": ledger["flops"], "seconds": ledger["seconds"], "chosen": order[0]}
-    for truth, of in ((run, ""), (grid, ", grid search")):
-        scores = test_scores(truth, data, pairs, test_rows)
-        recall10 = np.array([scores[pair][1] for pair in order])  # [P], best-ranked pair first
-        result |= {
-            f"best{of}": order[recall10.argmax()],
-            f"recall10 of the chosen{of}": round(float(recall10[0]), 3),
-            f"regret{of}": round(float(recall10.max() - recall10[0]), 3),
-            f"spearman{of}": round(float(spearmanr(-np.arange(len(order)), recall10).statistic), 4),
-        }
-    return result
+    recall10 = np.array([scores[pair][1] for pair in order])  # [P], best-ranked pair first
+    return {
+        f"best{of}": order[recall10.argmax()],
+        f"recall10 of the chosen{of}": round(float(recall10[0]), 3),
+        f"regret{of}": round(float(recall10.max() - recall10[0]), 3),
+        f"spearman{of}": round(float(spearmanr(-np.arange(len(order)), recall10).statistic), 4),
+    }
 
 
 if __name__ == "__main__":

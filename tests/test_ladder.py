@@ -166,6 +166,11 @@ def test_a_choice_against_grid_search_by_hand():
     )
 
 
+def test_a_run_judged_by_several_truths_by_hand():
+    found = ladder.mean_of([{"best": "a:t", "chosen": "b:t", "regret": 1.0}, {"best": "b:t", "chosen": "b:t", "regret": 0.0}])
+    assert found == {"best": "a:t or b:t", "chosen": "b:t", "regret": 0.5}
+
+
 def test_all_results_together_by_hand(capsys):
     one = dict.fromkeys(ladder.COLUMNS, 1.0)
     results = {
