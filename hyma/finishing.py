@@ -14,7 +14,7 @@ from hyma.costs import flop_counter
 from hyma.embedding_work import FixedRows, with_fixed_rows
 from hyma.embeddings import FORMAT_VERSION, hash_keys, unique
 from hyma.files import sha256_file, write_jsonl
-from hyma.prompts import RecordedEncoder, load_prompts
+from hyma.prompts import RecordedEncoder, load_prompts, prompt_files
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, sort_rows
 from hyma.sealing import add_to_manifest, join_shards, place_items, read_manifest, write_manifest
 from hyma.splits import known_split
@@ -190,7 +190,7 @@ def keep_prompts(work, encoder, templates):
     data = FolderRows(work.out, manifest["dataset"], manifest, work.fixed.rows, len(work.fixed.rows))
     known = Encoder(encoder.name, encoder.kind, encoder.spec, encoder.model.embed_dim)
     recorded = RecordedEncoder(known, encoder.plan["weights_sha256"], json.dumps(encoder.plan["transform"]))
-    for path in (work.out / "prompts").glob(f"{encoder.name}-*.pt"):  # by the settings of an earlier file of this name
+    for path in prompt_files(data.folder, encoder.name):  # by the settings that an earlier file of this name had
         path.unlink()
     different = []
     for source in templates:

@@ -133,7 +133,7 @@ def spellings(image):
         yield os.path.expanduser(plain)
     slashes = plain.replace("\\", "/")
     yield slashes
-    yield "/".join(map(str.strip, slashes.split("/")))
+    yield "/".join(map(str.strip, slashes.split("/")))  # blanks behind a folder that was put before the path
     for decoded in (slashes, urllib.parse.unquote(slashes, errors="surrogateescape")):
         yield decoded
         for form in ("NFC", "NFD"):

@@ -101,6 +101,11 @@ def load_prompts(folder, recorded: RecordedEncoder, texts, weights, device, mode
     return vectors
 
 
+def prompt_files(folder, name):
+    """The files of an encoder's prompts; not those of another whose name begins alike."""
+    return list((folder / "prompts").glob(f"{name}-{'[0-9a-f]' * 16}.pt"))
+
+
 def read_prompts(path, count, dim):
     """Unit vectors [count, dim]; dim None is any width. Raises BadInput if the file holds something else."""
     vectors = vlm.load_tensors(path)

@@ -24,6 +24,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, take_lock, write_json
 from hyma.finishing import mean_cosine
 from hyma.pictures import read_picture
+from hyma.prompts import prompt_files
 from hyma.tasks import open_tasks, text_inputs
 from hyma.working_encoders import WorkingEncoder, find_batch_size, load_encoder
 from vlm import BadInput
@@ -430,6 +431,13 @@ def test_captions_and_prompts_are_embedded_once_while_the_encoder_is_there(
     result = run("embed.py", *flags, "--data", folder / "t.csv", "--out", tmp_path / "e")
     assert result.code == 0, result.err
     torch.testing.assert_close(vlm.load_tensors(prompts), before)
+
+
+def test_the_prompts_of_an_encoder_are_not_those_of_one_whose_name_begins_alike(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    for name in ("mini", "mini-large"):
+        (tmp_path / "prompts" / f"{name}-0123456789abcdef.pt").touch()
+    assert [path.name for path in prompt_files(tmp_path, "mini")] == ["mini-0123456789abcdef.pt"]
 
 
 def test_a_damaged_encoder_that_is_not_embedded_again_leaves_the_others_usable(run, weights, corpus, tmp_path):
