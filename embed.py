@@ -46,12 +46,13 @@ from hyma.forecast import announce
 from hyma.pass_shards import VectorFormat, open_shard_folder, remove_shards
 from hyma.prompts import read_templates
 from hyma.ranks import rank_device
-from hyma.reuse import fill_in, known_to_all, open_reused
+from hyma.reuse import fill_in, known_to_all, network_of, open_reused
 from hyma.scan import describe_rows, printable
 from hyma.sealing import read_manifest, seal_folder, sound_record
 from hyma.signals import Signals
 from hyma.standard_sets import STANDARD_SETS, parse_standard_set, read_standard_set
 from hyma.subset import describe_whole, foresee, take_subset, typed_options
+from hyma.weights import RecordedEncoder, open_recorded
 from hyma.working_encoders import (
     DTYPES,
     bottleneck,
@@ -372,6 +373,24 @@ def encode_captions(encoder, captions, reused):
 # -------------------------------------------------------------------------------------------------- before it and after
 
 
+def check_embedded(out, wanted, record, flags):
+    """Raises BadInput if flags ask for other vectors than an encoder has here: they would change nothing. record: its own, of
+    the manifest."""
+    if record["spec"] != wanted.spec:
+        raise BadInput(f"{out}: {wanted.name} stands for {record['spec']} there; give {wanted.spec} another NAME")
+    has = {"dtype": record.get("dtype"), "precision": record.get("precision", "float32"), "compile": record.get("compiled", False)}
+    for flag in has if has["dtype"] else ():  # of adopted vectors nobody knows
+        if getattr(flags, flag) == has[flag]:
+            continue
+        if f"--{flag}" in flags.options:
+            raise BadInput(f"{out}: has {wanted.name} by another --{flag}; leave the flag out, or choose another --out")
+        print(f"{wanted.name}: stays as it was embedded, with --{flag}{'' if has[flag] is True else f' {has[flag]}'}")
+    weights = flags.weights.get(wanted.name)
+    if weights and "weights_sha256" in record:
+        recorded = RecordedEncoder(wanted, record["weights_sha256"], json.dumps(record["transform"]))
+        open_recorded(recorded, weights, flags.device)  # or says what is another
+
+
 def embed_missing(work, missing, flags):
     """Embeds with the encoders that the folder lacks, all in one pass if memory holds them. Returns (the FixedRows, None
     while other processes work on them; the errors of encoders that cannot be loaded)."""
@@ -421,10 +440,10 @@ def load_encoders(waiting, failures, flags):
 def open_encoders(work, parts, encoders, flags):
     """Gives the encoders their plans, transforms and folders. Vectors that were made by another plan are made again."""
     manifest = read_manifest(work.out)
-    name_of_weights = {}
+    networks = {}  # of the encoders that are here
     for name, record in manifest["encoders"].items() if manifest else ():
-        if record:
-            name_of_weights[record.get("weights_sha256")] = name
+        if record and "weights_sha256" in record:
+            networks[name] = network_of(record)
     for encoder in encoders:
         encoder.plan = make_plan(encoder, flags, parts.plan["batch_size"])
         encoder.transform = json.dumps(encoder.plan["transform"])  # encoders with an equal one share their pixels
@@ -432,9 +451,10 @@ def open_encoders(work, parts, encoders, flags):
         with lock_folder(work.out, wait=True):
             if open_shard_folder(work.out / ".shards" / encoder.name, encoder.plan):
                 print(f"{encoder.name}: an earlier run made shards with other weights or flags; starting over")
-        other = name_of_weights.setdefault(encoder.plan["weights_sha256"], encoder.name)
-        if other != encoder.name:
-            print(f"{encoder.name}: has the weights of {other} ({encoder.spec}); the two are one encoder under two names")
+        networks[encoder.name] = network_of(encoder.plan)
+        twins = [name for name, network in networks.items() if network == networks[encoder.name] and name != encoder.name]
+        if twins:
+            print(f"{encoder.name}: has the weights of {twins[0]} ({encoder.spec}); the two are one encoder under two names")
 
 
 def make_plan(encoder, flags, batch_size):
@@ -463,13 +483,13 @@ def main():
     flags = resolve_flags(flags)
     work = open_folder(flags)
     out = work.out
-    records = {}
+    missing = []
     for wanted in flags.encoders:
-        records[wanted.name] = sound_record(out, wanted.name) if work.fixed else None
-        if records[wanted.name] and records[wanted.name]["spec"] != wanted.spec:
-            spec = records[wanted.name]["spec"]
-            raise BadInput(f"{out}: {wanted.name} stands for {spec} there; give {wanted.spec} another NAME")
-    missing = [wanted for wanted in flags.encoders if records[wanted.name] is None]
+        record = sound_record(out, wanted.name) if work.fixed else None
+        if record:
+            check_embedded(out, wanted, record, flags)
+        else:
+            missing.append(wanted)
     fixed, failures = embed_missing(work, missing, flags)
 
     if fixed:

@@ -26,11 +26,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import vlm
 from hyma.answer import answer, print_tables
-from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, trained_by_batches
-from hyma.embeddings import Embeddings, unique
+from hyma.costs import NO_COST, Cost, cost_of_runs, cost_of_selector, count_different, trained_by_batches
+from hyma.embeddings import Embeddings, check_trained_on, unique
 from hyma.evaluation import EvaluationResult, evaluate_methods
 from hyma.files import run_script
 from hyma.gallery import make_gallery
@@ -39,14 +40,15 @@ from hyma.merging import as_folders, open_embeddings
 from hyma.methods import SelectionMethod, choose_oracle, group_runs
 from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weights, true_scores
 from hyma.pair_names import choose_pairs, pair_name
-from hyma.prompts import OtherWeights
+from hyma.records import check_report_folder
 from hyma.report import save_report
-from hyma.runs import check_same_split, newest_finished_run, read_run
+from hyma.runs import check_same_split, is_finished, newest_finished_run, read_run
 from hyma.scoring import headline_first, load_connector, runs_of, score_runs
-from hyma.selectors import run_selectors, selector_rows
+from hyma.selectors import LEAST_ROWS, run_selectors, selector_rows
 from hyma.splits import split_rows
-from hyma.tasks import open_tasks, prepare_inputs
-from hyma.weights import named_paths
+from hyma.task_inputs import prepare_inputs
+from hyma.tasks import open_tasks
+from hyma.weights import OtherWeights, check_names, named_paths
 from vlm import BadInput
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -83,8 +85,9 @@ def parse_flags():
     flags = parser.parse_args()
     if flags.bootstrap < 1:
         raise BadInput(f"--bootstrap {flags.bootstrap}: must be at least 1; 1000 gives steady intervals")
-    if flags.selector_rows and flags.selector_rows < 50:
-        raise BadInput(f"--selector-rows {flags.selector_rows}: must be at least 50, or 0 for no selectors")
+    if flags.selector_rows and flags.selector_rows < LEAST_ROWS:
+        raise BadInput(f"--selector-rows {flags.selector_rows}: must be at least {LEAST_ROWS}, or 0 for no selectors")
+    check_report_folder(flags.out)
     flags.task = named_paths("--task", flags.task, "FOLDER")
     flags.weights = named_paths("--weights", flags.weights, "PATH")
     if flags.demo and (flags.runs or flags.oracle or flags.task or flags.data):
@@ -122,11 +125,6 @@ def run_demo(device):
         if code:
             raise BadInput(f"--demo: {script} ended with status {code}; its message is above")
     return folders
-
-
-def is_finished(folder):
-    """Whether a run folder has the ledger, which is written last."""
-    return (folder / "ledger.json").is_file()
 
 
 def read_runs(folders):
@@ -215,10 +213,34 @@ def open_all_tasks(flags, runs, data):
                 "name another --task"
             )
         of_folder = open_tasks(name, folder, flags, seeds[0] if is_own else None)
+        if not is_own and were_trained_on(runs, of_folder[0].data):
+            of_folder, warning = open_seen_tasks(name, folder, flags, of_folder)
+            warnings += warning
         tasks += of_folder
         if not is_own:
             warnings += warn_of_seen_pictures(of_folder[0], data, trained_runs(runs))
     return tasks, warnings
+
+
+def were_trained_on(runs, data):
+    """Whether connectors alone, which name no folder, were trained on the embeddings of this one, by their cards."""
+    for run in runs:
+        for pair in run.ranks if not run.ledger else []:
+            digests = vlm.read_card(run.connector(*pair)).get("embeddings_sha256")
+            known = digests.items() if isinstance(digests, dict) else ()
+            if any(name in data.encoders and data.fingerprint([name])[name] == digest for name, digest in known):
+                return True
+    return False
+
+
+def open_seen_tasks(name, folder, flags, of_all):
+    """([Task], warnings) of a folder that connectors alone were trained on: its test rows, or all, and a line that says so. of_all:
+    the tasks of all rows."""
+    data = of_all[0].data
+    if "test" in {row.get("split") for row in data.rows or []}:
+        return open_tasks(name, folder, flags, run_seed=0), []  # of no run: with test rows the seed decides nothing
+    warning = f"{data.folder}: the connectors were trained on rows of it, and it has no test split, so that their scores are too high"
+    return of_all, [warning]
 
 
 def warn_of_seen_pictures(task, data, runs):
@@ -260,6 +282,10 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
         for run in method.runs:
             for pair in pairs:
                 load_connector(run, *pair, data)
+                for task in tasks:
+                    for name in pair:
+                        if name in task.data.encoders:
+                            check_trained_on(run.connector(*pair), name, task.data)
     possible = []
     left_out = {}  # reason -> [names of tasks]
     for task in tasks:
@@ -301,7 +327,9 @@ def costs_of(methods, oracle, pairs, data):
         if not method.runs:
             costs[method.name] = cost_of_selector(method.cost, data, names, len(pairs))
         elif method.trained:
-            costs[method.name] = cost_of_runs(method.runs, data, names, reference)
+            run = method.runs[0]
+            rows = torch.cat(split_rows(data, run.seed, run.config["flags"].get("rows")))
+            costs[method.name] = cost_of_runs(method.runs, data, names, reference, count_different(data, rows))
         else:
             costs[method.name] = Cost()
     return costs
@@ -326,14 +354,17 @@ def warn_of_other_pairs(methods, pairs):
     return warnings
 
 
-def open_selectors(data, pairs, runs, flags):
-    """What `run_selectors` returns, on training rows of the first run that has any: connectors alone have none."""
+def draw_selector_rows(data, runs, flags):
+    """(training rows of the first run that has any, for the selectors; warnings). None where there are no selectors: connectors
+    alone have no training rows, and a run may have too few."""
     trained = trained_runs(runs)
     if not (flags.selector_rows and trained):
-        return [], {}, []
-    training_rows, _ = split_rows(data, trained[0].seed)
+        return None, []
+    training_rows, _ = split_rows(data, trained[0].seed, trained[0].config["flags"].get("rows"))
     rows = selector_rows(data, training_rows, flags.selector_rows)
-    return run_selectors(data, pairs, rows, flags.device)
+    if len(rows) < LEAST_ROWS:
+        return None, [f"no selectors: they need {LEAST_ROWS} training pictures, and {trained[0].folder} has {len(rows)}"]
+    return rows, []
 
 
 def choose_pair(primary, oracle, task):
@@ -357,15 +388,20 @@ def main():
     methods = group_runs(runs, pairs, oracle_folders)
     oracle, primary, warnings = choose_oracle(methods, oracle_folders)
 
+    of_selectors, of_few = draw_selector_rows(data, runs_of([oracle, *methods]), flags)
+
     # Tasks: every connector is scored on every one.
     tasks, of_rows = open_all_tasks(flags, runs, data)
+    check_names(flags.weights, unique(name for each in (data, *(task.data for task in tasks)) for name in each.names("text")))
     tasks, of_weights = check_before_scoring(tasks, methods, pairs, data, flags)
-    warnings += of_rows + of_weights + warn_of_hidden_costs(methods) + warn_of_other_pairs(methods, pairs)
+    warnings += of_few + of_rows + of_weights + warn_of_hidden_costs(methods) + warn_of_other_pairs(methods, pairs)
     task_scores, records = score_runs(tasks, methods, pairs, data, flags)
     task_scores = headline_first(task_scores)
 
     # Selectors, which train nothing.
-    selectors, spectra, duplicates = open_selectors(data, pairs, runs_of([oracle, *methods]), flags)
+    selectors, spectra, duplicates = [], {}, []
+    if of_selectors is not None:
+        selectors, spectra, duplicates = run_selectors(data, pairs, of_selectors, flags.device)
     random_order = SelectionMethod("random order", np.zeros((1, len(pairs))), [], NO_COST)
     methods += [*selectors, random_order]
     warnings += duplicates

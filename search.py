@@ -23,12 +23,12 @@ from pathlib import Path
 
 import vlm
 from hyma.files import run_script, write_text
+from hyma.gallery import embedded_bytes
 from hyma.pair_names import pair_name
-from hyma.pictures import is_file
 from hyma.results_page import how_to_show, make_section, render_page
 from hyma.runs import read_run
 from hyma.searching import Search, read_classes
-from hyma.weights import named_paths
+from hyma.weights import check_names, named_paths
 from vlm import BadInput
 
 TOP_OF_CLASS = 5  # pictures of each class that are shown, unless --top says
@@ -133,7 +133,7 @@ def one_line(text, most=100):
 def is_there(search, hit):
     """Whether a result's picture, if it has one, can be shown."""
     path = search.find_picture(hit.picture) if hit.picture else None
-    return hit.picture is None or (path is not None and is_file(path))
+    return hit.picture is None or (path is not None and embedded_bytes(path, hit.sha256) is not None)
 
 
 def write_page(search, pair, answers, path):
@@ -170,6 +170,7 @@ def main():
     flags = parse_flags()
     search = Search(read_run(flags.run), flags.data, flags.weights, flags.pictures, flags.device)
     pair = search.choose_pair(flags.pair)
+    check_names(flags.weights, search.data.encoders)
 
     if flags.serve:
         from hyma.serving import serve

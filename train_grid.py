@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from hyma import ranks
 from hyma.batches import Batches
+from hyma.columns import named
 from hyma.costs import step_flops
 from hyma.embeddings import RowStore
 from hyma.files import write_jsonl
@@ -41,6 +41,7 @@ from hyma.halving import halving_rungs, surviving_pairs
 from hyma.machine import peak_bytes
 from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
+from hyma.printed_ranking import print_results
 from hyma.ranking import rank_pairs
 from hyma.runs import Checkpoints, find_run, without_seed, write_results
 from hyma.signals import Signals
@@ -50,13 +51,13 @@ from hyma.training import (
     Schedule,
     StepLosses,
     build_adamw,
-    check_split,
+    check_ranks_share,
     check_weights,
+    count_step,
     mean_recall10,
     metrics_line,
     open_data,
     open_run_folder,
-    print_results,
     progress_line,
     resumed_line,
     split_for_training,
@@ -112,24 +113,34 @@ def parse_flags():
     if len(set(flags.seeds)) < len(flags.seeds) or min(flags.seeds) < 0:
         raise BadInput(f"--seeds {' '.join(map(str, flags.seeds))}: must be different and not negative")
     check_seeds("--seeds", flags.seeds)
+    if len(flags.seeds) > 1 and flags.out and not flags.out.name:
+        raise BadInput(f"--out {flags.out}: has no name for the runs of several seeds to be named after; name a folder")
     if flags.closed_form and flags.from_run:
         raise BadInput(f"--from {flags.from_run}: contradicts --closed-form, which trains nothing")
+    if flags.closed_form and flags.connector == "mlp2":
+        raise BadInput("--connector mlp2: contradicts --closed-form, whose connectors are linear")
     if flags.halving and flags.pairs_per_pass:
         raise BadInput("--halving: compares all pairs while it trains, so --pairs-per-pass cannot be used with it")
     return [(flags, None)]
 
 
 def folders_to_resume(flags):
-    """The run folder of --out, or of the newest run; of several seeds, those of all."""
+    """The run folder of --out, or of the newest run; of a command with several seeds, those of all."""
     out = find_run(flags.out)
-    if flags.out is None:  # of several seeds, the newest run's name without its seed
-        out = without_seed(out)
-    name = re.escape(out.name) + r"-s\d+"
-    folders = sorted(path.parent for path in out.parent.glob("*/config.json"))
-    of_seeds = [folder for folder in folders if re.fullmatch(name, folder.name)]
-    if (out / "config.json").is_file() or not of_seeds:
+    if not (out / "config.json").is_file():  # perhaps what the folders of several seeds are named after
+        of_seeds = [path.parent for path in out.parent.glob("*/config.json") if without_seed(path.parent) == out]
+        if not of_seeds:
+            return [out]
+        out = max(of_seeds, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    config = read_json(out / "config.json")
+    seeds = config.get("flags", {}).get("seeds", [])
+    if len(seeds) < 2:
         return [out]
-    return of_seeds
+    folders = [without_seed(out).with_name(f"{without_seed(out).name}-s{seed}") for seed in seeds]
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise BadInput(f"--resume: {folder} was not begun yet; type the command that has started {out} again")
+    return folders
 
 
 def run_folder(flags, seed):
@@ -167,8 +178,8 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     """
     own = ranks.share(pairs) if flags.split == "pairs" else pairs
     connectors = FreeConnectors(own, store.dims, hidden_layers_of(flags), seed, flags.from_run).to(store.device)
-    group = {"params": list(connectors.parameters())}  # may be empty: of few pairs a rank has none
-    optimizer = build_adamw([group], flags)
+    parameters = {"params": list(connectors.parameters())}  # may be empty: of few pairs a rank has none
+    optimizer = build_adamw([parameters], flags)
     state = new_state(pairs)
 
     # Where training starts: at random weights, at the connectors of --from, or at a checkpoint.
@@ -183,11 +194,20 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
     validation_period = steps_per_epoch * max(1, steps // steps_per_epoch // VALIDATIONS)
     # Where a budget makes the schedule shorter than the epochs, the warm-up is as much shorter.
     warmup_steps = min(flags.warmup_steps, flags.warmup_steps * steps // (flags.epochs * steps_per_epoch))
+    if flags.from_run:  # a few epochs more may be a few steps
+        warmup_steps = min(warmup_steps, steps // 4)
     schedule = Schedule(steps, flags.lr, warmup_steps, flags.weight_decay, store.device)
     rungs = halving_rungs(len(pairs), steps) if flags.halving else {}
     surviving = surviving_pairs(pairs, state, rungs)
     mine = [pair for pair in surviving if pair in own]
     started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
+
+    if flags.from_run and not state["best"]:  # training may make a connector worse: that which it starts from counts, too
+        scored = mine if flags.split == "pairs" else ranks.share(surviving)
+        recalls = validate_on_ranks(connectors, store, retrieval, surviving, scored)
+        card_info = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": 0}
+        for pair in surviving:
+            keep_best(state, pair_name(pair), recalls[pair_name(pair)], connectors.predict(*pair) if pair in own else [], card_info)
 
     batches = Batches(store, seed, train_rows, flags.batch_size)
     step_losses = StepLosses(state["losses"])
@@ -204,8 +224,8 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
         if ranks.is_first():
             checkpoints.save({"done": saved["done"], "state": state, "pairs": tensors})
             lines = []
-            for group in [*saved["done"], state]:
-                lines += group["metrics"]
+            for of_group in [*saved["done"], state]:
+                lines += of_group["metrics"]
             write_jsonl(flags.out / "metrics.jsonl", lines)
         ranks.wait()  # a rank that ends before the first has saved would end it too
 
@@ -223,12 +243,7 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
             if step_losses.add(step, surviving, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
 
-            # What it cost.
-            for key, flops in step_flops(connectors, flags.batch_size, surviving, store.dims).items():
-                state[key] += flops
-            for pair in surviving:
-                state["updates"][pair_name(pair)] += 1
-            state["step"] = step + 1
+            count_step(state, connectors, store, flags.batch_size, surviving)
             state["seconds"] = time.perf_counter() - started
             progress.update()
 
@@ -279,7 +294,7 @@ def main():
     if resumed_config is None:
         runs, steps = plan_runs(flags, data, pairs, device)
         flags = runs[0][0]
-    check_split(flags, pairs)
+    check_ranks_share(flags, pairs)
     store = RowStore(data, image_names + text_names, device)
     embeddings = data.fingerprint(image_names + text_names)
     torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
@@ -312,8 +327,10 @@ def main():
 
 def plan_runs(flags, data, pairs, device):
     """([(flags, None)] of each seed, with numbers for those whose default depends on the data; how many steps)."""
-    row_count = len(split_rows(data, flags.seeds[0], flags.rows)[0])
+    row_count = min(len(split_rows(data, seed, flags.rows)[0]) for seed in flags.seeds)  # seeds may split the rows otherwise
     flags = resolve_training_flags(flags, "grid", device, row_count)
+    if flags.rows and flags.rows >= sum(map(len, split_rows(data, flags.seeds[0]))):
+        flags.rows = None  # all that there are, as without the flag
     if flags.closed_form:
         flags.connector = "mlp0"
     if flags.from_run:  # checked before anything is trained
@@ -323,7 +340,7 @@ def plan_runs(flags, data, pairs, device):
     dims = {name: encoder.dim for name, encoder in data.encoders.items()}
     steps = plan_steps(flags, pairs, dims, row_count)
     if flags.halving:
-        halving_rungs(len(pairs), steps)
+        halving_rungs(len(pairs), steps)  # or says that the steps are too few
     runs = []
     for seed in flags.seeds:
         own = argparse.Namespace(**vars(flags))
@@ -390,6 +407,10 @@ def export(flags, data, state, retrieval, row_count):
     else:
         description = f"grid, {flags.connector}"
     print_results(ranking, recalls, retrieval, description, state, paths[0])
+    as_before = [name for name in best if flags.from_run and best[name]["about"].get("epoch") == 0]
+    if as_before:
+        some = named(as_before)
+        print(f"as they were in {flags.from_run}, since training made them no better: {some}; a lower --lr may")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from hyma import closed_form, ranks
+from hyma.adding import arrange_added_encoder, cards_of_base, check_same_as_base, flags_of_base, load_base_parts
 from hyma.batches import Batches
 from hyma.costs import flop_counter, step_flops, validation_flops
 from hyma.embeddings import RowStore
@@ -45,10 +46,11 @@ from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
 from hyma.metrics import mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
-from hyma.pairs import arrange_pairs, count_sets, draw_pairs, images_of
+from hyma.pairs import arrange_pairs, count_sets, draw_pairs, group_by_text, images_of
+from hyma.printed_ranking import print_results
 from hyma.ranking import expected_recall, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
-from hyma.runs import Checkpoints, find_run, write_results
+from hyma.runs import Checkpoints, find_run, is_finished, write_results
 from hyma.settled import is_settled
 from hyma.shortlist import advise
 from hyma.signals import Signals
@@ -56,8 +58,9 @@ from hyma.training import (
     Schedule,
     StepLosses,
     build_adamw,
-    check_split,
+    check_ranks_share,
     check_weights,
+    count_step,
     load_moments,
     losses_on_ranks,
     mean_recall10,
@@ -65,7 +68,6 @@ from hyma.training import (
     moments_of,
     open_data,
     open_run_folder,
-    print_results,
     progress_line,
     resumed_line,
     split_for_training,
@@ -91,9 +93,6 @@ from vlm import BadInput, pick_device, read_json
 VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint: at the end and, if it costs little, half way
 MOST_SHARE = 1 / 20  # of the FLOPs of the steps, for these together
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
-SAME_AS_BASE = ("generator", "connector", "width", "rank", "rows", "seed")  # flags of a run that an encoder is added to
-
-
 def parse_flags():
     """(flags, config.json of the run that --resume names, else None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +132,7 @@ def parse_flags():
     if flags.resume:
         return parse_resumed_flags(parser, find_run(flags.out))
     if flags.add_encoder:
-        kept = flags_to_keep(flags.from_run)
+        kept = flags_of_base(flags.from_run)
         flags = parse_with_defaults(parser, kept)
         check_same_as_base(flags, kept)
     check_training_flags(flags, "width", "rank", "pairs_per_step")
@@ -147,31 +146,6 @@ def parse_flags():
     return flags, None
 
 
-def flags_to_keep(run):
-    """The flags of the run in --from that hold for the encoder that is added to it."""
-    if not (Path(run) / "config.json").is_file():
-        raise BadInput(f"--from {run}: holds no run (no config.json)")
-    config = read_json(Path(run) / "config.json")
-    able = [name for name, kind in HYPERNETWORKS.items() if kind.takes_encoders]
-    kept = config.get("flags")
-    is_run = config.get("script") == "train_hyma.py" and isinstance(kept, dict) and "data" in kept
-    if not is_run or kept.get("generator") not in able:
-        raise BadInput(f"--from {run}: no run of train_hyma.py with --generator {' or '.join(able)}")
-    for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
-        kept.pop(name, None)
-    return kept
-
-
-def check_same_as_base(flags, kept):
-    """Raises BadInput for a flag by which the added encoder would have other parts than the run in --from, or be trained on rows
-    that choose there. kept: of `flags_to_keep`."""
-    for name in SAME_AS_BASE:
-        now, base = getattr(flags, name), kept.get(name)
-        if now != base:
-            has = "none" if base is None else base
-            raise BadInput(f"--{name} {now}: contradicts --from {flags.from_run}, which has {has}; leave it out")
-
-
 def resolve_flags(flags, device, row_count, pairs):
     """A copy of the flags with numbers for those whose default depends on the data, so that config.json holds them."""
     kind, epochs = HYPERNETWORKS[flags.generator], flags.epochs
@@ -182,7 +156,8 @@ def resolve_flags(flags, device, row_count, pairs):
     if flags.add_encoder:  # of the pairs that a whole run has per step, the added encoder's share
         share_of_pairs = Fraction(len(pairs.trained), len(pairs.trained + pairs.untrained))
         default_pairs_per_step = max(1, math.floor(default_pairs_per_step * share_of_pairs))
-    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(default_pairs_per_step), len(pairs.trained))
+    most = max(map(len, group_by_text(pairs.trained).values()))  # a step has the pairs of one text encoder
+    flags.pairs_per_step = min(flags.pairs_per_step or math.ceil(default_pairs_per_step), most)
     for name, default in kind.defaults.items():
         value = getattr(flags, name) or (default(row_count) if callable(default) else default)
         setattr(flags, name, value)
@@ -215,14 +190,8 @@ def new_state(pairs):
         "best": None,  # the best validation: score, epoch, recalls, weights
         "settled_at": None,  # the step at which --stop-when-stable has ended the search
         "refined": pairs.base_state["refined"] if pairs.base_state else {},  # connectors of the base run, see `refine`
+        "of_base": cards_of_base(pairs.base_state) if pairs.base_state else {},
     }
-
-
-def load_base_parts(generator, base_state):
-    """Loads the parts of the run that --add-encoder adds to, and freezes them: only the new encoder's part is trained."""
-    missing = generator.load_state_dict(base_state["best"]["weights"], strict=False).missing_keys
-    for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in missing)
 
 
 def start_from_closed_form(generator, store, folds, data, pairs, added):
@@ -293,14 +262,14 @@ def train_step(generator, optimizer, moments, store, dtype, flags, pairs, rows, 
     losses = losses_on_ranks(generator, store, rows, pairs, mine, dtype, flags)
     if mine:
         losses.mean().backward()
-    sum_over_ranks(generator, moments, mine, pairs, flags.split)
-    update(generator, optimizer, moments, numbers, flags)
+    sum_gradients_of_step(generator, moments, mine, pairs, flags.split)
+    clip_and_update(generator, optimizer, moments, numbers, flags)
     return losses.detach()
 
 
-def sum_over_ranks(generator, moments, mine, batch_pairs, split):
+def sum_gradients_of_step(generator, moments, mine, batch_pairs, split):
     """Makes the gradients of this rank's pairs, or rows, those of the whole step. mine: this rank's of the step's pairs.
-    moments: see `update`."""
+    moments: see `clip_and_update`."""
     ranks.sum_gradients(list(generator.parameters()))
     if ranks.count() == 1 or not moments:
         return
@@ -316,7 +285,7 @@ def sum_over_ranks(generator, moments, mine, batch_pairs, split):
     generator.outer = tuple(ranks.gather_rows(factor, most_rows) for factor in factors)
 
 
-def update(generator, optimizer, moments, numbers, flags):
+def clip_and_update(generator, optimizer, moments, numbers, flags):
     """One AdamW step, clipped by one global gradient norm, which includes the gradient of `head` that is never formed.
 
     moments: of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`). numbers [5]: of this step (`Schedule`).
@@ -342,10 +311,13 @@ def main():
 
     # The data: rows to train on and to choose by, and the pairs.
     data, chosen_pairs = open_data(flags, flags.out, typed, resumed_config)
-    pairs = arrange_pairs(flags, data, chosen_pairs)
+    if flags.add_encoder:
+        pairs = arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
+    else:
+        pairs = arrange_pairs(flags, data, chosen_pairs)
     train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
     flags = resolve_flags(flags, device, len(train_rows), pairs)
-    check_split(flags, pairs.trained)
+    check_ranks_share(flags, pairs.trained)
     encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
     per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
     print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
@@ -382,12 +354,12 @@ def main():
     started = time.perf_counter()
     saved = ranks.from_first(lambda: checkpoints.load("generator", "optimizer", "moments", "state"))
     refinement = None
-    is_finished = saved and (flags.out / "ledger.json").is_file()  # also where the base run has refined the chosen pair
+    was_finished = saved and is_finished(flags.out)  # also where the base run has refined the chosen pair
     if saved:
         state, store = resume_training(flags, saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
         refinement = saved.get("refinement")
         done = state["step"] + (refinement["state"]["step"] if refinement else 0)
-        print(resumed_line(flags.out, done, done if is_finished else steps + flags.refine_steps))
+        print(resumed_line(flags.out, done, done if was_finished else steps + flags.refine_steps))
     else:
         state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
     started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
@@ -423,13 +395,7 @@ def main():
             if step_losses.add(step, batch_pairs, losses):
                 progress.set_postfix(progress_line(state), refresh=False)
 
-            # What it cost.
-            for key, flops in step_flops(generator, flags.batch_size, batch_pairs, store.dims).items():
-                state[key] += flops
-            state["flops"] += store.projection_flops(flags.batch_size, images_of(batch_pairs))
-            for pair in batch_pairs:
-                state["updates"][pair_name(pair)] += 1
-            state["step"] = step + 1
+            count_step(state, generator, store, flags.batch_size, batch_pairs)
             state["seconds"] = time.perf_counter() - started
             progress.update()
 
@@ -490,7 +456,7 @@ def main():
         state["step"] += refined["step"]
         state["updates"][pair_name(chosen)] += refined["step"]
     # Of a finished run, the memory of the process that trained.
-    state["peak_bytes"] = read_json(flags.out / "ledger.json")["peak_bytes"] if is_finished else peak_bytes(device)
+    state["peak_bytes"] = read_json(flags.out / "ledger.json")["peak_bytes"] if was_finished else peak_bytes(device)
     export(flags, data, generator, state, retrieval, ranking, refined)
     # Of a part of a corpus: which encoders are worth embedding all of it with.
     advise(flags.out, data, vectors, pairs.trained + pairs.untrained, train_rows, val_rows, flags.seed)
@@ -546,6 +512,9 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
             "seed": flags.seed,
             "epoch": best["epoch"],
             "updates": state["updates"][name],
+        }
+        card_info |= state["of_base"].get(name, {})  # its connectors stay what they were
+        card_info |= {
             "val_rows": retrieval.query_rows,
             "val_candidates": len(retrieval.rows),
         }

@@ -707,8 +707,9 @@ def read_connector(path, image_dim=None, text_dim=None):
             raise BadInput(f"{path}: {key} holds numbers that are not finite: the connector cannot be used")
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
-    text_dim = text_dim or registered_dim(text) or (first.shape[1] if first.dim() == 2 else 0)
-    image_dim = image_dim or registered_dim(image) or (last.shape[0] if last.dim() == 2 else 0)
+    card = read_card(path)
+    text_dim = text_dim or registered_dim(text, card.get("text_encoder")) or (first.shape[1] if first.dim() == 2 else 0)
+    image_dim = image_dim or registered_dim(image, card.get("image_encoder")) or (last.shape[0] if last.dim() == 2 else 0)
     dims = [text_dim] + [HIDDEN_DIM] * hidden_layers + [image_dim]
     for layer, wide, narrow in zip(layers, dims, dims[1:]):
         for key, shape in ((layer + "weight", (narrow, wide)), (layer + "bias", (narrow,))):
@@ -727,9 +728,11 @@ def is_plain_tensor(value):
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
-def registered_dim(name):
-    """The width of a registered encoder, or None."""
-    return ENCODERS[name].dim if name in ENCODERS else None
+def registered_dim(name, spec=None):
+    """The width of a registered encoder, None of another one, which the card of a connector may mean by that name. spec: what the
+    card says, None if nothing."""
+    known = ENCODERS.get(name)
+    return known.dim if known and spec in (None, known.spec) else None
 
 
 def load_connector(path, image_dim=None, text_dim=None):
@@ -911,10 +914,10 @@ def get_vlm_from_checkpoint(path, device=None, image_encoder=None, text_encoder=
 
 
 def encoder_of_connector(path, kind, name):
-    """What `find_encoder` takes for an encoder of a connector file's name: registered, or named by the file's card."""
-    if name in ENCODERS:
-        return name
+    """What `find_encoder` takes for an encoder of a connector file's name: named by the file's card, or registered."""
     spec = read_card(path).get(f"{kind}_encoder")
+    if name in ENCODERS and (not isinstance(spec, str) or spec == ENCODERS[name].spec or is_local(spec)):
+        return name
     if spec is not None and not isinstance(spec, str):
         raise BadInput(f"{path}: its card has no name for the {kind} encoder; pass {kind}_encoder={name}=SPEC")
     if spec is not None and is_local(spec):
@@ -942,17 +945,22 @@ def read_card(path):
     return read_json(card) if card.is_file() else {}
 
 
+def trained_on(path, name):
+    """(sha256 of the weights, settings) of the encoder whose vectors a connector was trained on, by its card; None where that says
+    nothing."""
+    digests, settings = [read_card(path).get(part) for part in ("weights_sha256", "settings")]
+    digest = digests.get(name) if isinstance(digests, dict) else None
+    return digest if isinstance(digest, str) else None, settings.get(name) if isinstance(settings, dict) else None
+
+
 def check_trained_on(path, name, encoder):
     """Raises BadInput if the card of a connector says that it was trained on other weights or settings than `encoder` has."""
-    card = read_card(path)
-    digests, settings = card.get("weights_sha256"), card.get("settings")
-    expected = digests.get(name) if isinstance(digests, dict) else None
-    if isinstance(expected, str) and weights_digest(encoder.model) != expected:
+    digest, settings = trained_on(path, name)
+    if digest and weights_digest(encoder.model) != digest:
         raise BadInput(
-            f"{path}: was trained on other weights of {name} than those loaded here (sha256 {expected[:12]}..., see its card)"
+            f"{path}: was trained on other weights of {name} than those loaded here (sha256 {digest[:12]}..., see its card)"
         )
-    expected = settings.get(name) if isinstance(settings, dict) else None
-    difference = first_difference(expected, json.loads(json.dumps(encoder.config)))  # as the card has them
+    difference = first_difference(settings, json.loads(json.dumps(encoder.config)))  # as the card has them
     if difference:
         setting, then, now = difference
         raise BadInput(

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hyma.costs import embedding_flops
+from hyma.costs import count_different, count_in_proportion, embedding_flops
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import run_script, write_json
 from hyma.metrics import INTERVAL, Retrieval, mean_recalls
@@ -135,9 +135,9 @@ def compare(data, prediction, truth, grid_truth, count):
     kept, probability = shortlist(prediction, costs)
     chosen = np.array([set(pair) <= set(kept) for pair in prediction.pairs])
     first = prediction.expected.argmax()
-    everything = embedding_flops(data, costs, data.row_count)
-    part = embedding_flops(data, costs, count)
-    chosen_rest = embedding_flops(data, kept, data.row_count - count)  # the part's vectors are taken over
+    everything = embedding_flops(data, costs, count_different(data))
+    part = embedding_flops(data, costs, count_in_proportion(data, count))
+    chosen_rest = embedding_flops(data, kept, count_in_proportion(data, data.row_count - count))  # the part's vectors are taken over
     true_logits = logit(truth / 100)
     levels = np.percentile(prediction.draws, INTERVAL, axis=0)  # [2, P]
     centred = prediction.draws - prediction.draws.mean(1, keepdims=True)

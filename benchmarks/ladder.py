@@ -22,7 +22,6 @@ Prints a table of every rung and writes benchmarks/ladder.json; README.md in thi
 import argparse
 import csv
 import functools
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import icons
 import ladder_encoders
 import mordal
-from training_runs import describe_machine, excess_intervals, is_finished, ranked_pairs, val_recall10
+from training_runs import describe_machine, excess_intervals, ranked_pairs, run_quietly, val_recall10
 
 from hyma.embeddings import RowStore, hash_keys
 from hyma.files import read_jsonl, run_script, save_tensors, sha256_file, write_csv, write_json, write_jsonl
 from hyma.metrics import INTERVAL, fidelity
 from hyma.pair_names import name_of_row, pair_of_name
-from hyma.runs import read_run
+from hyma.runs import is_finished, read_run
 from hyma.splits import refuse_held_out
 from hyma.tasks import open_tasks, score
 from vlm import load_connector, read_json
@@ -210,9 +209,7 @@ class Trainer:
         if self.measure_only:
             raise NotTrained(out)
         command = [sys.executable, ROOT / script, "--data", self.data, "--out", out, "--device", "cpu", *options]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr.strip().splitlines()[-1])
+        run_quietly(command)
         print(f"{script} {name}: {read_json(out / 'ledger.json')['seconds']:.0f} s", flush=True)
         return out
 
@@ -322,9 +319,7 @@ def score_on_test(data, runs):
     out = others[0].parent / f"report-{others[0].name.split('-')[0]}"
     command = [sys.executable, ROOT / "evaluate.py", *others, "--oracle", *runs["grid"], "--data", data]
     command += ["--out", out, "--device", "cpu", "--bootstrap", 10]  # no interval of the report is used here
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
+    run_quietly(command)
     scores = {run.name: {} for run in [*others, *runs["grid"]]}
     found = read_json(out / "results.json")
     for record in found["results"]:
@@ -487,8 +482,9 @@ def print_together(results):
 
 
 def print_as_good_runs(method, rungs):
-    """How many of a method's runs are as good as the mean of grid search's; a run of grid search, as the mean of its others. What
-    the latter reach is what the bar asks of luck. The hypernetwork's are judged as those are, where that was measured."""
+    """Prints how many of a method's runs are at least as good as the mean of grid search's. A run of grid search is compared with
+    the mean of its other seeds, so that its count is what luck alone reaches. The hypernetwork's runs are judged in the same way
+    where that was measured."""
     as_good, count = dict.fromkeys(BETTER, 0), 0
     for result in rungs:
         of_method = result.get(AS_GRID, result["hyma"]) if method == "hyma" else result[method]

@@ -22,7 +22,6 @@ import io
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
 import graded_encoders
 from emoji_retrieval import EmojiRetrieval
-from training_runs import describe_machine, earlier_is_higher, excess_intervals, is_finished
+from training_runs import describe_machine, earlier_is_higher, excess_intervals, run_quietly
 
 from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl, run_script, write_json
 from hyma.metrics import fidelity
 from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
-from hyma.runs import read_run
+from hyma.runs import is_finished, read_run
 from vlm import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,9 +380,7 @@ def run_trainer(benchmark, script, out, names, flags, timed=True, name_data=True
     command = list(map(str, [*command, *flags]))
     print(f"{script} {', '.join(names)} ...", end=" ", flush=True)
     if timed:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr.strip().splitlines()[-1])
+        run_quietly([sys.executable, *command])
     else:
         sys.argv = command
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -29,8 +29,8 @@ PARTS = {
     "open": [(hyma.embeddings.Embeddings, "__init__"), (hyma.embeddings.RowStore, "__init__")],
     "start": [
         (hyma.closed_form, "make_shared_space"),
-        (hyma.hypernetworks.FactoredHyperNetwork, "initialise_from_closed_form"),
-        (hyma.hypernetworks.FactoredHyperNetwork, "project_images"),
+        (hyma.hypernetworks.FactoredHypernetwork, "initialise_from_closed_form"),
+        (hyma.hypernetworks.FactoredHypernetwork, "project_images"),
     ],
     "cross-validation": [(hyma.closed_form, "cross_validate")],
     "validation": [(hyma.training, "validate")],

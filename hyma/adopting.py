@@ -20,7 +20,7 @@ from hyma.embeddings import FORMAT_VERSION, hash_keys
 from hyma.files import lock_folder, save_tensors, sha256_file, write_json, write_jsonl
 from hyma.row_order import compare_rows
 from hyma.scan import row_fault, row_keys
-from hyma.splits import LEFT_OUT, give_splits, known_split
+from hyma.splits import LEFT_OUT, give_splits, has_test_rows
 from hyma.vector_files import find_vectors, is_in_place, part_number
 from hyma.verifying import reembed
 from vlm import BadInput
@@ -302,14 +302,9 @@ def write_folder(folder, out, found, adopted, corpus, rows, gained, verified, un
     }
     if corpus:
         manifest["root"] = os.path.relpath(corpus.root, out)
-        if any(row.get("split") == "test" for row in rows) and not comes_with_test(corpus):
+        if has_test_rows(rows) and not has_test_rows(corpus.rows):
             manifest["test_set_aside"] = True
     write_json(out / "manifest.json", manifest)
-
-
-def comes_with_test(corpus):
-    """Whether the source itself marks test rows."""
-    return any(known_split(row.get("split")) == "test" for row in corpus.rows)
 
 
 def as_stored(vectors):

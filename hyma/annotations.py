@@ -6,7 +6,7 @@ Here they are data like any other, to train on too. As test sets, with their pro
 import re
 from collections import defaultdict
 
-from hyma.remote import find_remote
+from hyma.remote import list_folder, read_bytes
 from vlm import BadInput
 
 SPLIT_LIST = re.compile(r".*\.(?P<split>train|dev|test)Images\.txt", re.I)  # Flickr_8k.trainImages.txt, and so on
@@ -38,7 +38,10 @@ def join_coco(path, images, notes):
     records = []
     for image in images:
         own = sorted(captions.pop(image.get("id"), []), key=lambda pair: pair[0])
-        records.append({"image": image.get("file_name"), "caption": [caption for _, caption in own]})
+        record = {"image": image.get("file_name"), "caption": [caption for _, caption in own]}
+        if image.get("split"):  # COCO's own has none
+            record["split"] = image["split"]
+        records.append(record)
     others = sum(map(len, captions.values()))
     return records, "COCO's captions" + (f"; {others:,} captions are of pictures that it does not list" if others else "")
 
@@ -59,10 +62,10 @@ def is_token_file(path):
 def token_records(path, text):
     """(records, a note) of lines `picture.jpg#0<tab>caption`, with the splits of the lists that lie beside the file."""
     split_of_image = {}
-    for file in [] if find_remote(path) else sorted(path.parent.iterdir()):
+    for file in list_folder(path.parent):
         found = SPLIT_LIST.fullmatch(file.name)
-        if found and file.is_file():
-            for image in file.read_text(errors="surrogateescape").split():
+        if found:
+            for image in read_bytes(file).decode(errors="surrogateescape").split():
                 split_of_image[image] = found["split"].lower()
     records = []
     faults = {}

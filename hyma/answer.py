@@ -2,7 +2,7 @@
 
 from hyma.brackets import brackets
 from hyma.costs import cost_ratio
-from hyma.evaluation import ALIKE, BETTER, CHOSEN, is_no_better_than_random, ranking_rows
+from hyma.evaluation import ALIKE, BETTER, CHOSEN, is_like_random, ranking_rows
 from hyma.metrics import best_pairs
 from hyma.tasks import KINDS
 
@@ -82,8 +82,9 @@ def answer(result):
     rows = rows_of_headline(result)
     sentences = [describe_choice_of_pair(result)]
     sentences.append(describe_comparison(rows, result.headline.counted))
-    sentences.append(describe_regret(result))
-    sentences += describe_failures(result)
+    if result.primary.trained:  # else the truth itself has chosen
+        sentences.append(describe_regret(result))
+        sentences += describe_failures(result)
     sentences.append(describe_score(result))
     if result.primary.trained:
         sentences.append(describe_cost(result))
@@ -164,7 +165,7 @@ def describe_regret(result):
     if oracle is not result.primary:
         seeds = f", {len(oracle.runs)} seeds" if len(oracle.runs) > 1 else ""
         by = f"the connectors of {oracle.name}{seeds}"
-    regret = regret_of_primary(result, 0)
+    regret = result_of_primary(result, 0).fidelity["regret"]
     its_regret = "its regret" if len(result.primary.runs) == 1 else "the mean regret of what its seeds choose"
     return f"By {by}, {its_regret} is {describe_interval(regret)}; that of a random choice is {regret.random:.2f}."
 
@@ -173,22 +174,23 @@ def describe_interval(regret):
     return f"{regret.value:.2f} points (95 %: {regret.low:.2f} to {regret.high:.2f})"
 
 
-def regret_of_primary(result, place):
-    """The Estimate of the regret of the method that made the choice, on the task in that place."""
+def result_of_primary(result, place):
+    """The MethodResult of the method that made the choice, on the task in that place."""
     for each in result.method_results[place]:
         if each.method == result.primary.name:
-            return each.fidelity["regret"]
+            return each
 
 
 def describe_failures(result):
-    """A sentence for each task on which the choice is no better than a random one."""
-    choice = "the choice is" if len(result.primary.runs) == 1 else "what the seeds choose is in the mean"
+    """A sentence for each task on which the choice cannot be told from a random one."""
+    choice = "the choice cannot" if len(result.primary.runs) == 1 else "what the seeds choose cannot in the mean"
     sentences = []
     for place, task in enumerate(result.tasks):
-        regret = regret_of_primary(result, place)
-        if is_no_better_than_random(regret):
+        found = result_of_primary(result, place)
+        regret = found.fidelity["regret"]
+        if is_like_random(found):
             sentences.append(
-                f"On {task.name} {choice} no better than a random one: its regret is {describe_interval(regret)}, that "
+                f"On {task.name} {choice} be told from a random one: its regret is {describe_interval(regret)}, that "
                 f"of a random choice {regret.random:.2f}."
             )
     return sentences

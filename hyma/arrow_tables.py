@@ -31,7 +31,7 @@ def read_parquet(path, is_known) -> Table:
         first = len(records)
         if others:
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=others):
-                records += make_records(path, batch, len(records))
+                records += make_records(path, batch, len(records), is_known)
         else:
             records += [{} for _ in range(file.metadata.row_group(group).num_rows)]
         for row in range(first, len(records)):
@@ -41,12 +41,12 @@ def read_parquet(path, is_known) -> Table:
 
 
 def read_arrow(path, is_known) -> Table:
-    """The Table of an arrow file, which is mapped: only what is used of it is read."""
+    """The Table of an arrow file, which is mapped."""
     table = open_arrow(path)
     names = choose_names(table.schema, is_known)
     records = []
     for batch in table.select(names).to_batches(ROWS_AT_ONCE):
-        records += make_records(path, batch, len(records))
+        records += make_records(path, batch, len(records), is_known)
     return Table(records, class_names=class_names(table.schema))
 
 
@@ -80,16 +80,18 @@ def count_empty(file, group, name):
     return metadata.num_rows
 
 
-def make_records(path, batch, first):
-    """The records of a batch, whose first row is `first` in the file. A picture becomes its address."""
+def make_records(path, batch, first, is_known):
+    """The records of a batch, whose first row is `first` in the file. A picture becomes its address. Bytes in a column that is known
+    and no picture's are a text, and cost their own row where they are not UTF-8."""
     records = [{} for _ in range(batch.num_rows)]
     for name, column in zip(batch.schema.names, batch.columns):
+        is_text = is_known(name) and not is_known(name, "image")
         for number, cell in enumerate(column):
             value = cell.as_py()
-            if is_picture(only_item(value)):
+            if not is_text and is_picture(only_item(value)):
                 value = f"{path.name}/{cell_address(name, first + number)}"
             elif isinstance(value, bytes):
-                value = value.decode()
+                value = value.decode(errors="surrogateescape")
             records[number][name] = value
     return records
 

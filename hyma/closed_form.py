@@ -1,8 +1,8 @@
-"""Connectors without training: covariances, whitened maps, ridge regression, Procrustes, cross-validation.
+"""The closed form that training starts from: whitened maps through a space that all texts share, and their cross-validation.
 
-Functions take statistics of rows and return maps. Callers turn a map into a connector (train_grid.py), or load it into a
-generator, which training then starts from (`FactoredHyperNetwork.initialise_from_closed_form`). Notation: x text vectors,
-y image vectors, s coordinates of the space that all texts share, each centred; C_yx = sum of y x^T over the rows [D_i, D_t].
+A generator takes the maps in (`FactoredHypernetwork.initialise_from_closed_form`). Those of single pairs, which are connectors
+as they are, are in `hyma/fitted_connectors.py`. Notation: x text vectors, y image vectors, s coordinates of the shared space,
+each centred; C_yx = sum of y x^T over the rows [D_i, D_t].
 """
 
 import math
@@ -19,10 +19,9 @@ from hyma.seeds import seeded_generator
 from vlm import BadInput
 
 # A Gram matrix is regularised as if so many rows of isotropic noise stood among its rows, each as long as those are on
-# average: what the fewer rows need, the more can do without. Chosen on 1,800 to 17,000 icons, shown on clip art (NOTES.md).
+# average: few rows need it, many can do without. Chosen on 1,800 to 17,000 icons, shown on clip art (NOTES.md).
 TEXT_NOISE_ROWS = 1000  # beside texts, and beside the shared space's coordinates
 IMAGE_NOISE_ROWS = 4000  # beside images, in a whitened map
-RIDGE_CHOICES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths for texts, where validation chooses for each pair
 FOLDS = 2  # that cross-validation leaves out, one at a time
 HELD_OUT_ROWS = 2048  # of these folds together
 MOST_COSINES = 2**29  # of all pairs: as each adds its own, more than 128 pairs (512 of mlp0) have fewer rows in the folds
@@ -93,87 +92,6 @@ def whitened_map(cross, inputs, outputs):
     return without_mean_direction(weight, outputs.mean)
 
 
-# --------------------------------------------------------------- one text, one image: maps in float64, untrained runs
-
-
-class Covariances:
-    """Means [D] and sums of products [D_left, D_right] of encoders' vectors over fixed rows, float64, unnormalised."""
-
-    def __init__(self, store, rows, names, block=8192):
-        """names: the encoders. block: rows taken at a time, which bounds the memory."""
-        self.store = store
-        self.row_count = len(rows)
-        self.blocks = rows.split(block)
-        self.means = {}  # encoder -> [D]
-        for name in names:
-            total = 0
-            for part in self.blocks:
-                total = total + store.take(name, part).double().sum(0)
-            self.means[name] = total / len(rows)
-
-    def between(self, left, right):
-        """Sum over the rows of (left - its mean) (right - its mean)^T: [D_left, D_right]."""
-        total = 0
-        for part in self.blocks:
-            centred_left = self.store.take(left, part).double() - self.means[left]  # [block, D_left]
-            centred_right = self.store.take(right, part).double() - self.means[right]  # [block, D_right]
-            total = total + centred_left.T @ centred_right
-        return total
-
-
-def maps_of_pair(kind, covariances, image, text, text_gram, factors):
-    """{strength: map [D_i, D_t]} of a pair, from texts to pictures; Procrustes has no strength.
-
-    kind: ridge, whitened or procrustes. text_gram: C_xx [D_t, D_t]. factors: its `ridge_factors`; Procrustes needs none.
-    """
-    cross = covariances.between(image, text)  # C_yx [D_i, D_t]
-    if kind == "ridge":
-        return ridge_maps(cross, factors)
-    image_gram = covariances.between(image, image)  # C_yy [D_i, D_i]
-    if kind == "whitened":
-        return whitened_maps(cross, factors, image_gram, covariances.row_count)
-    return {None: procrustes_map(cross, image_gram, text_gram)}
-
-
-def ridge_factors(text_gram):
-    """{strength: Cholesky factor [D_t, D_t] of the regularised Gram matrix}, for `ridge_maps` and `whitened_maps`."""
-    factors = {}
-    for strength in RIDGE_CHOICES:
-        factors[strength] = torch.linalg.cholesky(regularised(text_gram, strength))
-    return factors
-
-
-def ridge_maps(cross, factors):
-    """Ridge regression {strength: C_yx C_xx^-1 [D_i, D_t]}. cross: C_yx."""
-    maps = {}
-    for strength, factor in factors.items():
-        maps[strength] = torch.cholesky_solve(cross.T, factor).T
-    return maps
-
-
-def whitened_maps(cross, factors, image_gram, row_count):
-    """The same with the pictures whitened too, {strength: C_yy^-1 C_yx C_xx^-1 [D_i, D_t]}; see `whitened_map`."""
-    strength = IMAGE_NOISE_ROWS / row_count
-    image_factor = torch.linalg.cholesky(regularised(image_gram, strength))  # [D_i, D_i]
-    maps = ridge_maps(cross, factors)
-    for strength, weight in maps.items():
-        maps[strength] = torch.cholesky_solve(weight, image_factor)
-    return maps
-
-
-def procrustes_map(cross, image_gram, text_gram):
-    """The orthogonal map [D_i, D_t] that brings texts nearest to their pictures (Schoenemann, Psychometrika 1966).
-
-    U V^T, where U S V^T is the singular value decomposition of C_yx, in coordinates [k] along the k leading principal axes
-    of both spaces, k being the smaller of their widths.
-    """
-    k = min(cross.shape)
-    image_axes = principal_axes(image_gram, k)  # [D_i, k]
-    text_axes = principal_axes(text_gram, k)  # [D_t, k]
-    left, _, right = torch.linalg.svd(image_axes.T @ cross @ text_axes)  # U [k, k], V^T [k, k]
-    return image_axes @ (left @ right) @ text_axes.T
-
-
 def principal_axes(gram, count):
     """The leading eigenvectors [D, count] of a Gram matrix; of all D, the axes themselves."""
     if len(gram) == count:
@@ -181,7 +99,7 @@ def principal_axes(gram, count):
     return torch.linalg.eigh(gram).eigenvectors[:, -count:]
 
 
-# ----------------------------------------------------------- all encoders through a shared space: where training starts
+# ------------------------------------------------------------------------------- all encoders through a shared space
 
 
 class SharedSpace(NamedTuple):

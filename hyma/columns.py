@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyma.pictures import IMAGE_SUFFIXES
+from hyma.splits import known_split
 from hyma.tables import read_text
 from vlm import BadInput
 
@@ -28,11 +29,12 @@ CAPTION_COLUMNS = (
     *("messages", "raw", "alt_text", "alt", "comment"),
 )
 CONVERSATION_COLUMNS = ("conversations", "messages")  # of CAPTION_COLUMNS: their captions are answers
-LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name")
+LABEL_COLUMNS = ("class_name", "label_name", "label", "class", "category")  # names before what may be numbers
+SPLIT_COLUMNS = ("split", "partition", "subset", "set", "data_set", "dataset_split", "fold")  # all but the first: by their values, too
 KEY_COLUMN = "key"  # of img2dataset's tables, which name no file: the picture's name without its ending
 QUESTION_COLUMNS = ("question", "answer", "choices")
 COLUMNS = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
-KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, "split"}
+KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, *SPLIT_COLUMNS}
 NUMBERED_CAPTION = re.compile(r"(caption|text|sentence|description|comment|raw)[ _-]?\d+")
 
 CLASS_FILES = ("classes.txt", "labels.txt")  # beside a table: the names of its numbers, one a line
@@ -106,7 +108,15 @@ def choose_columns(path, records, image_column, caption_column):
         captions += [name for plain, name in names.items() if NUMBERED_CAPTION.fullmatch(plain)]
     if not captions and len(questions) < 3:
         raise BadInput(f"--data {path}: {no_column('caption', names)}")
-    return Columns(image, captions, pick("label", None), names.get("split"), questions)
+    splits = [names[name] for name in SPLIT_COLUMNS if name in filled and holds_splits(records, name, names[name])]
+    split = splits[0] if splits else names.get("split")
+    return Columns(image, captions, pick("label", None), split, questions)
+
+
+def holds_splits(records, plain, name):
+    """Whether a column holds splits: one of that name does, another only where its values are names of several."""
+    values = {value for record in records if not is_empty(value := record.get(name)) and isinstance(value, str | int | float)}
+    return plain == "split" or (len(set(map(known_split, values))) > 1 and all(map(known_split, values)))
 
 
 def no_column(part, names):
@@ -153,6 +163,11 @@ def make_rows(record, columns, fault=None):
     except RowFault as error:
         return [row | {"fault": str(error)}]
     return [row | {"caption": caption} for caption in captions]
+
+
+def readable_label(label):
+    """A label as words: red_fox is "red fox"."""
+    return label.replace("_", " ")
 
 
 def is_nan(value):
@@ -223,18 +238,26 @@ def read_captions(record, columns):
 
 
 def as_list(value):
-    """A cell's values: of a list, or of a text that is a list as JSON, numpy or Python writes it."""
+    """A cell's values: of a list, or of a text that is a list as JSON, numpy or Python writes it, without its empty items."""
     if isinstance(value, list):
         return value
-    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
-        for read in (json.loads, read_strings, ast.literal_eval):
+    plain = value.strip() if isinstance(value, str) else ""
+    if plain[:1] + plain[-1:] in ("[]", "()"):
+        for read in (json.loads, read_strings, read_python):
             try:
-                values = read(value.strip())
+                values = read(plain)
             except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
                 continue
-            if isinstance(values, list) and all(isinstance(item, str | dict) for item in values):
-                return values
+            if isinstance(values, list | tuple) and any(isinstance(item, str | dict) for item in values):
+                values = [item for item in values if item is not None and not is_nan(item)]
+                if all(isinstance(item, str | dict) for item in values):
+                    return values
     return [value]
+
+
+def read_python(text):
+    """The value of a text as Python writes it, which pandas does with nan for an empty item. Raises ValueError, SyntaxError."""
+    return ast.literal_eval(re.sub(r"(?<=[\[(, ])nan(?=[\]), ])", "None", text))
 
 
 def read_strings(text):

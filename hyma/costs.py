@@ -128,8 +128,9 @@ class Cost(NamedTuple):
 NO_COST = {"flops": 0, "seconds": 0.0, "rows": 0}  # of a choice by widths alone, or of a random one
 
 
-def cost_of_runs(runs, data, names, reference):
-    """The Cost of a method's runs, one per seed. names: the encoders. reference: the ledger to compare with."""
+def cost_of_runs(runs, data, names, reference, different):
+    """The Cost of a method's runs, one per seed. names: the encoders. reference: the ledger to compare with. different: of the
+    rows that a run has used (`count_different`)."""
     values = {}  # name of a Cost's number -> that of each run
     updates = []  # of every pair of every run
     for run in runs:
@@ -138,11 +139,11 @@ def cost_of_runs(runs, data, names, reference):
         updates += run.ledger["updates_per_pair"].values()
     means = {key: float(np.mean(of_runs)) for key, of_runs in values.items()}
     cost = Cost(**means, updates_low=min(updates), updates_high=max(updates), batch_size=runs[0].ledger["batch_size"])
-    return with_embedding(cost, data, names, runs[0].rows)
+    return with_embedding(cost, data, names, runs[0].rows, different)
 
 
 def cost_of_selector(spent, data, names, pair_count):
-    """The Cost of a selector that trains nothing. spent: {"flops", "seconds", "rows"}."""
+    """The Cost of a selector that trains nothing. spent: {"flops", "seconds", "rows"}, a row for each of its pictures."""
     flops, rows = spent["flops"], spent["rows"]
     cost = Cost(
         flops=flops,
@@ -153,7 +154,7 @@ def cost_of_selector(spent, data, names, pair_count):
         updates_low=0,
         updates_high=0,
     )
-    return with_embedding(cost, data, names, rows)
+    return with_embedding(cost, data, names, rows, {"image": rows, "text": rows})
 
 
 def trained_by_batches(ledger):
@@ -188,26 +189,35 @@ def samples_per_pair(ledger):
     return ledger["pair_samples"] / trained
 
 
-def with_embedding(cost, data, names, rows):
-    """The cost with that of `rows` rows through every encoder of `names`."""
-    embedding = embedding_flops(data, names, rows)
+def with_embedding(cost, data, names, rows, different):
+    """The cost with that of embedding `rows` rows by every encoder of `names`. different: as for `embedding_flops`."""
+    embedding = embedding_flops(data, names, different)
     total = None if embedding is None else cost.flops + embedding
     return cost._replace(rows_embedded=rows * len(names), embedding_flops=embedding, flops_with_embedding=total)
 
 
-def embedding_flops(data, names, rows):
-    """Of the pictures and captions of `rows` rows, each once, through every encoder, by the manifest, or None if it lacks an
-    encoder's FLOPs per row. Of so many rows, as many are different as in the folder."""
-    different = {"image": 1, "text": 1}
-    if data.rows:
-        for kind, part in (("image", "image"), ("text", "caption")):
-            different[kind] = len({row[part] for row in data.rows}) / len(data.rows)
+def count_different(data, rows=None):
+    """{"image", "text": how many different pictures and captions} of these rows of an embedding folder [n], by default of all."""
+    numbers = range(data.row_count) if rows is None else rows.tolist()
+    if not data.rows:
+        return {"image": len(numbers), "text": len(numbers)}
+    return {"image": len({data.rows[i]["image"] for i in numbers}), "text": len({data.rows[i]["caption"] for i in numbers})}
+
+
+def count_in_proportion(data, rows):
+    """The same of so many rows, of which as many are different as of all in the folder."""
+    return {kind: count * rows / data.row_count for kind, count in count_different(data).items()}
+
+
+def embedding_flops(data, names, different):
+    """Of so many pictures and captions, each once, through every encoder, by the manifest, or None if it lacks an encoder's FLOPs
+    per row. different: {"image", "text": how many}."""
     total = 0
     for name in names:
         record = data.record(name)
         if "flops_per_row" not in record:
             return None
-        total += rows * different[data.encoders[name].kind] * record["flops_per_row"]
+        total += different[data.encoders[name].kind] * record["flops_per_row"]
     return round(total)
 
 

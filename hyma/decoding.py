@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from hyma import remote
 from hyma.pass_shards import Shard
 from hyma.pictures import Picture, read_picture
 from vlm import BadInput
@@ -41,9 +42,11 @@ class PictureReader(torch.utils.data.Dataset):
 
     def __init__(self, root, transforms, known=frozenset()):
         self.root, self.transforms, self.known = root, transforms, known
+        self.sources = frozenset(remote.ROOTS)  # for workers that begin with no memory of this process
 
     def __getitem__(self, images):
         """(what was found of each, digests of those with pixels, {transform: pixels}), or the message of a BadInput."""
+        remote.ROOTS.update(self.sources)
         pictures = []
         decoded = []
         pixels = {name: [] for name in self.transforms}

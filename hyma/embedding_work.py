@@ -68,8 +68,8 @@ def check_source(out, manifest, corpus, source_sha256, flags):
     asked = f"--rows {flags.rows} --seed {flags.seed}" if flags.rows else "all rows"
     if held != asked:
         raise BadInput(
-            f"{out}: holds {held}, and {asked} are asked for; ask for the same, or choose another --out, with --reuse {out} to take "
-            "its vectors"
+            f"{out}: holds {held}, and {asked} are asked for; ask for the same, or choose another --out"
+            + (f", with --reuse {out} to take its vectors" if (out / "manifest.json").is_file() else "")
         )
 
 

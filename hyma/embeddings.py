@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from hyma.files import read_jsonl, sha256_file
 from hyma.machine import bytes_for_copies, bytes_for_files
-from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, first_difference, is_encoder_name, read_json
+from vlm import ENCODERS, BadInput, EmbeddingDataset, Encoder, first_difference, is_encoder_name, read_json, trained_on
 
 FORMAT_VERSION = 1
 SAMPLE = Path(__file__).parent.parent / "sample" / "embeddings"
@@ -40,7 +40,9 @@ class Embeddings:
         self.folders = [self.folder]  # several where `hyma/merging.py` takes them as one
         self.digests = {}  # encoder -> sha256 of its file, once it is known
         if not self.folder.is_dir():
-            raise BadInput(f"{folder}: no such embedding folder; make one with: python embed.py --out {folder}")
+            raise BadInput(
+                f"{folder}: no such embedding folder; make one with: python embed.py --encoder NAME --data TABLE --out {folder}"
+            )
         if (self.folder / "manifest.json").is_file():
             self._open_sealed()
         elif any((self.folder / name).exists() for name in ("rows.jsonl", "manifest.partial.json", ".shards")):
@@ -59,6 +61,8 @@ class Embeddings:
         try:
             self.row_count, keys_sha256 = self.manifest["rows"], self.manifest["keys_sha256"]
             self.dataset = str(self.manifest["dataset"])
+            if not self.dataset.isprintable():
+                raise BadInput(f"{path}: its dataset's name {self.dataset!r} has control characters; give it another")
             self.encoders = {}
             for name, record in self.manifest["encoders"].items():
                 if not is_encoder_name(name):
@@ -89,7 +93,9 @@ class Embeddings:
     def _open_bare(self):
         files = {path.stem: EmbeddingDataset(path) for path in sorted(self.folder.glob("*.pt"))}
         if not files:
-            raise BadInput(f"{self.folder}: holds no embeddings; make some with: python embed.py --out {self.folder}")
+            raise BadInput(
+                f"{self.folder}: holds no embeddings; make some with: python embed.py --encoder NAME --data TABLE --out {self.folder}"
+            )
         self.encoders = {}
         first = next(iter(files))
         self.row_count = len(files[first])
@@ -152,6 +158,14 @@ class Embeddings:
         """What the manifest records of an encoder of the folder: {} without a manifest."""
         return self.manifest["encoders"][name] if self.manifest else {}
 
+    def manifests(self):
+        """The manifests of all folders that are opened here; none of a published folder."""
+        return [self.manifest] if self.manifest else []
+
+    def folder_of(self, name):
+        """The folder that an encoder's file is in, and its prompts: one of several where these are opened as one."""
+        return self.folder
+
     def weights_sha256(self, name):
         """The digest of the weights that an encoder's embeddings were made with, None where it is not known."""
         return self.record(name).get("weights_sha256")
@@ -177,12 +191,29 @@ def check_same_encoder(name, data, other):
         )
 
 
+def check_trained_on(path, name, data):
+    """Raises BadInput if a connector's card says that it was trained on another encoder of this name than the embedding folder has
+    vectors of: on other weights, or with another setting."""
+    digest, settings = trained_on(path, name)
+    if digest and data.weights_sha256(name) not in (None, digest):
+        raise BadInput(f"{path}: was trained on other weights of {name} than {data.folder} was made with")
+    difference = first_difference(settings, data.record(name).get("transform"))
+    if difference:
+        setting, then, now = difference
+        raise BadInput(f"{path}: was trained on vectors that {name} made with {setting} {then}; {data.folder} has them with {now}")
+
+
 def is_row(row):
-    """Whether a line of rows.jsonl has what every row has, and nothing in it is of another kind than text."""
+    """Whether a line of rows.jsonl has what every row has, and nothing in it is of another kind than text that can be written."""
     for part in ("key", "image", "caption"):
-        if not isinstance(row.get(part), str):
+        if not is_text(row.get(part)):
             return False
-    return all(isinstance(row.get(part, ""), str) for part in ("label", "split", "question", "answer"))
+    return all(is_text(row.get(part, "")) for part in ("label", "split", "question", "answer"))
+
+
+def is_text(value):
+    """Whether a value is text in whole characters: JSON can hold the half of one."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def first_bad_row(vectors):

@@ -7,6 +7,7 @@
 """
 
 import numpy as np
+import torch
 
 from hyma.embeddings import Embeddings
 from hyma.files import atomic_file, make_folder, write_jsonl
@@ -38,6 +39,8 @@ def write_npy(out, name, data, vectors):
     """One array, as numpy saves it, written a block at a time."""
     kind = {"image": "img_emb", "text": "text_emb"}[data.encoders[name].kind]
     path = make_folder(out / kind / name) / f"{kind}_0.npy"
+    if vectors.dtype == torch.bfloat16:  # numpy has no such numbers
+        vectors = vectors.float()
     header = {"descr": vectors[:1].numpy().dtype.str, "fortran_order": False, "shape": tuple(vectors.shape)}
     with atomic_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)

@@ -161,8 +161,8 @@ CHECKPOINT_SECONDS = 60  # between two saves of long work, at most, unless one s
 # ------------------------------------------------------------------------------------------- errors of one line
 
 OUT_OF_MEMORY = (
-    "out of memory; lower --batch-size, --pairs-per-step or --pairs-per-pass, as far as the script has them; "
-    "what was saved is kept"
+    "out of memory; what was saved is kept, and the same command goes on where memory is free; a trainer needs less with a lower "
+    "--batch-size, --pairs-per-step or --pairs-per-pass, embed.py with fewer encoders at a time"
 )
 
 

@@ -14,14 +14,16 @@ from hyma.costs import flop_counter
 from hyma.embedding_work import FixedRows, with_fixed_rows
 from hyma.embeddings import FORMAT_VERSION, hash_keys, unique
 from hyma.files import sha256_file, write_jsonl
-from hyma.prompts import RecordedEncoder, load_prompts, prompt_files
+from hyma.prompts import load_prompts, prompt_files
 from hyma.scan import check_bad, describe_quarantine, describe_rows, printable, sort_rows
 from hyma.sealing import add_to_manifest, join_shards, place_items, read_manifest, write_manifest
-from hyma.splits import known_split
+from hyma.splits import has_test_rows
 from hyma.tasks import KINDS, RETRIEVAL, TaskNotPossible, choose_rows
+from hyma.weights import RecordedEncoder
 from vlm import BadInput, Encoder, load_tensors
 
 ALIKE = 0.9999  # mean cosine of vectors that say next to nothing of what they are of; a random network's is 0.93 to 0.97
+CAPTIONS_AT_ONCE = 10_000  # tokenised together
 COUNTED_CAPTIONS = 64  # at most, for the mean FLOPs of a caption
 
 
@@ -82,11 +84,6 @@ def new_manifest(work, rows, quarantined):
         "quarantined": quarantined,
         "encoders": {},
     }
-
-
-def has_test_rows(rows):
-    """Whether some rows are marked as test rows, in any spelling."""
-    return any(known_split(row.get("split")) == "test" for row in rows)
 
 
 def make_file(work, encoder, shards):
@@ -164,8 +161,12 @@ def count_truncated(encoder, rows):
         limit = encoder.model.max_seq_length
         if not limit:
             return 0
-        tokens = encoder.model.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > limit for ids in tokens)
+        count = 0
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):  # the tokens of millions would fill the memory
+            part = captions[start : start + CAPTIONS_AT_ONCE]
+            tokens = encoder.model.tokenizer(part, truncation=False, verbose=False)["input_ids"]
+            count += sum(len(ids) > limit for ids in tokens)
+        return count
     except Exception:  # models without transformers' tokenizer; a statistic must not cost the embeddings
         return None
 

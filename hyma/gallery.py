@@ -6,6 +6,7 @@ or in that of --pictures: the rows of a stranger's folder cannot bring other fil
 """
 
 import base64
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 
 import vlm
 from hyma.embeddings import unique
-from hyma.packed import containing_file, open_picture
+from hyma.packed import containing_file, picture_bytes
 from hyma.pair_names import pair_name
-from hyma.tasks import image_inputs, text_inputs
+from hyma.task_inputs import image_inputs, text_inputs
 
 FOUND, MISSED = "found", "missed"
 QUERIES = 3  # captions of each
@@ -70,7 +71,8 @@ def make_gallery(result, tasks, pictures=None) -> Gallery:
 
     shown = unique([row["picture"] for row in table] + [row["own"] for row in table])
     root = task.data.folder / task.data.manifest.get("root", ".")
-    files, thumbnails, outside = make_thumbnails(shown, root, Path(pictures or root))
+    digests = {row["image"]: row.get("image_sha256") for row in rows}
+    files, thumbnails, outside = make_thumbnails(shown, digests, root, Path(pictures or root))
     facts = {
         "task": task.name,
         "pictures": len(first_row),
@@ -159,10 +161,11 @@ def nearest_pictures(task, run, pair, places, queries):
     return (mapped @ vectors.T).topk(min(NEAREST, len(places)), dim=1).indices.tolist()
 
 
-def make_thumbnails(shown, root, allowed):
+def make_thumbnails(shown, digests, root, allowed):
     """({picture: its thumbnail's file}, {that file: JPEG bytes}, how many pictures lie outside of the folder `allowed`).
 
-    shown: pictures as the rows name them. root: the folder of the manifest. Missing and unreadable ones have no thumbnail.
+    shown: pictures as the rows name them. digests: of theirs, as far as they are known. root: the folder of the manifest.
+    Pictures that are missing, unreadable or others by now have no thumbnail.
     """
     files, thumbnails = {}, {}
     outside = 0
@@ -171,7 +174,7 @@ def make_thumbnails(shown, root, allowed):
         if path is None:
             outside += 1
             continue
-        jpeg = small_jpeg(path)
+        jpeg = small_jpeg(path, digests[picture])
         if jpeg:
             files[picture] = f"thumbnails/{len(files)}.jpg"
             thumbnails[files[picture]] = jpeg
@@ -202,11 +205,23 @@ def lies_in(folder, path):
         return False
 
 
-def small_jpeg(path):
-    """A thumbnail's bytes, or None for a picture that is missing or unreadable."""
+def embedded_bytes(path, digest):
+    """The bytes of a picture, None if it is missing or, by its digest, another than was embedded. digest: None if unknown."""
     try:
         vlm.check_regular(containing_file(path))
-        picture = open_picture(path)
+        data = picture_bytes(path)
+    except Exception:  # remote files and archives raise errors of many types
+        return None
+    return data if digest in (None, hashlib.sha256(data).hexdigest()) else None
+
+
+def small_jpeg(path, digest):
+    """A thumbnail's bytes, or None for a picture that is missing, unreadable or, by its digest, another."""
+    data = embedded_bytes(path, digest)
+    if data is None:
+        return None
+    try:
+        picture = vlm.open_image(io.BytesIO(data))
         picture.thumbnail((PIXELS, PIXELS))
         jpeg = io.BytesIO()
         picture.save(jpeg, "JPEG", quality=80)

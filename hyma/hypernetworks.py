@@ -1,6 +1,6 @@
 """The two hypernetworks: what predicts the connector of every pair.
 
-`FactoredHyperNetwork` builds a pair's connector from parts that all pairs of an encoder share; `HyperNetwork` is the
+`FactoredHypernetwork` builds a pair's connector from parts that all pairs of an encoder share; `MlpHypernetwork` is the
 paper's. `Hypernetwork` is the protocol that both follow: everything that train_hyma.py uses of them. To add one, write
 its class and its entry in `HYPERNETWORKS`, at the end, the one place that knows them by the name of their flag.
 """
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from hyma.closed_form import HELD_OUT_ROWS, TEXT_NOISE_ROWS, CentredRows, SharedSpace, image_map
 from hyma.costs import connector_flops, connector_shapes, linear_flops
-from hyma.embeddings import ROWS_AT_ONCE
-from hyma.machine import bytes_for_copies
 from hyma.pairs import images_of, texts_of
+from hyma.projected_store import ProjectedStore
 from hyma.training import Generator, separate_layers
 from hyma.training_flags import hidden_layers_of
 from kernels import Layer, padded_rows
@@ -67,7 +66,7 @@ def fixed(tensor):
 # ---------------------------------------------------------------------------------------------------- shared parts
 
 
-class FactoredHyperNetwork(nn.Module):
+class FactoredHypernetwork(nn.Module):
     """A pair's connector from the parts of its two encoders: all but the last layer belong to the text encoder and
     lead into a hidden space that every pair shares, the last layer belongs to the image encoder.
 
@@ -270,65 +269,10 @@ def layer_of(linears, wiring):
     return Layer([linear.weight for linear in linears], [linear.bias for linear in linears], wiring)
 
 
-class ProjectedStore:
-    """A RowStore whose image vectors are coordinates [rows, k] along axes: made once, of the rows that a run uses, where they
-    fit beside the embeddings, else of each batch. A batch has the same bits in both cases.
-
-    Where the axes are those of the image encoder's space itself, its vectors are taken as they are.
-    """
-
-    def __init__(self, store, axes, rows, dtype):
-        """axes: {image encoder: [D, k] orthonormal}. rows: indices of the rows that are used. dtype: of the training steps,
-        and so of the coordinates that are kept."""
-        self.store, self.device, self.dtype = store, store.device, dtype
-        self.axes = {}
-        self.dims = dict(store.dims)
-        size = 0
-        for image, columns in axes.items():
-            self.dims[image] = columns.shape[1]
-            if not is_identity(columns):
-                self.axes[image] = columns
-                size += dtype.itemsize * columns.shape[1] * len(store.tensors[image])
-        self.coordinates = {}
-        if store.is_resident and size < bytes_for_copies(store.device):
-            for image in self.axes:
-                self.coordinates[image] = self.project_all(image, rows)
-
-    def project_all(self, image, rows):
-        """The coordinates [all rows, k] of an image encoder; those of other rows than `rows` are zero."""
-        count = len(self.store.tensors[image])
-        coordinates = torch.zeros(count, self.dims[image], dtype=self.dtype, device=self.device)
-        for part in rows.split(ROWS_AT_ONCE):
-            coordinates[part.to(self.device)] = self.project(image, part, self.dtype)
-        return coordinates
-
-    def project(self, image, rows, dtype):
-        """The coordinates [len(rows), k] of an image encoder. In 16 bits the product takes a fifth of the time."""
-        return self.store.take(image, rows, dtype) @ self.axes[image].to(dtype)
-
-    def take(self, name, rows, dtype=torch.float32):
-        """[len(rows), k or D_t], on the device: unit vectors of texts, and coordinates of at most unit length of images."""
-        if name not in self.axes:
-            return self.store.take(name, rows, dtype)
-        if name in self.coordinates and dtype == self.dtype:
-            return self.coordinates[name].index_select(0, rows.to(self.device))  # half the time of [rows] on a CPU
-        return self.project(name, rows, dtype)
-
-    def projection_flops(self, row_count, images):
-        """Of taking so many rows of image encoders: of a product for each whose coordinates are not kept."""
-        made = [self.axes[image] for image in images if image in self.axes and image not in self.coordinates]  # [D, k] each
-        return sum(2 * row_count * axes.numel() for axes in made)
-
-
-def is_identity(columns):
-    """Whether axes [D, k] are those of the space itself."""
-    return columns.shape[0] == columns.shape[1] and torch.equal(columns, torch.eye(len(columns)).to(columns))
-
-
 # ------------------------------------------------------------------------------------------------- the paper's
 
 
-class HyperNetwork(nn.Module):
+class MlpHypernetwork(nn.Module):
     """The paper's hypernetwork: its inputs are a pair code and a layer code, its output is as long as the largest layer, and
     the front of the output is that layer's weights and bias (arXiv 2507.10015, section 3).
 
@@ -481,7 +425,7 @@ def share_of_images(row_count):
     return Fraction(1, 3) if row_count < 32768 else Fraction(1, 2)
 
 
-class Kind(NamedTuple):
+class GeneratorKind(NamedTuple):
     """A value of --generator."""
 
     hypernetwork: type  # (image_dims, text_dims, hidden_layers, its size) -> Hypernetwork
@@ -493,16 +437,16 @@ class Kind(NamedTuple):
 
 
 HYPERNETWORKS = {
-    "factored": Kind(
-        FactoredHyperNetwork,
+    "factored": GeneratorKind(
+        FactoredHypernetwork,
         "rank",
         {"lr": rate_of, "rank": rank_of},
         share_of_epochs,
         share_of_images,
         takes_encoders=True,
     ),
-    "mlp": Kind(
-        HyperNetwork,
+    "mlp": GeneratorKind(
+        MlpHypernetwork,
         "width",
         {"lr": 1e-3, "width": 128},
         lambda row_count, hidden_layers: 1,

@@ -40,6 +40,7 @@ class MergedEmbeddings(Embeddings):
         first = next((part for part in parts if part.rows), parts[0])
         self.folder, self.rows, self.dataset, self.row_count = first.folder, first.rows, first.dataset, first.row_count
         self.manifest = first.manifest
+        self.parts = parts
         self.part_of = {}  # encoder -> the folder that it is in
         self.encoders = {}
         for part in parts:
@@ -66,6 +67,12 @@ class MergedEmbeddings(Embeddings):
 
     def record(self, name):
         return self.part_of[name].record(name)
+
+    def manifests(self):
+        return [part.manifest for part in self.parts if part.manifest]
+
+    def folder_of(self, name):
+        return self.part_of[name].folder if name in self.part_of else self.folder
 
 
 def check_equal_rows(one, other):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyma.inflating import METHODS, read_inflated
-from hyma.remote import find_remote, is_file, open_file, read_bytes
+from hyma.remote import find_remote, is_file, is_folder, open_file, read_bytes
 from vlm import BadInput, open_image, reason_of
 
 ENDINGS = (".tar", ".parquet", ".arrow", *METHODS)  # of the files that pictures are packed in
@@ -58,7 +58,7 @@ def find_address(path) -> Address | None:
     for end in END_OF_FILE.finditer(path):
         file = path[: end.end()]
         found = PLACE.fullmatch(path, end.end())
-        if found and not os.path.isdir(file):  # Spark writes folders of such names
+        if found and not is_folder(file):  # Spark writes folders of such names
             size = None if found["size"] is None else int(found["size"])
             return Address(Path(file), end["kind"].lower(), found["name"], int(found["start"]), size)
     return None
@@ -148,11 +148,12 @@ def only_item(value):
 
 
 def file_version(path):
-    """What tells a file from what it was. What is open behind a URL belongs to the process that has opened it."""
+    """What tells a file from what it was. What is open belongs to the process that has opened it: after a fork two would read on
+    from one place in it."""
     if find_remote(path):
         return (os.getpid(),)
     status = os.stat(path)
-    return status.st_mtime_ns, status.st_size
+    return os.getpid(), status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=4)
@@ -201,6 +202,7 @@ class ParquetCells:
         self.batches = iter(())
         self.next_row = 0  # of the file: that which the next batch begins with
         self.kept = OrderedDict()  # first row -> batch
+        self.damage = {}  # row group -> (its first row that cannot be read, why)
 
     def read(self, row):
         if row >= self.first_rows[-1]:
@@ -210,7 +212,7 @@ class ParquetCells:
                 return batch[row - first].as_py()
         self.go_to(row)
         while True:
-            batch = next(self.batches).column(0)
+            batch = self.next_batch()
             first = self.next_row
             self.next_row += len(batch)
             if row < self.next_row:
@@ -220,11 +222,24 @@ class ParquetCells:
             self.kept.popitem(last=False)
         return batch[row - first].as_py()
 
+    def next_batch(self):
+        """The next batch of the group. Raises ValueError where it is damaged: so is what follows in the group, as nothing says where
+        it begins."""
+        try:
+            return next(self.batches).column(0)
+        except Exception as error:
+            self.damage[self.group] = self.next_row, reason_of(error)
+            self.group = None  # its batches have ended
+            raise ValueError(reason_of(error)) from None
+
     def go_to(self, row):
         """Starts the row's group from its beginning, unless the next batches lead to the row."""
         group = 0
         while self.first_rows[group + 1] <= row:
             group += 1
+        first_damaged, reason = self.damage.get(group, (row + 1, ""))
+        if row >= first_damaged:
+            raise ValueError(reason)
         if group != self.group or self.next_row > row:
             self.group = group
             self.next_row = self.first_rows[group]

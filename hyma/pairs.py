@@ -1,18 +1,15 @@
 """The pairs of encoders of a run, (image, text): which are trained, scored and exported, and which a step draws."""
 
-import itertools
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from hyma.embeddings import unique
-from hyma.pair_names import choose_pairs, pair_name, pair_of_name
-from hyma.runs import Checkpoints, check_same_split
+from hyma.pair_names import choose_pairs, pair_name
 from hyma.seeds import seeded_generator
-from vlm import BadInput, read_json
+from vlm import BadInput
 
 
 def images_of(pairs):
@@ -86,48 +83,15 @@ class Pairs(NamedTuple):
 
 
 def arrange_pairs(flags, data, trained):
-    """The Pairs of --pairs, --predict and --add-encoder."""
-    if flags.add_encoder:
-        return arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
+    """The Pairs of --pairs and --predict. trained: those of --pairs."""
     image_names, text_names = images_of(trained), texts_of(trained)
     untrained = []
     for pair in choose_pairs(data, flags.predict, "--predict") if flags.predict else []:
         if pair in trained:
             continue
-        for name in pair:
-            if name not in image_names + text_names:
-                raise BadInput(f"--predict {pair_name(pair)}: {name} must be in a pair that is trained")
-        untrained.append(pair)
+        others = [name for name in pair if name not in image_names + text_names]
+        if others and pair_name(pair) in flags.predict:  # of a wildcard, those that can be: the folder may have others
+            raise BadInput(f"--predict {pair_name(pair)}: {others[0]} must be in a pair that is trained")
+        if not others:
+            untrained.append(pair)
     return Pairs(trained, untrained, trained + untrained, image_names, text_names, None)
-
-
-def arrange_added_encoder(name, run, data):
-    """The Pairs of an encoder that is added to a finished run, whose own pairs stay as they are."""
-    if not (run / "ledger.json").is_file():
-        raise BadInput(f"--from {run}: is not finished; rerun to resume: python train_hyma.py --resume --out {run}")
-    saved = Checkpoints(run).load("state")
-    base_state = saved["state"]
-    if not {"refined", "fold_recalls"} <= base_state.keys():
-        raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
-    base_state.setdefault("fold_pairs", len(base_state["fold_recalls"]))  # of an earlier version
-    if "refinement" in saved:
-        base_state["refined"] |= saved["refinement"]["state"]["best"]
-    base_pairs = list(map(pair_of_name, base_state["best"]["recalls"]))
-    image_names, text_names = images_of(base_pairs), texts_of(base_pairs)
-    if name not in data.encoders:
-        raise BadInput(f"--add-encoder {name}: not in {data.folder}; embed it with: python embed.py --encoder {name}")
-    if name in image_names + text_names:
-        raise BadInput(f"--add-encoder {name}: is in {run} already")
-    config = read_json(run / "config.json")
-    check_same_split(f"--from {run}", config, data)
-    trained_on = config["embeddings"]
-    for encoder, digest in data.fingerprint(image_names + text_names).items():
-        if digest != trained_on[encoder]:
-            raise BadInput(f"--from {run}: its embeddings in {data.folder} have changed since")
-    if data.encoders[name].kind == "image":
-        added = list(itertools.product([name], text_names))
-        image_names = [*image_names, name]
-    else:
-        added = list(itertools.product(image_names, [name]))
-        text_names = [*text_names, name]
-    return Pairs(added, base_pairs, added, image_names, text_names, base_state)

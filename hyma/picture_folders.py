@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from hyma.columns import caption_fault, named
+from hyma.columns import caption_fault, named, readable_label
 from hyma.splits import known_split
 from hyma.tables import read_text
 from vlm import BadInput
@@ -24,8 +24,10 @@ def find_caption_files(files, pictures):
     beside = {}
     elsewhere = {}
     for picture in pictures:
-        if picture.with_suffix("") in texts_of_path:
-            beside[picture] = only_text(picture, texts_of_path[picture.with_suffix("")])
+        for name in (picture.with_suffix(""), picture):  # a.txt and a.jpg.txt
+            if name in texts_of_path:
+                beside[picture] = only_text(picture, texts_of_path[name])
+                break
     if beside:
         return beside
     picture_of_text = {}
@@ -54,7 +56,8 @@ def read_text_files(root, pictures, captions):
     level = find_split_level([path.relative_to(root).parent.parts for path in pictures])
     for path in pictures:
         image = path.relative_to(root)
-        split = split_of_folders(image.parent.parts) if level is None else image.parts[level]
+        folders = image.parent.parts
+        split = split_of_folders(folders) if level is None or not folders else folders[level]
         text = read_text(captions[path]) if path in captions else ""
         lines = [line for line in text.split("\n") if line.strip()]
         for line in lines or [""]:
@@ -83,12 +86,12 @@ def read_class_folders(root, pictures):
             f"--data {root}: its pictures lie in folders of splits and have no captions: give a.txt beside a.jpg, a table, "
             "or folders named after classes"
         )
-    while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
+    while all(len(parts) != 1 for parts in folders) and len({parts[0] for parts in folders if parts}) == 1:
         folders, _ = take_level(folders, 0)
     rows = []
     for path, parts, split in zip(pictures, folders, splits):
         label = parts[0] if parts else ""
-        row = {"image": str(path.relative_to(root)), "caption": label.replace("_", " "), "label": label}
+        row = {"image": str(path.relative_to(root)), "caption": readable_label(label), "label": label}
         if not parts:
             row["fault"] = "in no folder of a class"
         if split is not None:
@@ -107,7 +110,7 @@ def take_level(folders, level):
     names = []
     for parts in folders:
         others.append(parts[:level] + parts[level + 1 :])
-        names.append(parts[level])
+        names.append(parts[level] if parts else None)  # a picture in no folder
     return others, names
 
 
@@ -117,11 +120,12 @@ def different_names(names):
 
 
 def find_split_level(folders):
-    """How deep the folders lie that are named after splits, or None. All pictures must be in such a folder.
+    """How deep the folders lie that are named after splits, or None. All pictures that are in a folder must be in such a one.
 
     A class may itself be called train. So a level counts if all its names are splits, or two different splits at least.
     """
-    for level in range(min(map(len, folders))):
+    folders = [parts for parts in folders if parts]
+    for level in range(min(map(len, folders), default=0)):
         names = {parts[level] for parts in folders}
         known = set(map(known_split, names))
         if None not in known or len(known - {None}) > 1:

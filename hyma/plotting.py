@@ -129,7 +129,8 @@ def show_on_pointer(artist, text):
 def to_png(figure):
     """The figure as a file: bytes that are the same each time."""
     png = io.BytesIO()
-    figure.savefig(png, dpi=160, metadata={"Software": None})
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may have dollar signs
+        figure.savefig(png, dpi=160, metadata={"Software": None})
     return png.getvalue()
 
 
@@ -137,7 +138,7 @@ def to_svg(figure):
     """The figure as a part of the page: text in the page's colour, nothing behind it, and texts for the pointer."""
     svg = io.StringIO()
     # Text stays text; a fixed salt makes the names of clipping paths, and so the bytes, the same each time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hyma"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hyma", "text.parse_math": False}):
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = svg.getvalue()
     drawing = drawing[drawing.index("<svg") :]

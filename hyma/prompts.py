@@ -5,7 +5,6 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -13,21 +12,10 @@ from tqdm import tqdm
 import vlm
 from hyma.embeddings import has_unit_rows
 from hyma.files import make_folder, save_tensors
-from vlm import BadInput, Encoder
+from hyma.weights import RecordedEncoder, open_recorded
+from vlm import BadInput
 
 PROMPTS_AT_ONCE = 1024
-
-
-class OtherWeights(BadInput):
-    """The weights on the hub are not those that the embeddings were made with; the message says what to pass."""
-
-
-class RecordedEncoder(NamedTuple):
-    """A text encoder as the manifest of its embeddings records it: its prompts must come from the very same one."""
-
-    encoder: Encoder
-    weights_sha256: str | None  # None: not recorded
-    settings: str  # what its vectors depend on beside the weights, as JSON
 
 
 # ---------------------------------------------------------------------------------------------------------- templates
@@ -125,26 +113,4 @@ def embed_prompts(model, name, texts):
     return torch.cat(vectors)
 
 
-@functools.lru_cache(maxsize=1)
-def open_text_encoder(recorded, weights, device):
-    """The text encoder. Raises vlm.MissingWeights; BadInput if its width, weights or settings are not those of the embeddings."""
-    encoder = recorded.encoder
-    model = vlm.TextEncoder(f"{encoder.name}={encoder.spec}", device, weights)
-    if encoder.dim not in (None, model.embed_dim):
-        raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
-    digest = recorded.weights_sha256
-    if digest and vlm.weights_digest(model.model) != digest:
-        if weights is None:
-            raise OtherWeights(
-                f"{encoder.name}: the weights on the hub are not those that the embeddings were made with; pass those: "
-                f"--weights {encoder.name}=FOLDER"
-            )
-        raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
-    difference = vlm.first_difference(json.loads(recorded.settings), json.loads(json.dumps(model.config)))
-    if difference:
-        setting, then, now = difference
-        raise BadInput(
-            f"{encoder.name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here; embed the data again, "
-            "or install the versions that its manifest.json names"
-        )
-    return model
+open_text_encoder = functools.lru_cache(maxsize=1)(open_recorded)  # the prompts of several tasks follow one another

@@ -63,5 +63,5 @@ def expected_recall(recalls, cv_recalls, rows_ratio):
     spread = (validation - fit).square().sum() / (pair_count - 2)
     least_spread = noise * (rows_ratio + 1 / fold_count)
     kept = 1 - noise * rows_ratio / torch.maximum(spread, least_spread).clamp(min=1e-12)
-    expected = (fit + kept * (validation - fit)).tolist()
+    expected = (fit + kept * (validation - fit)).clamp(0, 1).tolist()
     return {name: round(value, 6) for name, value in zip(recalls, expected)}  # so that rounding errors rank no pair

@@ -26,6 +26,13 @@ RESULTS = "results.json"
 FOLDERS = ("thumbnails", "clip_benchmark")
 
 
+def check_report_folder(folder):
+    """Raises BadInput for a folder in which a report would overwrite what is no report's: a run has a ranking.csv, too."""
+    for name in ("config.json", "manifest.json", "ranking.csv", "selectors.csv"):
+        if (folder / name).exists() and not (folder / RESULTS).is_file():
+            raise BadInput(f"--out {folder}: holds other files, {name} among them; name a new folder for the report")
+
+
 def save_records(folder, tables, thumbnails, images, results):
     """Writes the records of a report. What an earlier report left under a name of its own is deleted.
 

@@ -16,13 +16,22 @@ import torch
 from tqdm import tqdm
 
 from hyma.batches import Batches
-from hyma.costs import step_flops
+from hyma.costs import flop_counter
 from hyma.free_connectors import FreeConnectors, train_step
 from hyma.graphs import record_steps
 from hyma.grid_state import keep_best, new_state
 from hyma.pair_names import pair_name
 from hyma.signals import Signals
-from hyma.training import Schedule, StepLosses, build_adamw, load_moments, moments_of, training_dtype, validate
+from hyma.training import (
+    Schedule,
+    StepLosses,
+    build_adamw,
+    count_step,
+    load_moments,
+    moments_of,
+    training_dtype,
+    validate,
+)
 from vlm import BadInput
 
 VALIDATIONS = 4  # of the pair, at equal distances
@@ -51,7 +60,10 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     pairs, name = [pair], pair_name(pair)
     image, _ = pair
     dtype = training_dtype(flags.precision)
-    store = generator.project_images(vectors, [image], torch.cat([train_rows, retrieval.rows]), dtype)
+    started = time.perf_counter()
+    with flop_counter() as counter:
+        rows = torch.cat([train_rows, retrieval.rows]).unique()  # the distractors of a validation are training rows
+        store = generator.project_images(vectors, [image], rows, dtype)
     layers = generator.predict_projected(*pair)
     connectors = FreeConnectors(pairs, store.dims, len(layers) - 1, flags.seed).to(store.device)
     optimizer = build_adamw(connectors.parameters(), flags)
@@ -65,12 +77,13 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
     else:
         connectors.load(pair, layers)
         state = new_state(pairs)
+        state["start_flops"] = state["flops"] = counter.get_total_flops()
         keep_best(state, name, recalls, generator.lift(image, layers), {"refinement_steps": 0}, key=sum)
     steps = flags.refine_steps
     warmup_steps = min(flags.warmup_steps, steps // 4)
     schedule = Schedule(steps, RATE * flags.lr, warmup_steps, flags.weight_decay, store.device)
     validation_period = math.ceil(steps / VALIDATIONS)
-    started = time.perf_counter() - state["seconds"]  # as if all had passed in this process
+    started -= state["seconds"]  # as if all had passed in this process
 
     def checkpoint():
         return {"state": state, "connectors": connectors.state_dict(), "optimizer": moments_of(optimizer)}
@@ -89,11 +102,7 @@ def refine(flags, pair, generator, recalls, vectors, retrieval, train_rows, save
             losses = take_step(pairs, rows, schedule.numbers(step))  # [1]
             step_losses.add(step, pairs, losses)
 
-            for key, flops in step_flops(connectors, flags.batch_size, pairs, store.dims).items():
-                state[key] += flops
-            state["flops"] += store.projection_flops(flags.batch_size, [image])
-            state["updates"][name] += 1
-            state["step"] = step + 1
+            count_step(state, connectors, store, flags.batch_size, pairs)
             progress.update()
 
             is_validation = (step + 1) % validation_period == 0 or step + 1 == steps

@@ -70,13 +70,44 @@ def list_remote(data, pattern=None):
     return sorted(files)
 
 
+def list_folder(folder):
+    """The files right in a folder, sorted."""
+    remote = find_remote(folder)
+    if remote is None:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    with network_errors(remote[1]):
+        found = remote[0].ls(remote[1], detail=True)
+    return sorted(folder / entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
+
+
 def is_file(path):
     """Whether there is a regular file. Raises OSError if that cannot be known now."""
     remote = find_remote(path)
     if remote is None:
         return stat.S_ISREG(os.stat(path).st_mode)
     with network_errors(remote[1]):
-        return remote[0].isfile(remote[1])
+        return kind_of(*remote) == "file"
+
+
+def is_folder(path):
+    """Whether there is a folder."""
+    remote = find_remote(path)
+    if remote is None:
+        return os.path.isdir(path)
+    with network_errors(remote[1]):
+        return kind_of(*remote) == "directory"
+
+
+def kind_of(system, url):
+    """What a URL is to its file system: "file", "directory" or, where it is nothing, None. Raises what the network does: fsspec's own
+    isfile would take a server that does not answer for a missing file."""
+    try:
+        return system.info(url)["type"]
+    except FileNotFoundError as error:
+        cause = error.__cause__  # over http, of any failure
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+            return None
+        raise cause from None
 
 
 def open_file(path):

@@ -17,9 +17,9 @@ from pathlib import Path
 import jinja2
 import markupsafe
 
-from hyma.answer import describe_choice, format_number, teraflop
+from hyma.answer import describe_choice, format_number, result_of_primary, teraflop
 from hyma.costs import cost_ratio
-from hyma.evaluation import is_no_better_than_random, method_rows, ranking_rows
+from hyma.evaluation import is_like_random, method_rows, ranking_rows
 from hyma.figures import FIRST_SCREEN, draw_figure, save_figures
 from hyma.files import atomic_file, run_script, write_text
 from hyma.gallery import gallery_queries
@@ -56,7 +56,6 @@ def page_facts(result, figures, gallery):
         }
     tasks = []
     for place, task in enumerate(result.tasks):
-        (primary,) = [each for each in result.method_results[place] if each.method == result.primary.name]
         facts = {
             "name": task.name,
             "kind": task.kind,
@@ -64,13 +63,14 @@ def page_facts(result, figures, gallery):
             "counted": task.counted,
             "protocol": task.protocol,
             "chance": task.chance,
-            "no_better_than_random": is_no_better_than_random(primary.fidelity["regret"]),
+            "like_random": is_like_random(result_of_primary(result, place)),
         }
         tasks.append(facts)
     chosen = result.pairs[result.chosen]
     return {
         "chosen": list(chosen),
         "primary": result.primary.name,
+        "chosen_by_truth": not result.primary.trained,  # of connectors alone
         "connector": str(result.primary.runs[0].connector(*chosen)),
         "oracle_seeds": len(result.oracle.runs),
         "resamples": result.resamples,

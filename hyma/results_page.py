@@ -37,15 +37,15 @@ def make_section(search, title, note, hits):
     tiles = []
     absent = 0
     for hit in hits:
-        jpeg = thumbnail(search.find_picture(hit.picture)) if hit.picture else None
+        jpeg = thumbnail(search.find_picture(hit.picture), hit.sha256) if hit.picture else None
         absent += hit.picture is not None and jpeg is None
         tiles.append(Tile(hit.score, hit.text, hit.picture, jpeg))
     return Section(title, note, how_to_show(search, absent, len(hits)), tuple(tiles))
 
 
-def thumbnail(path):
-    """A small copy of a picture as base64, None if it is not there."""
-    jpeg = small_jpeg(path) if path else None
+def thumbnail(path, digest):
+    """A small copy of a picture as base64, None if it is not there or, by its digest, another than was embedded."""
+    jpeg = small_jpeg(path, digest) if path else None
     return base64.b64encode(jpeg).decode() if jpeg else None
 
 
@@ -53,7 +53,9 @@ def how_to_show(search, absent, count):
     """A line about pictures that are not shown, "" if all are, or if the folder does not say where its pictures are."""
     if not absent or not search.data.rows:
         return ""
-    return f"{absent} of {count} pictures are not in {search.allowed}; name where they are now: --pictures FOLDER"
+    return (
+        f"{absent} of {count} pictures are not in {search.allowed} as they were embedded; name where they are now: --pictures FOLDER"
+    )
 
 
 def render_page(title, sections):

@@ -4,9 +4,6 @@ import torch
 
 from hyma.embeddings import Embeddings
 
-# What must be the same of an encoder for its vectors to be the same.
-IDENTITY = ("kind", "weights_sha256", "dim", "dtype", "precision", "compiled", "transform")
-
 
 class ReusedVectors:
     """The vectors of one encoder, found by the digest of a picture or by the words of a caption."""
@@ -43,13 +40,27 @@ def open_reused(folders, encoders):
         for encoder in encoders:
             if data.rows is None or encoder.name not in data.encoders:
                 continue
-            record = {"precision": "float32"} | data.record(encoder.name)
-            other = [part for part in IDENTITY if record.get(part) != encoder.plan.get(part)]
+            here, there = identity(encoder.plan), identity(data.record(encoder.name))
+            other = [part for part in here if here[part] != there[part]]
             if other:
                 print(f"{folder}: its {encoder.name} is not reused: another {' and '.join(other)}")
             else:
                 reused[encoder.name].add(folder, data, encoder.name, encoder.kind)
     return reused
+
+
+def network_of(record):
+    """{what makes an encoder the one it is: its value}, by a manifest's record or by a plan."""
+    found = {part: record.get(part) for part in ("kind", "weights_sha256", "dim", "transform")}
+    if record["kind"] == "image":  # timm has models of equal tensors that compute otherwise: CLIP's, with two kinds of GELU
+        found["architecture"] = record.get("full_name", "").partition(".")[0]  # without the tag, which names weights
+    return found
+
+
+def identity(record):
+    """The same, and what else must be the same for its vectors to be the same."""
+    numbers = {"precision": record.get("precision", "float32")}
+    return network_of(record) | numbers | {part: record.get(part) for part in ("dtype", "compiled")}
 
 
 def known_to_all(reused, encoders):

@@ -59,7 +59,8 @@ def check_run_folder(out):
     if not out.is_dir():
         return
     for path in sorted(out.iterdir()):
-        if path.name not in (".lock", "connectors") and not path.name.endswith(".tmp"):
+        is_ours = path.name == ".lock" or path.name.endswith(".tmp") or (path.name == "connectors" and not any(path.iterdir()))
+        if not is_ours:
             raise BadInput(f"--out {out}: is a folder with other files in it ({path.name}); choose a new one")
 
 
@@ -114,7 +115,7 @@ def interrupted_run(typed):
             print(f"{error}; this is taken for another run", file=sys.stderr)
             continue
         same = config.get("script") == Path(sys.argv[0]).name and config.get("typed") == typed
-        if same and not (path.parent / "ledger.json").is_file():
+        if same and not is_finished(path.parent):
             return path.parent
     return None
 
@@ -172,6 +173,11 @@ class Checkpoints:
     def drop_previous(self):
         """Of a finished run, which has its results: this takes as much space as the newest."""
         self.previous.unlink(missing_ok=True)
+
+
+def is_finished(folder):
+    """Whether a run folder has the ledger, which is written last."""
+    return (folder / "ledger.json").is_file()
 
 
 def find_run(out=None):
@@ -261,7 +267,7 @@ def save_connector(out, data, layers, row, card_info):
 
 
 class Run(NamedTuple):
-    """A finished run folder, or a folder of connectors alone, as published: that has no ledger and ranks no pair."""
+    """A finished run folder, or a folder of connectors alone, as published: that has no ledger, and its pairs share rank 1."""
 
     folder: Path
     method: str  # a name for tables and figures
@@ -311,12 +317,12 @@ def read_run(folder) -> Run:
             full_grid=config["full_grid"],
             starts_from=config["starts_from"],
         )
-        if not (folder / "ledger.json").is_file():
+        if not is_finished(folder):
             command = f"python {config['script']} --resume --out {folder}"
             raise BadInput(f"{folder}: is not finished (no ledger.json); rerun to resume: {command}")
         run = run._replace(ledger=read_ledger(folder), ranks=read_ranks(folder))
         for pair in run.ranks:
-            run.ledger["updates_per_pair"][pair_name(pair)]
+            run.ledger["updates_per_pair"][pair_name(pair)]  # or a KeyError says which is missing
     except BadInput:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -117,7 +117,7 @@ def check_bad(corpus, quarantine, out, allow_bad):
         raise BadInput(
             f"{corpus.source}: {bad:,} of {total:,} rows ({bad / total:.1%}) cannot be used: {in_words(counts)}; "
             f"{out}/quarantine.jsonl names each. Repair them and run the same command again, or allow it: --allow-bad "
-            f"{math.ceil(100 * bad / total) / 100:g}"
+            f"{math.floor(100 * bad / total + 1) / 100:g}"
         )
 
 

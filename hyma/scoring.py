@@ -10,7 +10,8 @@ import vlm
 from hyma.embeddings import unique
 from hyma.files import sha256_file
 from hyma.metrics import TaskScores, resample
-from hyma.tasks import KINDS, image_inputs, score, text_inputs
+from hyma.task_inputs import image_inputs, text_inputs
+from hyma.tasks import KINDS, score
 from vlm import BadInput
 
 

@@ -85,8 +85,8 @@ def join_shards(name, vector_format, shards, places, path):
     vectors = torch.from_file(str(together), shared=True, size=rows * vector_format.dim, dtype=vector_format.dtype)
     vectors = vectors.view(rows, vector_format.dim)
     shard_of_row, vector_of_row = torch.tensor(places).T  # [rows] each
-    for number, shard in enumerate(shards):
-        of_shard = (shard_of_row == number).nonzero().squeeze(1)
+    counts = torch.bincount(shard_of_row, minlength=len(shards)).tolist()
+    for shard, of_shard in zip(shards, shard_of_row.argsort(stable=True).split(counts)):  # row numbers, in order
         if len(of_shard):
             vectors[of_shard] = shard.vectors(name, vector_format)[vector_of_row[of_shard]]
     save_tensors(vectors, path)

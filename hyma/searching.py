@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 import vlm
+from hyma.embeddings import check_trained_on
 from hyma.gallery import find_picture
 from hyma.merging import as_folders, open_embeddings
 from hyma.pair_names import pair_name
 from hyma.prompts import TEMPLATES
 from hyma.search_index import VectorIndex
+from hyma.splits import LEFT_OUT
 from hyma.weights import open_encoders
 from vlm import BadInput, reason_of
 
@@ -27,6 +29,7 @@ class Hit(NamedTuple):
     score: float  # cosine
     text: str  # caption or class
     picture: str | None = None  # as the folder's rows name it
+    sha256: str | None = None  # of the picture's bytes when it was embedded
 
 
 class Search:
@@ -74,15 +77,12 @@ class Search:
         return self.cache[make, *key]
 
     def connector(self, pair):
-        """The connector of a pair. Raises BadInput if it was trained on other weights than the folder's."""
+        """The connector of a pair. Raises BadInput if it was trained on other weights or settings than the folder's."""
         path = self.run.connector(*pair)
-        trained_on = vlm.read_card(path).get("weights_sha256")
         for name in pair:
             if name not in self.data.encoders:
                 raise BadInput(f"{self.data.folder}: has no {name}, which {path} is for; name another folder: --data")
-            expected, own = (trained_on or {}).get(name), self.data.weights_sha256(name)
-            if expected and own and expected != own:
-                raise BadInput(f"{path}: was trained on other weights of {name} than {self.data.folder} was made with")
+            check_trained_on(path, name, self.data)
         image, text = [self.data.encoders[name] for name in pair]
         return vlm.load_connector(path, image.dim, text.dim)
 
@@ -165,7 +165,8 @@ class Search:
 
     def hit(self, score, row):
         """The Hit of a row's picture and caption."""
-        return Hit(score, self.rows[row]["caption"], self.rows[row]["image"])
+        found = self.rows[row]
+        return Hit(score, found["caption"], found["image"], found.get("image_sha256"))
 
     # ----------------------------------------------------------------------------------------------- pictures
 
@@ -186,10 +187,11 @@ def open_data(run, folder):
 
 
 def first_rows(rows, part):
-    """The first row of each different picture or caption."""
+    """The first row of each different picture or caption, without rows that cannot be used."""
     first = {}
     for number, row in enumerate(rows):
-        first.setdefault(row[part], number)
+        if row.get("split") != LEFT_OUT:
+            first.setdefault(row[part], number)
     return list(first.values())
 
 

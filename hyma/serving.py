@@ -4,6 +4,7 @@ Gradio makes the page. No file of the corpus is served: pictures are small copie
 `hyma/gallery.py` allows. The page loads nothing from elsewhere and sends nothing out.
 """
 
+import html
 import os
 import socket
 
@@ -71,7 +72,7 @@ def make_page(gradio, search, chosen, top):
     day = 24 * 3600  # after it, and when the page ends, pictures that were dropped are deleted
     options = {"title": f"Search {search.data.dataset}", "analytics_enabled": False, "delete_cache": (day, day)}
     with gradio.Blocks(**options) as page:
-        gradio.Markdown(f"## Search {len(search.picture_rows):,} pictures of {search.data.dataset}")
+        gradio.HTML(f"<h2>Search {len(search.picture_rows):,} pictures of {html.escape(search.data.dataset)}</h2>")
         with gradio.Row():
             pairs = [
                 gradio.Dropdown(names, value=first, label="the chosen pair"),

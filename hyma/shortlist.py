@@ -8,7 +8,8 @@ import shlex
 
 import torch
 
-from hyma.costs import embedding_flops, flop_counter
+from hyma.costs import count_different, count_in_proportion, embedding_flops, flop_counter
+from hyma.embeddings import unique
 from hyma.files import write_csv
 from hyma.pairs import images_of, texts_of
 from hyma.prediction import odds_to_share, predict
@@ -23,7 +24,7 @@ REASONABLE_ROWS = 1000  # of a part (benchmarks/README.md, choosing on a part)
 def whole_corpus(data):
     """What the manifest of a part records of the corpus that it was drawn from (`hyma.subset`). None for a whole corpus."""
     subset = (data.manifest or {}).get("subset")
-    if not subset or subset["whole"]["rows"] <= data.row_count:
+    if not subset or subset["whole"]["rows"] <= max(data.row_count, subset["rows"]):  # rows that cannot be used make no part of it
         return None
     return subset
 
@@ -59,7 +60,7 @@ def encoder_costs(data, pairs):
     names = images_of(pairs) + texts_of(pairs)
     costs = {}
     for name in names:
-        costs[name] = embedding_flops(data, [name], data.row_count)
+        costs[name] = embedding_flops(data, [name], count_different(data))
     return costs if all(costs.values()) else dict.fromkeys(names, 1)
 
 
@@ -135,7 +136,8 @@ def print_advice(data, subset, pairs, kept, probability):
     else:
         line = f"Embed all {whole:,} rows with {in_words(images, 'image')} and {in_words(texts, 'text')}."
         line += f" They hold a pair at most {100 * CLOSE:.0f} point below the best with {probability:.0%} probability"
-        cost, of_all = embedding_flops(data, kept, whole), embedding_flops(data, names, whole)
+        different = count_in_proportion(data, whole)
+        cost, of_all = embedding_flops(data, kept, different), embedding_flops(data, names, different)
         if cost and of_all:
             line += f", and leaving out the others saves {1 - cost / of_all:.0%} of the embedding"
         print(f"{line}:")
@@ -154,11 +156,13 @@ def embed_command(data, subset, names):
         encoder = data.encoders[name]
         known = name in ENCODERS and ENCODERS[name].spec == encoder.spec
         words.append(name if known else f"{name}={encoder.spec}")
-    for flag, values in subset.get("options", {}).items():
-        if flag == "--weights":  # of encoders that are left out, embed.py would refuse them
-            values = [value for value in values if value.partition("=")[0] in names]
-            if not values:
-                continue
-        words += [flag, *values]
-    words += ["--reuse", str(data.folder), "--out", f"{data.folder}-chosen"]
+    options = dict(subset.get("options", {}))
+    weights = []
+    for manifest in data.manifests():
+        weights += manifest.get("subset", {}).get("options", {}).get("--weights", [])
+    options["--weights"] = [value for value in unique(weights) if value.partition("=")[0] in names]  # embed.py refuses others
+    for flag, values in options.items():
+        if values or flag != "--weights":
+            words += [flag, *values]
+    words += ["--reuse", *map(str, data.folders), "--out", f"{data.folder}-chosen"]
     return shlex.join(words)

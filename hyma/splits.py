@@ -35,6 +35,11 @@ def known_split(name):
     return SPLIT_OF.get(plain)
 
 
+def has_test_rows(rows):
+    """Whether some rows are marked as test rows, in any spelling."""
+    return any(known_split(row.get("split")) == "test" for row in rows)
+
+
 def split_of_words(name):
     """The split that a word of a table's name is, or of its folder's: train.csv, cc3m-validation-0000.tar,
     captions_val2017.json, test_unseen/, split=test/.
@@ -131,8 +136,9 @@ def refuse_held_out(rows, digests):
 def set_aside(rows, digests):
     """Moves training rows to val, where it is empty, and then to test: all rows of a picture together.
 
-    The digest of a picture alone says where it belongs, so that the split stays as it is when rows are added or are in
-    another order. Returns lines about what was moved.
+    The digest of a picture alone says where it belongs, so that the split stays as it is when rows are in another order or are
+    added; where there are more pictures than MOST_HELD_OUT for each, added ones take the places of others. Returns lines about
+    what was moved.
     """
     found = {row["split"] for row in rows}
     if "train" not in found or "val" in found:

@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.columns import is_known
-from hyma.datasets import Corpus, draw_distractors
+from hyma.columns import is_known, readable_label
+from hyma.datasets import Corpus
+from hyma.distractors import draw_distractors
 from hyma.files import make_folder
 from hyma.pictures import IMAGE_SUFFIXES
 from hyma.tables import read_text, read_text_table
@@ -95,11 +96,13 @@ def published(data, *names):
 
 
 def read_imagenet(data, out):
-    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, which are all different."""
+    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, but for a dog and a jacket that differ there
+    by a capital alone, and so not to a text encoder."""
     from timm.data import ImageNetInfo
     from torchvision.models import ResNet50_Weights
 
     names = dict(zip(ImageNetInfo().label_names(), ResNet50_Weights.DEFAULT.meta["categories"]))
+    names["n02113186"] = "Cardigan Welsh corgi"
     root = data / "val" if (data / "val").is_dir() else data
     folders = sorted(folder for folder in root.glob("n*") if folder.name in names)
     if not folders:
@@ -110,7 +113,7 @@ def read_imagenet(data, out):
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 rows.append({"image": f"{folder.name}/{path.name}", "caption": label, "label": label})
-    return Source(root, rows, "ImageNet-1k validation, torchvision's class names")
+    return Source(root, rows, "ImageNet-1k validation, torchvision's class names but for one")
 
 
 def read_cifar(data, out, name):
@@ -134,7 +137,7 @@ def read_cifar(data, out, name):
     rows = []
     for k, target in enumerate(published_set.targets):
         label = published_set.classes[target]
-        rows.append({"image": f"{k:05d}.png", "caption": label.replace("_", " "), "label": label})
+        rows.append({"image": f"{k:05d}.png", "caption": readable_label(label), "label": label})
     return Source(root, rows, f"CIFAR-{name[5:]} test")
 
 

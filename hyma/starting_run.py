@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hyma.pairs import images_of, texts_of
-from hyma.runs import check_same_split
+from hyma.runs import check_same_split, connectors_folder
 from vlm import BadInput, connector_name, read_connector, read_json
 
 KEPT_FLAGS = ("data", "rows", "connector", "batch_size", "logit_scale", "weight_decay", "clip_norm", "precision")
@@ -60,5 +60,7 @@ def check_same_data(run, data, pairs, seeds):
 
 def read_starting_connector(run, image, text, hidden_layers):
     """The tensors of the run's connector of a pair: weight [out, in], bias [out], and so on, layer after layer."""
-    path = Path(run, "connectors", connector_name(image, hidden_layers, text))
+    path = connectors_folder(Path(run)) / connector_name(image, hidden_layers, text)
+    if not path.is_file():
+        raise BadInput(f"--from {run}: has no connector {path.name}; name the pairs that it has: --pairs")
     return read_connector(path)[3].values()

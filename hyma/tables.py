@@ -7,6 +7,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ def read_text(path):
 def read_text_table(path, is_known):
     """The Table of a text table with a header."""
     lines = list(io.StringIO(read_text(path), newline=""))
+    if lines and re.fullmatch(r"\ufeff?sep=.\s*", lines[0]):  # a line for Excel alone
+        lines = lines[1:]
     if not lines:
         return Table([])
     usual = "\t" if path.suffix.lower() == ".tsv" else ","

@@ -10,7 +10,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from hyma.columns import CLASS_FILES, as_number, named, read_class_file
+from hyma.columns import CLASS_FILES, as_number, named, read_class_file, readable_label
 from hyma.inflating import DAMAGE, find_ending, inflated_size, open_inflated
 from hyma.packed import tar_address
 from hyma.pictures import IMAGE_SUFFIXES
@@ -228,7 +228,7 @@ def name_classes(path, records):
             unnamed.add(number)
         elif label not in (None, ""):
             record["label"] = names.get(number, label)
-            record["caption"] = record["label"].replace("_", " ")
+            record["caption"] = readable_label(record["label"])
     if unnamed:
         raise BadInput(
             f"--data {path}: its samples have classes (.cls) and no captions, and what the classes {named(sorted(unnamed))} are is "

@@ -1,11 +1,9 @@
 """What a connector is scored on: retrieval, zero-shot classification, multiple choice.
 
-Each kind of task has a section of its own below, which ends in a `Kind`: how the task is made from the rows of an embedding
+Each kind of task has a section of its own below, which ends in a `TaskKind`: how the task is made from the rows of an embedding
 folder, how it is scored and what its score is called. To add a kind, write its section and add it to `KINDS`.
 """
 
-import functools
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlm
-from hyma.datasets import draw_distractors
-from hyma.embeddings import Embeddings, check_same_encoder, has_unit_rows, unique
+from hyma.columns import readable_label
+from hyma.distractors import draw_distractors
+from hyma.embeddings import Embeddings, has_unit_rows, unique
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
-from hyma.prompts import RecordedEncoder, load_prompts, read_templates
+from hyma.prompts import read_templates
 from hyma.splits import LEFT_OUT, known_split, split_rows
 from kernels import true_rank
 from vlm import MAPPED_AT_ONCE, BadInput
@@ -50,7 +49,7 @@ class Score(NamedTuple):
     units: Tensor  # [pictures or rows] float64, whose mean is `value`: what a bootstrap draws from
 
 
-class Kind(NamedTuple):
+class TaskKind(NamedTuple):
     """A kind of task."""
 
     name: str
@@ -125,7 +124,7 @@ def usable_rows(data):
 def score(task, texts, images, connector) -> Score:
     """Scores a connector, [B, D_t] -> [B, D_i], on a task.
 
-    texts: the result of `text_inputs`, on the connector's device. images: [n, D_i], of any length.
+    texts: the result of `task_inputs.text_inputs`, on the connector's device. images: [n, D_i], of any length.
 
     A tie counts against the right answer, so that a connector whose outputs are all the same scores zero.
     """
@@ -220,7 +219,7 @@ def score_retrieval(task, mapped, images):
     return Score(metrics, value, units.cpu())
 
 
-RETRIEVAL = Kind(
+RETRIEVAL = TaskKind(
     name="retrieval",
     make=make_retrieval,
     score=score_retrieval,
@@ -289,11 +288,6 @@ def labelled_pictures(data, rows):
     return classes, torch.tensor(labelled), torch.tensor(right)
 
 
-def readable_label(label):
-    """A label as words: red_fox is "red fox"."""
-    return label.replace("_", " ")
-
-
 def plain_words(label):
     """The words of a label, however it is spelt: of red_fox, "Red Fox" and "red  fox" they are the same."""
     return " ".join(readable_label(label).casefold().split())
@@ -313,7 +307,7 @@ def score_zeroshot(task, mapped, images):
     return Score(metrics, metrics["acc1"], hits.cpu())
 
 
-ZEROSHOT = Kind(
+ZEROSHOT = TaskKind(
     name="zeroshot",
     make=make_zeroshot,
     score=score_zeroshot,
@@ -435,7 +429,7 @@ def is_correct(images, choices, right, mapped):
     return beaten.sum(1) == 0
 
 
-VQA = Kind(
+VQA = TaskKind(
     name="vqa",
     make=make_vqa,
     score=score_vqa,
@@ -446,60 +440,3 @@ VQA = Kind(
 
 # Retrieval is what connectors are trained for. A report begins with the first of these kinds that its tasks have.
 KINDS = {kind.name: kind for kind in (RETRIEVAL, ZEROSHOT, VQA)}
-
-# ------------------------------------------------------------------------------------------------ a task's embeddings
-
-
-def image_inputs(task, image_name, run_data=None):
-    """The image embeddings of the task's rows [n, D_i] as stored, which embed.py makes unit vectors. run_data: as for
-    `text_inputs`."""
-    check_same_encoder(image_name, task.data, run_data)
-    return load_embeddings(task.data, image_name)[task.rows]
-
-
-def text_inputs(task, text_name, weights=None, device="cpu", run_data=None):
-    """Unit vectors on the device: of the task's captions [n, D_t], or of its prompts [texts, D_t].
-
-    weights: {encoder: local folder} for prompts that are not cached. run_data: the embeddings that the run was trained
-    on, whose encoders these must be. Raises BadInput if they are others, or if embeddings or weights are missing.
-    """
-    check_same_encoder(text_name, task.data, run_data)
-    if not task.texts:
-        return load_embeddings(task.data, text_name)[task.rows].to(device)
-    recorded = recorded_encoder(text_name, task.data, run_data)
-    folder = (weights or {}).get(text_name)
-    return load_prompts(task.data.folder, recorded, task.texts, folder, device).to(device)
-
-
-def prepare_inputs(task, pairs, weights, device, run_data):
-    """Reads and checks every embedding that scoring these pairs takes, and embeds prompts that are not cached.
-
-    Arguments as for `text_inputs`. Raises BadInput; OtherWeights or vlm.MissingWeights, of all of the task's text encoders,
-    if prompts cannot be embedded without --weights.
-    """
-    images, texts = zip(*pairs)
-    for image in unique(images):
-        image_inputs(task, image, run_data)
-    readers = []
-    for text in unique(texts):
-        readers.append(functools.partial(text_inputs, task, text, weights, device, run_data))
-    vlm.build_all(readers)
-
-
-def recorded_encoder(name, data, run_data):
-    """The text encoder as the task's folder records it, else the run's, else as the registry knows it."""
-    for folder in (data, run_data):
-        if folder and name in folder.encoders:
-            record = folder.record(name)
-            settings = json.dumps(record.get("transform", {}))
-            return RecordedEncoder(folder.encoders[name], record.get("weights_sha256"), settings)
-    return RecordedEncoder(vlm.find_encoder(name), None, "{}")
-
-
-@functools.cache
-def load_embeddings(data, name):
-    """The embeddings of one encoder [rows, D], memory-mapped and checked once, however many pairs use them."""
-    if name not in data.encoders:
-        held = ", ".join(data.encoders)
-        raise BadInput(f"{data.folder}: has {held} but not {name}; add it: python embed.py --encoder {name} --out ...")
-    return data.load(name)

@@ -1,10 +1,9 @@
-"""What both trainers share: data, the schedule, the loss of a step, validation, what is printed at the end.
+"""What both trainers share: data, the schedule, the loss of a step, validation. What they print is in `hyma/printed_ranking.py`.
 
 A generator is whatever gives the connectors of pairs: the hypernetworks of train_hyma.py, the free connectors of
 train_grid.py. Its protocol is `Generator`, below; what a hypernetwork has besides is in `hyma.hypernetworks`.
 """
 
-import itertools
 import math
 import os
 from typing import Protocol
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hyma import ranks
-from hyma.brackets import brackets
+from hyma.casting import cast_layers
+from hyma.costs import step_flops
 from hyma.embeddings import SAMPLE
 from hyma.machine import provenance
 from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval, mean_recalls
-from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
+from hyma.pair_names import choose_pairs, pair_name, pair_of_name
 from hyma.pairs import group_by_text, images_of, texts_of
 from hyma.runs import create_run, interrupted_run, reopen_run, run_of_same_command
 from hyma.settled import leader, leads_since
@@ -53,6 +53,8 @@ def open_data(flags, out, typed, resumed_config):
     encoders were embedded since. out: the run folder, None if it is not named. Others: see `open_run_folder`."""
     data = open_embeddings(flags.data or SAMPLE)
     pairs = choose_pairs(data, flags.pairs)
+    if getattr(flags, "add_encoder", None):  # they follow from the run that it is added to
+        return data, pairs
     names = resumed_config["pairs"] if resumed_config else ranks.from_first(lambda: pairs_of_started(out, typed))
     started_with = list(map(pair_of_name, names))
     if started_with and set(started_with) < set(pairs):
@@ -111,8 +113,8 @@ def open_run_folder(flags, typed, resumed_config, must_match, run_info, device):
     return create_run(flags.out, recorded_flags(flags), typed, must_match, run_info, device)
 
 
-def check_split(flags, pairs):
-    """Raises BadInput if there are more ranks than what they share. pairs: of a step."""
+def check_ranks_share(flags, pairs):
+    """Raises BadInput if there are more ranks than what they share. pairs: all that are trained."""
     count = ranks.count()
     if flags.split == "pairs" and count > len(pairs):
         raise BadInput(f"torchrun: {count} processes for {len(pairs)} pairs; start fewer, or give --split rows")
@@ -245,6 +247,16 @@ def losses_on_ranks(generator, store, rows, pairs, own, dtype, flags):
     return losses
 
 
+def count_step(state, generator, store, batch_size, pairs):
+    """Adds to a trainer's state that a step of these pairs was taken, and what it cost."""
+    for key, flops in step_flops(generator, batch_size, pairs, store.dims).items():
+        state[key] += flops
+    state["flops"] += store.projection_flops(batch_size, images_of(pairs))
+    for pair in pairs:
+        state["updates"][pair_name(pair)] += 1
+    state["step"] += 1
+
+
 class StepLosses:
     """The losses of the last steps, which stay on the device: reading them makes the host wait for it."""
 
@@ -296,42 +308,6 @@ def check_weights(weights, step):
             )
 
 
-def cast_layers(layers, dtype):
-    """The layers with their weights and biases in this dtype."""
-    tensors = [tensor for layer in layers for tensor in (*layer.weights, *layer.biases)]
-    if tensors[0].dtype == dtype:
-        return layers
-    left = iter(CastTogether.apply(dtype, *tensors))
-    cast = []
-    for layer in layers:
-        weights = list(itertools.islice(left, len(layer.weights)))
-        biases = list(itertools.islice(left, len(layer.biases)))
-        cast.append(Layer(weights, biases, layer.wiring))
-    return cast
-
-
-class CastTogether(torch.autograd.Function):
-    """Tensors of one dtype in another, by one launch on a GPU; then their gradients likewise."""
-
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.dtype = tensors[0].dtype
-        ctx.set_materialize_grads(False)  # a weight that was not used has no gradient, and AdamW skips it
-        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(cast, tensors)
-        is_frozen = [not needed for needed in ctx.needs_input_grad[1:]]
-        ctx.mark_non_differentiable(*itertools.compress(cast, is_frozen))
-        return tuple(cast)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        given = [grad for grad in grads if grad is not None]
-        cast = [torch.empty_like(grad, dtype=ctx.dtype) for grad in given]
-        torch._foreach_copy_(cast, given)
-        left = iter(cast)
-        return None, *(None if grad is None else next(left) for grad in grads)
-
-
 def separate_layers(features, pairs, connectors):
     """What `connector_mlp` takes for pairs with weights of their own, which share nothing.
 
@@ -351,7 +327,7 @@ def separate_layers(features, pairs, connectors):
     return list(features.values()), layers
 
 
-# --------------------------------------------------------------------------------------- validation and what is printed
+# ------------------------------------------------------------------------------------------------------ validation
 
 
 @torch.no_grad()
@@ -419,67 +395,3 @@ def metrics_line(state, epoch, lr, val_recall10, recalls):
         "seconds": state["seconds"],
         "recalls": recalls,
     }
-
-
-def print_ranking(ranking, recalls, retrieval):
-    """The rows of `rank_pairs` as a table: the score that ranks, then recalls in per cent, both directions.
-
-    A bracket holds the first pair and those whose difference from it can be chance.
-    """
-    score, words, unit = "val_recall10", "mean", "R@10"
-    if "expected_recall" in ranking[0]:
-        score, words, unit = "expected_recall", "expected", "recall"
-    chance = " / ".join(f"{100 * value:.1f}" for value in retrieval.chance)
-    wide = max(5, *(len(row["image"]) for row in ranking))
-    narrow = max(len(row["text"]) for row in ranking)
-    rows = f"{retrieval.query_rows} validation rows among {len(retrieval.rows)} rows"
-    print(f"\nranking on {rows}, recall in % (chance at 1 / 5 / 10: {chance})")
-    print(f"  {'':6}{words:>8}{'':{wide + narrow + 13}}text -> image        image -> text       mean")
-    columns = f"  rank  {unit:>8}  ±     {'image':{wide}}  {'text':{narrow}}" + "   R@1   R@5  R@10" * 2
-    print(f"{columns}   R@10")
-
-    queries = min(retrieval.queries.values())
-    first = ranking[0]
-    alike = [can_be_chance(first, row, score, queries) for row in ranking]
-    for mark, row in zip(brackets(alike), ranking):
-        half = 100 * half_interval(row[score], queries)
-        line = f"{mark} {row['rank']:4}  {100 * row[score]:8.1f}  ±{half:4.1f}  {row['image']:{wide}}  {row['text']:{narrow}}"
-        for value in recalls[name_of_row(row)]:
-            line += f"{100 * value:6.1f}"
-        print(f"{line}{100 * row['val_recall10']:7.1f}")
-    if sum(alike) > 1:
-        print(f"The {sum(alike)} pairs in the bracket cannot be told apart on {queries} validation pictures.")
-
-
-def half_interval(recall, queries):
-    """Half of the 95 % interval of a recall of that many queries, 0 to 1.
-
-    That of both directions' mean is at most so wide, and `expected` has no more noise than validation. At 0 and 1 it is as wide
-    as Wilson's interval: that few queries found nothing, or all, says no more.
-    """
-    edge = min(0.5, 1.96**2 / (queries + 1.96**2))
-    recall = min(1 - edge, max(edge, recall))
-    return 1.96 * math.sqrt(recall * (1 - recall) / queries)
-
-
-def can_be_chance(first, row, score, queries):
-    """Whether the difference of two rows' scores is within its 95 % interval, as if they had different pictures: the same
-    pictures make it narrower, so that pairs outside are apart indeed."""
-    widths = half_interval(first[score], queries), half_interval(row[score], queries)
-    return first[score] - row[score] <= math.hypot(*widths)
-
-
-def print_results(ranking, recalls, retrieval, description, state, best):
-    """The ranking, what it cost, and the best connector, ready to load. description: how it was trained, in a few words."""
-    print_ranking(ranking, recalls, retrieval)
-    if sum(row["val_recall10"] for row in ranking) < 2 * len(ranking) * retrieval.chance[2]:
-        print(
-            "All pairs are at chance. A lower --lr or more --epochs may help; do captions and images belong together?"
-        )
-    updates = state["updates"].values()
-    teraflop = state["flops"] / 1e12
-    print(
-        f"{description}: {teraflop:.2f} TFLOP in {state['seconds']:.0f} s, {min(updates)} to {max(updates)} updates per pair"
-    )
-    print(f"\nbest connector: {best}")
-    print(f"load it: from vlm import get_vlm_from_checkpoint; vlm = get_vlm_from_checkpoint({str(best)!r})")

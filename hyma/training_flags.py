@@ -28,7 +28,10 @@ def add_training_flags(parser, name):
     )
     about = "hidden layers of 1024 (default: %(default)s)"
     add("--connector", choices=["mlp0", "mlp1", "mlp2"], default="mlp1", help=about)
-    add("--epochs", type=int, help="passes over the training rows (default: 10, or as many as make 100 steps)")
+    default = "10, or as many as make 100 steps"
+    if name == "hyma":
+        default = "as many as grid search's, 10 or what makes 100 steps; below 16,384 rows fewer, to a half; mlp0: half of these"
+    add("--epochs", type=int, help=f"passes over the training rows (default: {default})")
     add("--rows", type=int, help="use only N rows of the folder, drawn by the seed (default: all)", metavar="N")
     add("--batch-size", type=int, help="rows per step (default: 512, or all there are)")
     add("--warmup-steps", type=int, default=20, help="steps of linear warm-up; a cosine follows (default: %(default)s)")
@@ -81,10 +84,11 @@ def resolve_training_flags(flags, name, device, row_count):
     flags.data = flags.data or SAMPLE
     flags.batch_size = flags.batch_size or max(2, min(512, row_count))
     if row_count < 2:
-        source = f"--rows {flags.rows}" if flags.rows else flags.data
+        source = f"--rows {flags.rows}" if flags.rows else " ".join(map(str, as_folders(flags.data)))
         raise BadInput(f"{source}: leaves one row to train on, and a contrastive loss needs at least two")
     if row_count < flags.batch_size:
-        raise BadInput(f"--batch-size {flags.batch_size}: {flags.data} has only {row_count} training rows")
+        folders = " ".join(map(str, as_folders(flags.data)))
+        raise BadInput(f"--batch-size {flags.batch_size}: {folders} has only {row_count} training rows")
     if flags.out is None:
         new = Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
         flags.out = Path(ranks.from_first(lambda: str(interrupted_run(typed) or new)))

@@ -11,7 +11,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import sha256_file
 from hyma.packed import open_picture, picture_bytes
 from hyma.seeds import seeded_generator
-from hyma.weights import open_encoder
+from hyma.weights import open_recorded, recorded_encoder
 from vlm import BadInput
 
 ROWS = 16  # embedded again, of each encoder
@@ -139,7 +139,7 @@ def verify_folder(folder, names, weights, device):
 def reembed_encoder(data, name, weights, device):
     """The Reembedded rows of an encoder of an open folder. Raises BadInput if its weights or pictures are not to be had."""
     root = data.folder / data.manifest.get("root", ".")
-    encoder = open_encoder(data, name, weights, device)
+    encoder = open_recorded(recorded_encoder(name, data), weights, device)
     vectors = data.load(name)
     usable = [number for number, row in enumerate(data.rows) if row["caption"]]
     return reembed(encoder, data.rows, usable, root, lambda start, end: vectors[start:end])

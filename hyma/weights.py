@@ -1,12 +1,72 @@
-"""The encoders that made an embedding folder, opened again: `--weights`, and all that are missing named in one line."""
+"""The encoders that made an embedding folder, opened again: they must be the very same ones. `--weights`, and all that are
+missing named in one line."""
 
 import functools
 import json
+from typing import NamedTuple
 
 import vlm
-from hyma.prompts import open_text_encoder
-from hyma.tasks import recorded_encoder
-from vlm import BadInput
+from vlm import BadInput, Encoder
+
+
+class OtherWeights(BadInput):
+    """The weights on the hub are not those that the embeddings were made with; the message says what to pass."""
+
+
+class RecordedEncoder(NamedTuple):
+    """An encoder as the manifest of its embeddings records it."""
+
+    encoder: Encoder
+    weights_sha256: str | None  # None: not recorded
+    settings: str  # what its vectors depend on beside the weights, as JSON
+
+
+def recorded_encoder(name, *folders):
+    """The RecordedEncoder of the first of the embedding folders that has one of this name, else as the registry knows it."""
+    for data in folders:
+        if data and name in data.encoders:
+            record = data.record(name)
+            settings = json.dumps(record.get("transform", {}))
+            return RecordedEncoder(data.encoders[name], record.get("weights_sha256"), settings)
+    return RecordedEncoder(vlm.find_encoder(name), None, "{}")
+
+
+def open_recorded(recorded, weights, device):
+    """The ImageEncoder or TextEncoder. weights: a file or folder, None for the hub's. Raises vlm.MissingWeights; BadInput if its
+    width, weights or settings are not those of the embeddings."""
+    encoder = recorded.encoder
+    build = vlm.ImageEncoder if encoder.kind == "image" else vlm.TextEncoder
+    model = build(f"{encoder.name}={encoder.spec}", device, weights)
+    if encoder.dim not in (None, model.embed_dim):
+        raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
+    digest = recorded.weights_sha256
+    if digest and vlm.weights_digest(model.model) != digest:
+        if weights is None:
+            raise OtherWeights(
+                f"{encoder.name}: the weights on the hub are not those that the embeddings were made with; pass those: "
+                f"--weights {encoder.name}=PATH"
+            )
+        raise BadInput(f"--weights {encoder.name}={weights}: not the weights that the embeddings were made with")
+    difference = vlm.first_difference(json.loads(recorded.settings), json.loads(json.dumps(model.config)))
+    if difference:
+        setting, then, now = difference
+        raise BadInput(
+            f"{encoder.name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here; embed the data again, "
+            "or install the versions that its manifest.json names"
+        )
+    return model
+
+
+def open_encoders(data, names, weights, device):
+    """{name: ImageEncoder or TextEncoder} of encoders of an embedding folder, with the weights that made it.
+
+    weights: {name: file or folder}, instead of the hub. Raises BadInput; if weights are missing, one line that names all of
+    them and the commands that bring them.
+    """
+    builders = []
+    for name in names:
+        builders.append(functools.partial(open_recorded, recorded_encoder(name, data), weights.get(name), device))
+    return dict(zip(names, vlm.build_all(builders)))
 
 
 def named_paths(flag, items, value):
@@ -22,33 +82,8 @@ def named_paths(flag, items, value):
     return paths
 
 
-def open_encoders(data, names, weights, device):
-    """{name: ImageEncoder or TextEncoder} of encoders of an embedding folder, with the weights that made it.
-
-    weights: {name: file or folder}, instead of the hub. Raises BadInput; if weights are missing, one line that names all of
-    them and the commands that bring them.
-    """
-    builders = []
-    for name in names:
-        builders.append(functools.partial(open_encoder, data, name, weights.get(name), device))
-    return dict(zip(names, vlm.build_all(builders)))
-
-
-def open_encoder(data, name, weights, device):
-    """The encoder. Raises BadInput if its width, weights or settings are not those of the embeddings."""
-    if data.encoders[name].kind == "text":
-        return open_text_encoder(recorded_encoder(name, data, None), weights, device)
-    encoder = data.encoders[name]
-    model = vlm.ImageEncoder(f"{name}={encoder.spec}", device, weights)
-    if encoder.dim not in (None, model.embed_dim):
-        raise BadInput(f"{name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
-    digest = data.weights_sha256(name)
-    if digest and vlm.weights_digest(model.model) != digest:
-        source = f"--weights {name}={weights}" if weights else f"{name}: the weights on the hub"
-        raise BadInput(f"{source}: not the weights that the embeddings in {data.folder} were made with")
-    settings = json.loads(json.dumps(model.config))  # as the manifest has them
-    difference = vlm.first_difference(data.record(name).get("transform"), settings)
-    if difference:
-        setting, then, now = difference
-        raise BadInput(f"{name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here")
-    return model
+def check_names(weights, names):
+    """Raises BadInput for a name in --weights that is no encoder of `names`: with a typing error it would be passed over."""
+    for name in weights:
+        if name not in names:
+            raise BadInput(f"--weights {name}: is none of the encoders here, which are {', '.join(names)}")

@@ -49,7 +49,7 @@ class Share(NamedTuple):
     """The rows of a batch that are this process's, where several share it."""
 
     first: int  # place of the first of them in the batch
-    gather: Callable[[Tensor], Tensor]  # a tensor of every process, all of one shape: [processes, ...], the same for all
+    gather: Callable[[Tensor], Tensor]  # this process's tensor to those of all, of one shape: [processes, ...]
 
 
 def connector_mlp(features: Sequence[Tensor], layers: Sequence[Layer], *, impl=None) -> tuple[Tensor, Tensor | None]:

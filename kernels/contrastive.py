@@ -65,6 +65,7 @@ class Problem:
 
 
 def positives(p):
+    """Fills p.inverse, 1 / |z_i|, and p.positive, s_ii: [P, B] each."""
     launch.run(
         positives_kernel, (triton.cdiv(p.batch, ROWS.m), p.pairs), p.z, p.y,
         p.inverse, p.positive, p.table, p.batch, p.z.stride(0), p.y.stride(0), p.scale, EPS**2, launch=ROWS,
@@ -73,6 +74,11 @@ def positives(p):
 
 
 def logits(p, mode, pairs, stripes, group, partials, out, gain=1.0):
+    """Logits of these pairs, a range, and stripes, a range too.
+
+    STATS and STORE fill partials (`partials_of`), of `group` pairs, and STORE also `out` with E. WEIGHTS takes the log-sum-exp of
+    rows and columns as partials and fills `out` with gain * G. out: [pairs * stripes * tile.m, n_tiles * tile.n].
+    """
     launch.run(
         logits_kernel, (len(pairs) * len(stripes) * p.n_tiles,), p.z, p.y, p.inverse, p.table, *partials, p.match, out,
         pairs.start, stripes.start, len(stripes), group, p.batch, p.z.stride(0), p.y.stride(0), p.n_tiles,
@@ -82,6 +88,7 @@ def logits(p, mode, pairs, stripes, group, partials, out, gain=1.0):
 
 
 def reduce(p, pairs, partials):
+    """Partials of these pairs to p.losses, p.slope (d_i), p.row_lse and p.col_lse [P, B]; with counts to p.correct, too."""
     launch.run(
         reduce_kernel, (triton.cdiv(p.batch, REDUCE.m), len(pairs)), *partials, p.match, p.positive,
         p.losses, p.slope, p.row_lse, p.col_lse, p.correct, pairs.start, len(pairs), p.batch, p.pairs,
@@ -90,6 +97,10 @@ def reduce(p, pairs, partials):
 
 
 def gradient(p, pairs, stripes, weights, du, stored, gain=1.0):
+    """Fills the rows of du [B, sum D], dL/du, of these stripes and the columns of these pairs.
+
+    weights: what `logits` left, E where `stored`, else gain * G.
+    """
     tile = launch.choose("gradient_stored" if stored else "gradient", p.z)
     assert tile.m == p.tile.m, "a stripe is one row of tiles of the logits, and of the gradient"
     assert p.tile.n % tile.k == 0, (

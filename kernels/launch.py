@@ -145,9 +145,8 @@ def keep_tables(args):
 @lru_cache(maxsize=256)
 def table(rows, device):
     """A tuple of equally long tuples of integers as an int64 tensor on the device, copied without a wait."""
-    if capturing(
-        device
-    ):  # the copy would be part of the graph, and each replay would read memory of the host that is gone
+    # The copy would be part of the graph, and each replay would read memory of the host that is gone.
+    if capturing(device):
         raise RuntimeError(
             "kernels: run the same step once before a CUDA graph captures it, so that its tables are uploaded"
         )

@@ -430,7 +430,8 @@ def write_mpnet(path):
 def write_prompts(folder, weights):
     """Embed what evaluate.py asks about labels, so that it needs no text encoder for the sample."""
     sys.path.insert(0, str(HERE.parent))
-    from hyma.tasks import open_tasks, text_inputs
+    from hyma.task_inputs import text_inputs
+    from hyma.tasks import open_tasks
 
     for task in open_tasks("sample", folder, argparse.Namespace(templates="1", device="cpu")):
         for name in TEXT_ENCODERS:

@@ -260,7 +260,7 @@ def initialise(planted):
     """initialise(hidden_layers, shuffled=False, rank=64): an Initialised on the planted rows, or with the pictures dealt out anew."""
     from hyma.closed_form import fold_rows
     from hyma.embeddings import Embeddings, RowStore
-    from hyma.hypernetworks import FactoredHyperNetwork
+    from hyma.hypernetworks import FactoredHypernetwork
     from hyma.pairs import Pairs
     from hyma.splits import split_rows
     from train_hyma import start_from_closed_form
@@ -276,7 +276,7 @@ def initialise(planted):
         torch.manual_seed(0)
         image_dims = {name: store.dims[name] for name in images}
         text_dims = {name: store.dims[name] for name in texts}
-        generator = FactoredHyperNetwork(image_dims, text_dims, hidden_layers, rank)
+        generator = FactoredHypernetwork(image_dims, text_dims, hidden_layers, rank)
         folds = fold_rows(data, rows, 0)
         all_pairs = [(image, text) for image in images for text in texts]
         pairs = Pairs(all_pairs, [], all_pairs, images, texts, None)

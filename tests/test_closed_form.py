@@ -10,21 +10,17 @@ from hyma import unicon
 from hyma.closed_form import (
     IMAGE_NOISE_ROWS,
     MOST_COSINES,
-    RIDGE_CHOICES,
     TEXT_NOISE_ROWS,
     CentredRows,
     fold_rows,
     gram_matrix,
     image_map,
     leading_coordinates,
-    procrustes_map,
-    ridge_factors,
-    ridge_maps,
     whitened_map,
-    whitened_maps,
 )
 from hyma.costs import flop_counter
 from hyma.embeddings import Embeddings
+from hyma.fitted_connectors import RIDGE_CHOICES, procrustes_map, ridge_factors, ridge_maps, whitened_maps
 from hyma.metrics import Retrieval
 from hyma.splits import split_rows
 from hyma.training import validate

@@ -864,3 +864,108 @@ def test_data_that_come_with_train_and_val_keep_just_these():
     lines, refused = give_splits(rows, digests, "rows")
     assert [row["split"] for row in rows] == ["train" if k % 4 else "val" for k in range(100)]
     assert lines == [] and refused == {}
+
+
+# ----------------------------------------------------------------------------------------- splits and captions in silence
+
+
+def table_of_splits(folder, image):
+    """A table of 20 rows whose pictures' paths are image(split, k), a tenth of them val and a tenth test; the pictures exist."""
+    rows = []
+    for k in range(20):
+        split = {0: "val", 1: "test"}.get(k % 10, "train")
+        row = {"image": image(split, k), "caption": f"caption {k}"}
+        path = folder / row["image"].replace("\\", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / f"{k}.webp", path)
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("case", ["backslashes", "absolute", "one elsewhere"])
+def test_splits_of_the_pictures_folders_are_read(folder, case):
+    """Whatever the paths look like: from Windows, from the root of the disk, or with a row whose picture is in no such folder."""
+    image = {
+        "backslashes": lambda split, k: f"{split}\\{k}.webp",
+        "absolute": lambda split, k: f"{folder}/dev/birds/{split}/{k}.webp",
+        "one elsewhere": lambda split, k: f"{split if k != 5 else 'extra'}/{k}.webp",
+    }[case]
+    rows = table_of_splits(folder, image)
+    corpus = read_corpus(write_csv(folder / "t.csv", rows))
+    splits = [row.get("split") for row in corpus.rows]
+    expected = [{0: "val", 1: "test"}.get(k % 10, "train") for k in range(20)]
+    if case == "one elsewhere":
+        expected[5] = "extra"  # no split, so that it is not trained on
+    assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
+
+
+def test_a_table_of_a_split_takes_the_pictures_of_that_split(folder):
+    """test.csv with test/0.webp, where images/0.webp is there, too, and another picture."""
+    (folder / "images").mkdir()
+    (folder / "test").mkdir()
+    for k in range(6):
+        shutil.copy(folder / f"{k}.webp", folder / "images" / f"{k}.webp")
+        shutil.move(folder / f"{k}.webp", folder / "test" / f"{5 - k}.webp")
+    for name, count in (("train", 6), ("test", 4)):
+        write_csv(folder / f"{name}.csv", [picture(k) for k in range(count)])
+    corpus = read_corpus(folder)
+    assert sorted(Path(row["image"]).parts[0] for row in corpus.rows) == ["images"] * 6 + ["test"] * 4
+
+
+def test_splits_in_columns_of_other_names_or_of_none(folder):
+    rows = [picture(k) | {"partition": ("train", "test", "val")[k % 3]} for k in range(6)]
+    assert [row["split"] for row in read_corpus(write_csv(folder / "a.csv", rows)).rows] == ["train", "test", "val"] * 2
+    rows = [picture(k) | {"set": f"set {k % 2}"} for k in range(6)]  # no splits: nobody's rows are left alone for it
+    assert not any("split" in row for row in read_corpus(write_csv(folder / "b.csv", rows)).rows)
+    both = folder / "both"
+    both.mkdir()
+    for name in ("train", "test"):  # an empty column does not hide what the table's name says
+        write_csv(both / f"{name}.csv", [{"image": f"../{k}.webp", "caption": "x", "split": ""} for k in range(3)])
+    assert [row["split"] for row in read_corpus(both).rows] == ["test"] * 3 + ["train"] * 3
+    images = [{"id": k, "file_name": f"{k}.webp", "split": ("train", "test")[k % 2]} for k in range(4)]
+    notes = [{"image_id": k, "caption": f"caption {k}"} for k in range(4)]
+    (folder / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    assert [row["split"] for row in read_corpus(folder / "c.json").rows] == ["train", "test"] * 2
+
+
+def test_a_list_of_captions_with_an_empty_item_is_a_list(folder):
+    cells = ("['a dog', None]", '["a cat", null]', "['a cow', nan, 'an ox']", "('a hen', 'a hare')")
+    rows = [{"image": f"{k}.webp", "caption": cell} for k, cell in enumerate(cells)]
+    found = captions_of(read_corpus(write_csv(folder / "t.csv", rows)).rows)
+    assert found == ["a dog", "a cat", "a cow", "an ox", "a hen", "a hare"]
+    rows = [{"image": "0.webp", "caption": "(a dog in the sun)"}, {"image": "1.webp", "caption": "[2019] a cat, nan"}]
+    assert captions_of(read_corpus(write_csv(folder / "u.csv", rows)).rows) == ["(a dog in the sun)", "[2019] a cat, nan"]
+
+
+def test_a_line_for_excel_is_no_header(folder):
+    (folder / "t.csv").write_text("sep=;\nimage;Caption\n0.webp;one\n1.webp;two\n")
+    assert captions_of(read_corpus(folder / "t.csv").rows) == ["one", "two"]
+
+
+def test_labels_that_are_names_count_before_numbers(folder):
+    rows = [picture(k) | {"label": k, "class_name": f"kind {k}"} for k in range(3)]
+    assert [row["label"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["kind 0", "kind 1", "kind 2"]
+
+
+def test_a_stray_picture_beside_folders_of_splits_and_classes(folder, tmp_path):
+    tree = tmp_path / "tree"
+    for k, split in enumerate(("train", "train", "test")):
+        (tree / split / "cat").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / f"{k}.webp", tree / split / "cat" / f"{k}.webp")
+    shutil.copy(folder / "3.webp", tree / "cover.webp")
+    rows = read_corpus(tree).rows
+    assert [(row["caption"], row.get("split"), row.get("fault")) for row in rows] == [
+        ("", None, "in no folder of a class"),
+        ("cat", "test", None),
+        ("cat", "train", None),
+        ("cat", "train", None),
+    ]
+    (tree / "test" / "cat" / "2.webp.txt").write_text("a cat on a mat")  # as some tools name the captions
+    assert "a cat on a mat" in captions_of(read_corpus(tree).rows)
+
+
+def test_texts_beside_class_folders_that_no_picture_has_are_named(folder, tmp_path):
+    (tmp_path / "tree" / "cat").mkdir(parents=True)
+    shutil.copy(folder / "0.webp", tmp_path / "tree" / "cat" / "0.webp")
+    (tmp_path / "tree" / "cat" / "other.txt").write_text("a cat")
+    assert any("not read, as they are named after no picture: 1 .txt" in note for note in read_corpus(tmp_path / "tree").notes)

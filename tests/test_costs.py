@@ -17,6 +17,8 @@ from hyma.costs import (
     cost_of_runs,
     cost_of_selector,
     cost_ratio,
+    count_different,
+    count_in_proportion,
     embedding_flops,
     flop_counter,
     linear_flops,
@@ -28,7 +30,7 @@ from hyma.costs import (
 )
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import write_json
-from hyma.hypernetworks import FactoredHyperNetwork
+from hyma.hypernetworks import FactoredHypernetwork
 from hyma.pair_names import choose_pairs
 from hyma.runs import read_run
 from hyma.splits import split_rows
@@ -63,7 +65,7 @@ def test_flops_of_a_validation_against_torch(planted, hidden_layers):
     pairs = choose_pairs(data, ["all"])
     store = RowStore(data, data.names("image") + data.names("text"), CPU)
     dims = ({name: store.dims[name] for name in data.names(kind)} for kind in ("image", "text"))
-    generator = FactoredHyperNetwork(*dims, hidden_layers, 2000)
+    generator = FactoredHypernetwork(*dims, hidden_layers, 2000)
     retrieval = validation_retrieval(data, *split_rows(data), CPU)
     with flop_counter() as counter:
         validate(generator, store, retrieval, pairs)
@@ -199,7 +201,7 @@ def test_the_cost_of_several_seeds_is_their_mean(runs, graded):
     data = Embeddings(graded)
     grid = read_run(runs / "grid")
     dearer = grid._replace(ledger=grid.ledger | {"flops": 3 * grid.ledger["flops"], "seconds": 5.0})
-    cost = cost_of_runs([grid, dearer], data, ["efflite1", "mpnet"], grid.ledger)
+    cost = cost_of_runs([grid, dearer], data, ["efflite1", "mpnet"], grid.ledger, count_different(data))
     assert cost.flops == pytest.approx(2 * grid.ledger["flops"])
     assert cost.seconds == pytest.approx((grid.ledger["seconds"] + 5) / 2)
     assert cost.batch_size == 128 and cost.updates_low == cost.updates_high == grid.ledger["steps"]
@@ -229,15 +231,21 @@ def test_the_cost_of_embedding_is_in_the_manifest(tmp_path, planted):
     manifest["encoders"]["minilm_l6"]["flops_per_row"] = 190_000_000
     write_json(folder / "manifest.json", manifest)
     data = Embeddings(folder)
-    assert embedding_flops(data, ["efflite0", "minilm_l6"], 10) == 10 * (768_000_000 + 190_000_000)
-    assert embedding_flops(data, ["efflite0", "mpnet"], 10) is None  # nobody has counted mpnet's
+    ten = count_in_proportion(data, 10)
+    assert embedding_flops(data, ["efflite0", "minilm_l6"], ten) == 10 * (768_000_000 + 190_000_000)
+    assert embedding_flops(data, ["efflite0", "mpnet"], ten) is None  # nobody has counted mpnet's
     for row, image in zip(data.rows, "aaab"):
         row["image"] = image
-    assert embedding_flops(data, ["efflite0", "minilm_l6"], 10) == 5 * 768_000_000 + 10 * 190_000_000  # a picture once
+    ten = count_in_proportion(data, 10)
+    assert embedding_flops(data, ["efflite0", "minilm_l6"], ten) == 5 * 768_000_000 + 10 * 190_000_000  # a picture once
+    assert count_different(data, torch.tensor([0, 1, 3])) == {"image": 2, "text": 3} and count_different(data)["image"] == 2
+    # A selector's rows have a picture each, however many captions the pictures have.
+    cost = cost_of_selector({"flops": 0, "seconds": 0.0, "rows": 2}, data, ["efflite0"], 1)
+    assert cost.embedding_flops == 2 * 768_000_000
     for row in data.rows:
         row["image"] = row["caption"]
     spent = {"flops": 5, "seconds": 0.0, "rows": 10}
     cost = cost_of_selector(spent, data, ["efflite0", "minilm_l6"], 1)
     assert cost.embedding_flops == 9_580_000_000 and cost.flops_with_embedding == 9_580_000_005
     assert cost_of_selector(spent, data, ["efflite0", "mpnet"], 1).flops_with_embedding is None
-    assert embedding_flops(Embeddings(planted), ["efflite0"], 10) is None  # published files have no manifest
+    assert embedding_flops(Embeddings(planted), ["efflite0"], count_different(Embeddings(planted))) is None  # published files have no manifest

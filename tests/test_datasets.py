@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import write_csv
 
-from hyma.datasets import draw_distractors, read_corpus
+from hyma.datasets import read_corpus
+from hyma.distractors import draw_distractors
 from hyma.standard_sets import Question, multiple_choice, parse_standard_set
 from vlm import BadInput
 

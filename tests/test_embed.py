@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SAMPLE, sample_captions, write_csv
 from helpers import CPU, TASK_FLAGS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
@@ -25,7 +26,8 @@ from hyma.files import read_jsonl, take_lock, write_json
 from hyma.finishing import mean_cosine
 from hyma.pictures import read_picture
 from hyma.prompts import prompt_files
-from hyma.tasks import open_tasks, text_inputs
+from hyma.task_inputs import text_inputs
+from hyma.tasks import open_tasks
 from hyma.working_encoders import WorkingEncoder, find_batch_size, load_encoder
 from vlm import BadInput
 
@@ -281,6 +283,30 @@ def test_a_subset_is_part_of_larger_ones_and_its_vectors_are_taken_over(run, ref
     assert folder_bytes(tmp_path / "grown") == folder_bytes(tmp_path / "whole")
     result = run("embed.py", *flags, "--reuse", "e20", "--out", "finer", "--dtype", "float32")
     assert result.code == 0 and "its tiny is not reused: another dtype" in result.out
+    path = tmp_path / "e20" / "manifest.json"  # timm has models of equal tensors that compute otherwise
+    path.write_text(path.read_text().replace('"full_name": "random:test_vit"', '"full_name": "random:test_vit2.tag"'))
+    result = run("embed.py", *flags, "--reuse", "e20", "--out", "again")
+    assert result.code == 0 and "its tiny is not reused: another architecture" in result.out
+
+
+def test_flags_that_would_change_nothing_are_refused(run, refused, weights, corpus, tmp_path):
+    """An encoder that is embedded already stays as it is, so other weights or numbers are not silently passed over."""
+    flags = ("--encoder", "tiny=random:test_vit", "text=minilm_l6", "--data", corpus, "--out", "e", "--device", "cpu")
+    given = ("--weights", f"text={weights['minilm_l6']}")
+    assert run("embed.py", *flags, *given, "--dtype", "float32").code == 0
+    before = folder_bytes(tmp_path / "e")
+    assert run("embed.py", *flags, *given, "--dtype", "float32").code == 0
+    result = run("embed.py", *flags)  # asks for nothing else
+    assert result.code == 0 and "tiny: stays as it was embedded, with --dtype float32\n" in result.out
+    refused("embed.py", *flags, "--precision", "bfloat16", says=["has tiny by another --precision", "choose another --out"])
+    refused("embed.py", *flags, "--compile", says="has tiny by another --compile")
+    other = tmp_path / "other"
+    shutil.copytree(weights["minilm_l6"], other)
+    tensors = load_file(other / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_file(tensors | {name: tensors[name] * 1.5}, other / "model.safetensors")
+    refused("embed.py", *flags, "--weights", f"text={other}", says=["--weights text=", "not the weights that the embeddings were made"])
+    assert folder_bytes(tmp_path / "e") == before
 
 
 def test_encoders_are_added_to_a_sealed_folder(run, refused, corpus, tmp_path):
@@ -587,6 +613,13 @@ def test_weights_from_a_folder_as_the_hub_has_it(run, weights, corpus, tmp_path)
     )
     with pytest.raises(BadInput, match="its card names a local image encoder"):  # a stranger may have written it
         vlm.get_vlm_from_checkpoint(path, "cpu", text_encoder=str(weights["minilm_l6"]))
+    # A registered name that stands for another encoder: the card counts, or other weights would be asked of the hub.
+    registered = path.rename(path.with_name("vit_l16_mlp1_minilm_l6.pt"))
+    other = {"image_encoder": "timm:tf_efficientnet_lite0", "text_encoder": "all-MiniLM-L6-v2"}
+    registered.with_suffix(".json").write_text(json.dumps(other))
+    given = {"vit_l16": weights["efflite0"], "minilm_l6": weights["minilm_l6"]}
+    assert vlm.get_vlm_from_checkpoint(registered, "cpu", weights=given).image_encoder.embed_dim == 1280
+    registered.rename(path)
     model = vlm.get_vlm_from_checkpoint(path, "cpu", f"x=local-dir:{folder}", str(weights["minilm_l6"]))
     pixels = model.transform(vlm.open_image(corpus.parent / "0.webp"))[None]
     assert (model.encode_image(pixels) @ data.load("x")[0].float()).item() > 0.9995

@@ -9,7 +9,7 @@ from helpers import Rows, make_embedding_folder, unit_vectors
 
 import vlm
 from hyma import embeddings
-from hyma.embeddings import Embeddings, first_bad_row
+from hyma.embeddings import Embeddings, first_bad_row, hash_keys
 from hyma.files import write_json
 from hyma.pair_names import choose_pairs, name_of_row, pair_name, pair_of_name
 from hyma.seeds import seeded_generator
@@ -179,4 +179,23 @@ def test_an_encoder_of_a_manifest_has_a_name_that_can_be_a_files(planted, tmp_pa
     manifest["encoders"][name] = manifest["encoders"].pop("mpnet")
     write_json(folder / "manifest.json", manifest)
     with pytest.raises(BadInput, match="is no name of an encoder"):
+        Embeddings(folder)
+
+
+def test_names_and_captions_that_no_terminal_can_take_are_refused(tmp_path):
+    """A stranger's folder: a name that would colour the terminal, and half of a character."""
+    folder = make_embedding_folder(tmp_path / "a", [{}] * 4, efflite0=torch.eye(1280)[:4])
+    manifest = vlm.read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {"dataset": "x\x1b[31mred"})
+    with pytest.raises(BadInput, match="has control characters"):
+        Embeddings(folder)
+    folder = make_embedding_folder(tmp_path / "b", [{"caption": "half"}] * 4, efflite0=torch.eye(1280)[:4])
+    path = folder / "rows.jsonl"
+    path.write_text(path.read_text().replace('"half"', '"half \\ud83d"'))
+    manifest = vlm.read_json(folder / "manifest.json")
+    digest = hash_keys([json.loads(line) for line in path.read_text().splitlines()])
+    for record in (manifest, *manifest["encoders"].values()):
+        record["keys_sha256"] = digest
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(BadInput, match="line 1: is no row"):
         Embeddings(folder)

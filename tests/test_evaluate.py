@@ -10,13 +10,15 @@ from helpers import CPU, QUICK, make_embedding_folder, read_csv, tasks_of, unit_
 
 import evaluate
 import vlm
-from hyma.evaluation import evaluate_methods
-from hyma.files import read_jsonl, sha256_file, write_json
+from hyma.embeddings import hash_keys
+from hyma.evaluation import evaluate_methods, lowest_gain
+from hyma.files import read_jsonl, sha256_file, write_json, write_jsonl
 from hyma.methods import SelectionMethod, group_runs
 from hyma.metrics import TaskScores, draw_seed_weights, resample
 from hyma.runs import read_run
 from hyma.scoring import headline_first
-from hyma.tasks import image_inputs, score, text_inputs
+from hyma.task_inputs import image_inputs, text_inputs
+from hyma.tasks import score
 
 # ------------------------------------------------------------------------------------------------------------ the whole
 
@@ -181,10 +183,72 @@ def test_a_choice_that_is_no_better_than_random_is_reported_as_plainly_as_a_good
     row = read_csv(tmp_path / "report" / "selectors.csv")[0]
     (line,) = [line for line in result.out.splitlines() if line.startswith("Stitch control")]
     regret = f"{float(row['regret']):.2f} points"
-    assert f"On e retrieval the choice is no better than a random one: its regret is {regret}" in line
+    assert f"On e retrieval the choice cannot be told from a random one: its regret is {regret}" in line
     assert "are better on 400 pictures than control with" in line
     page = (tmp_path / "report" / "report.html").read_text()
-    assert re.search(r'<td class="bad">no better than\s+random</td>', page) and line.split(". ")[1] in page
+    assert re.search(r'<td class="bad">not told from\s+random</td>', page) and line.split(". ")[1] in page
+
+
+def test_connectors_alone_are_not_scored_on_rows_that_trained_them(run, refused, runs, graded, tmp_path):
+    """Their cards say on which embeddings they were trained, by which encoders, and with which settings."""
+    alone, data = tmp_path / "alone", tmp_path / "e"
+    shutil.copytree(runs / "grid" / "connectors", alone)
+    shutil.copytree(graded, data)
+    manifest, rows = vlm.read_json(data / "manifest.json"), read_jsonl(data / "rows.jsonl")
+    flags = (alone, "--task", f"own={data}", "--bootstrap", "10")
+
+    def seal(**more):
+        write_jsonl(data / "rows.jsonl", rows)
+        manifest.update(keys_sha256=hash_keys(rows), **more)
+        for record in manifest["encoders"].values():
+            record["keys_sha256"] = manifest["keys_sha256"]
+        write_json(data / "manifest.json", manifest)
+
+    seal(test_set_aside=True)  # by embed.py: of a folder that they have not seen, all rows would count
+    result = run("evaluate.py", *flags)
+    assert result.code == 0 and "own retrieval, 400 pictures" in result.out and "trained on rows" not in result.out, result.err
+    assert "its regret is" not in result.out and "random one" not in result.out  # the truth itself has chosen
+    assert "What the choice loses" not in (tmp_path / "report" / "report.html").read_text()
+
+    for row in rows:
+        row["split"] = "train" if row["split"] == "test" else row["split"]
+    seal()
+    result = run("evaluate.py", *flags)
+    assert result.code == 0 and "warning: e: the connectors were trained on rows of it" in result.out.replace(str(data), "e")
+
+    path = next(alone.glob("efflite0_*.json"))
+    manifest["encoders"]["efflite0"]["weights_sha256"] = "1" * 64
+    seal()
+    write_json(path, vlm.read_json(path) | {"weights_sha256": {"efflite0": "2" * 64}})
+    refused("evaluate.py", *flags, says=[path.stem, "was trained on other weights of efflite0"])
+
+
+def test_a_report_overwrites_no_run(refused, run, runs, tmp_path):
+    copy = changed(runs, tmp_path / "copy", "grid")
+    before = (copy / "ranking.csv").read_bytes()
+    refused("evaluate.py", copy, "--out", copy, says=[f"--out {copy}: holds other files", "name a new folder"])
+    assert (copy / "ranking.csv").read_bytes() == before
+
+
+def test_names_that_mean_nothing_here_are_refused(refused, runs):
+    refused("evaluate.py", runs / "grid", "--weights", "mpnett=/nowhere", says="--weights mpnett: is none of the encoders here, which are")
+
+
+def test_a_path_with_dollar_signs_and_few_rows(run, runs, graded, tmp_path):
+    """matplotlib would read the one as mathematics; the others are too few for selectors, which costs the report nothing."""
+    assert run("train_grid.py", "--data", graded, *QUICK, "--batch-size", "32", "--rows", "50", "--out", "a$x_{/$r").code == 0
+    result = run("evaluate.py", "a$x_{/$r", "--bootstrap", "10")
+    assert result.code == 0 and "warning: no selectors: they need 50 training pictures, and" in result.out, result.err
+
+
+def test_a_choice_that_finds_the_best_pair_is_no_random_one():
+    """Though the bound of its regret, a maximum of noisy scores, lies above a random choice's."""
+    resampled = 0.5 + torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).numpy() * 0.01
+    resampled[:, 0] += 0.05
+    ones = np.ones((400, 1))
+    assert 1 < lowest_gain(resampled, np.array([[6, 5, 4, 3, 2, 1]]), ones) < 4.2
+    assert lowest_gain(resampled, np.array([[1, 5, 4, 3, 2, 6]]), ones) < 0
+    assert lowest_gain(resampled, np.zeros((1, 6)), ones) == pytest.approx(0, abs=1e-9)  # a tie of all
 
 
 def test_the_ways_of_choosing_are_printed_with_the_least_regret_first(evaluation):

@@ -19,7 +19,7 @@ import kernels
 from hyma import graphs, pairs, ranks
 from hyma.files import read_jsonl
 from hyma.graphs import RecordedSteps, record_steps
-from hyma.hypernetworks import HyperNetwork
+from hyma.hypernetworks import MlpHypernetwork
 from hyma.pairs import count_sets, draw_pairs
 from hyma.training import Schedule
 from train_hyma import project_store, train_step
@@ -286,7 +286,7 @@ def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, ki
     of_step = [(image, texts[0]) for image in images[:2]]
     if kind == "mlp":
         dims = ({name: store.dims[name] for name in names} for names in (images, texts))
-        generator = HyperNetwork(*dims, 1, 4)
+        generator = MlpHypernetwork(*dims, 1, 4)
     scored = argparse.Namespace(scored=of_step)
     projected = project_store(flags, generator, store, scored, found.rows, found.val_rows)
     for held in (store.tensors, getattr(projected, "coordinates", {})):

@@ -9,7 +9,7 @@ from helpers import CPU, recall10
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlm
-from hyma.hypernetworks import HYPERNETWORKS, FactoredHyperNetwork, HyperNetwork, build_hypernetwork
+from hyma.hypernetworks import HYPERNETWORKS, FactoredHypernetwork, MlpHypernetwork, build_hypernetwork
 from hyma.training import validation_retrieval
 from hyma.training_flags import logit_scale_of
 from kernels import clip_loss, connector_mlp
@@ -17,7 +17,7 @@ from kernels import clip_loss, connector_mlp
 
 def generators(hidden_layers):
     images, texts = {"a": 48, "b": 32}, {"t": 24, "u": 40}
-    for build in (FactoredHyperNetwork, HyperNetwork):
+    for build in (FactoredHypernetwork, MlpHypernetwork):
         torch.manual_seed(0)
         yield build(images, texts, hidden_layers, 8)
 
@@ -32,7 +32,7 @@ def random_axes(generator):
     return dict(zip(generator.image_names, generator.axes))
 
 
-@pytest.mark.parametrize("name, kind", [("factored", FactoredHyperNetwork), ("mlp", HyperNetwork)])
+@pytest.mark.parametrize("name, kind", [("factored", FactoredHypernetwork), ("mlp", MlpHypernetwork)])
 def test_the_flag_chooses_the_hypernetwork(name, kind):
     flags = argparse.Namespace(generator=name, connector="mlp2", rank=8, width=4)
     generator = build_hypernetwork(flags, {"a": 48}, {"t": 24})
@@ -117,7 +117,7 @@ def test_flops_of_samples_grow_with_the_batch_and_those_of_steps_do_not(hidden_l
     for generator in generators(hidden_layers):
         (of_samples, of_steps), (twice, same) = generator.flops(64, pairs), generator.flops(128, pairs)
         assert twice == 2 * of_samples > 0 and same == of_steps
-        assert (of_steps > 0) == isinstance(generator, HyperNetwork)
+        assert (of_steps > 0) == isinstance(generator, MlpHypernetwork)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,11 +134,11 @@ def test_pictures_along_axes_have_the_products_that_training_compares(initialise
     torch.testing.assert_close(targets.take("efflite1", batch, dtype), exact.to(dtype), **rounding)
     assert targets.dims["efflite1"] == 64 and targets.dims["mpnet"] == 768
     torch.testing.assert_close(targets.take("mpnet", batch), found.store.take("mpnet", batch))
-    monkeypatch.setattr("hyma.hypernetworks.bytes_for_copies", lambda device: 1000)
+    monkeypatch.setattr("hyma.projected_store.bytes_for_copies", lambda device: 1000)
     of_batches = found.generator.project_images(found.store, ["efflite1"], rows, dtype)
     assert targets.coordinates and not of_batches.coordinates and of_batches.dims == targets.dims
     assert torch.equal(of_batches.take("efflite1", batch, dtype), targets.take("efflite1", batch, dtype))
-    paper = HyperNetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
+    paper = MlpHypernetwork({"efflite1": 1280}, {"mpnet": 768}, 0, 4)
     assert paper.project_images(found.store, ["efflite1"], rows, dtype) is found.store
 
 
@@ -172,7 +172,7 @@ def test_defaults_follow_the_training_rows(rows, rate, rank, share, scale, image
 
 
 def test_the_paper_s_head_has_padded_rows_on_a_gpu():
-    generator = HyperNetwork({"efflite1": 7}, {"mpnet": 6}, 0, 32)  # and a bias: 33 columns
+    generator = MlpHypernetwork({"efflite1": 7}, {"mpnet": 6}, 0, 32)  # and a bias: 33 columns
     for device, row_length in (("cpu", 33), ("meta", 48)):  # meta: no GPU is needed to see how tensors lie
         states = [*generator.to(device).outer_moments(), generator.head]
         for state in states:

@@ -1,6 +1,7 @@
 """Imports go one way: scripts -> hyma -> vlm, scripts and hyma -> kernels, and within hyma only down a list."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -22,7 +23,6 @@ HYMA = [
     "results_page",
     "searching",
     "search_index",
-    "weights",
     "report",
     "answer",
     "figures",
@@ -38,15 +38,21 @@ HYMA = [
     "methods",
     "finishing",
     "tasks",
+    "task_inputs",
     "prompts",
+    "weights",
     "shortlist",
     "prediction",
+    "adding",
     "hypernetworks",
+    "projected_store",
     "refinement",
     "fitted_connectors",
     "unicon",
     "free_connectors",
     "training",
+    "printed_ranking",
+    "casting",
     "batches",
     "training_flags",
     "closed_form",
@@ -64,6 +70,8 @@ HYMA = [
     "subset",
     "scan",
     "datasets",
+    "table_folders",
+    "corpus_files",
     "picture_folders",
     "braces",
     "tars",
@@ -84,6 +92,7 @@ HYMA = [
     "embeddings",
     "pair_names",
     "seeds",
+    "distractors",
     "costs",
     "working_encoders",
     "machine",
@@ -197,6 +206,12 @@ def test_imports_go_one_way():
     assert {"vlm.py", "embed.py", "hyma/runs.py", "kernels/rank.py", "sample/build.py"} <= sources.keys()
     assert {"benchmarks/tenfold.py"} <= sources.keys()
     assert complaints(sources) == []
+
+
+def test_the_readme_names_every_module_in_that_order():
+    table = (ROOT / "README.md").read_text().partition("| `hyma/` |")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)\.py`", table, re.MULTILINE)
+    assert named == [*HYMA, "__init__"]
 
 
 MODULES = {

@@ -1,14 +1,17 @@
 """Embeddings in several folders, as the authors of the paper publish theirs, given to the trainers, evaluate.py and search.py."""
 
+import argparse
 import shutil
 
 import pytest
 import torch
-from helpers import QUICK, make_embedding_folder, read_connectors, unit_vectors
+from helpers import QUICK, SAMPLE, make_embedding_folder, read_connectors, unit_vectors
 
 import vlm
 from hyma.files import write_json
 from hyma.merging import open_embeddings
+from hyma.task_inputs import text_inputs
+from hyma.tasks import open_tasks
 from vlm import BadInput
 
 
@@ -61,6 +64,20 @@ def test_a_run_on_merged_folders_is_scored(run, graded, tmp_path):
     result = run("evaluate.py", "run", "--bootstrap", "50", "--selector-rows", "0", "--out", "report")
     assert result.code == 0, result.err
     assert "e retrieval, 400 pictures" in result.out and "efflite1_mlp0_mpnet.pt" in result.out
+
+
+def test_prompts_are_found_in_the_folder_of_the_texts(tmp_path):
+    """Which need not be the first: no text encoder is opened for them."""
+    shutil.copytree(SAMPLE / "embeddings", tmp_path / "pictures")
+    shutil.copytree(SAMPLE / "embeddings", tmp_path / "texts")
+    shutil.rmtree(tmp_path / "pictures" / "prompts")
+    for name, kept in (("pictures", "image"), ("texts", "text")):
+        manifest = vlm.read_json(tmp_path / name / "manifest.json")
+        manifest["encoders"] = {key: record for key, record in manifest["encoders"].items() if record["kind"] == kept}
+        write_json(tmp_path / name / "manifest.json", manifest)
+    flags = argparse.Namespace(templates="1", device="cpu")
+    tasks = {task.kind: task for task in open_tasks(None, [tmp_path / "pictures", tmp_path / "texts"], flags, 0)}
+    assert len(text_inputs(tasks["zeroshot"], "minilm_l6")) == len(tasks["zeroshot"].texts)
 
 
 def test_folders_of_other_rows_are_not_merged(parts, refused, tmp_path, capfd):

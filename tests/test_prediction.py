@@ -10,6 +10,7 @@ from helpers import CPU, Rows, make_embedding_folder, read_csv
 import vlm
 from hyma.embeddings import Embeddings, RowStore
 from hyma.files import write_json
+from hyma.merging import open_embeddings
 from hyma.metrics import Retrieval
 from hyma.prediction import (
     EXPONENT,
@@ -27,7 +28,7 @@ from hyma.prediction import (
     logit,
     odds_to_share,
 )
-from hyma.shortlist import CERTAIN, CLOSE, encoder_costs, shortlist, whole_corpus
+from hyma.shortlist import CERTAIN, CLOSE, embed_command, encoder_costs, shortlist, whole_corpus
 
 QUICK = ("--epochs", "1", "--connector", "mlp0", "--batch-size", "128", "--warmup-steps", "1", "--device", "cpu")
 
@@ -76,9 +77,25 @@ def test_a_whole_corpus_needs_no_choice(graded, part):
     assert whole_corpus(Embeddings(graded)) is None
     assert whole_corpus(Embeddings(part))["whole"]["rows"] == 13000
     manifest = vlm.read_json(part / "manifest.json")
+    lost = manifest["subset"] | {"rows": 5000, "whole": manifest["subset"]["whole"] | {"rows": 1301}}
+    write_json(part / "manifest.json", manifest | {"subset": lost})  # --rows was larger than the corpus, and a picture was bad
+    assert whole_corpus(Embeddings(part)) is None
     manifest["subset"]["whole"]["rows"] = 1300  # --rows was larger than the corpus
     write_json(part / "manifest.json", manifest)
     assert whole_corpus(Embeddings(part)) is None
+
+
+def test_the_advice_takes_over_the_vectors_of_all_folders(tmp_path):
+    """Of a part whose pictures and texts are in two folders: both are named, and the weights of both."""
+    subset = {"rows": 4, "seed": 0, "whole": {"rows": 40}}
+    for name, encoder, dim in (("one", "efflite0", 1280), ("two", "mpnet", 768)):
+        folder = make_embedding_folder(tmp_path / name, [{}] * 4, **{encoder: torch.eye(dim)[:4]})
+        manifest = vlm.read_json(folder / "manifest.json")
+        options = {"--data": ["t.csv"], "--weights": [f"{encoder}=w"]}
+        write_json(folder / "manifest.json", manifest | {"subset": subset | {"options": options}})
+    data = open_embeddings([tmp_path / "one", tmp_path / "two"])
+    command = embed_command(data, data.manifest["subset"], ["efflite0", "mpnet"])
+    assert f"--weights efflite0=w mpnet=w --reuse {tmp_path / 'one'} {tmp_path / 'two'} --out" in command
 
 
 def test_a_power_law_is_carried_to_the_whole_corpus():

@@ -1,6 +1,8 @@
 """search.py by its command line, on the sample: words, pictures, classes, bad input, and the page in a real browser."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -106,6 +108,24 @@ def test_another_folder_is_searched_and_pictures_outside_of_it_are_not_shown(run
     assert len(results(done.out)) == 4 and "\x1b" not in done.out
 
 
+def test_a_picture_that_is_another_by_now_is_not_shown(run, sample_ridge, given, tmp_path):
+    """By its digest: --pictures may name a folder that has others of the same names."""
+    digest = hashlib.sha256(PIG.read_bytes()).hexdigest()
+    rows = [{"image": "pig.webp", "image_sha256": digest}, {"image": "cat.webp", "image_sha256": digest}]
+    vectors = {"efflite0": unit_vectors(2, 1280), "minilm_l6": unit_vectors(2, 384)}
+    folder = make_embedding_folder(tmp_path / "other", rows, **vectors)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(PIG, moved / "pig.webp")
+    shutil.copy(next(path for path in PIG.parent.iterdir() if path != PIG), moved / "cat.webp")
+    shutil.copytree(sample_ridge / "connectors", "connectors")
+    arguments = ("connectors", "a pig", *PAIR, *given, "--data", folder, "--pictures", moved, "--out", "results.html")
+    done = run("search.py", *arguments)
+    assert done.code == 0, done.err
+    assert "1 of 2 pictures are not in" in done.err and "as they were embedded" in done.err
+    assert Path("results.html").read_text().count("data:image/jpeg;base64,") == 1
+
+
 def test_faiss_finds_what_the_matrix_product_finds(monkeypatch):
     pytest.importorskip("faiss")
     vectors, queries = unit_vectors(5000, 64).half(), unit_vectors(7, 64, seed=1)
@@ -155,6 +175,32 @@ def test_runs_that_cannot_be_searched_say_why(refused, sample_ridge, tmp_path):
     refused("search.py", tmp_path / "alone", "a", says=("holds connectors alone", "--data FOLDER"))
     data = ("--data", SAMPLE / "embeddings")
     refused("search.py", tmp_path / "alone", "a", *data, says=("ranks no pair", "--pair"))
+
+
+def test_a_connector_of_other_vectors_than_the_folder_s_is_refused(refused, sample_ridge, tmp_path):
+    """By its card: of other weights, or of the same ones with another setting."""
+    connectors = tmp_path / "connectors"
+    for part, value, says in (
+        ("weights_sha256", "0" * 64, "was trained on other weights of efflite0"),
+        ("settings", {"crop_pct": 0.5}, ("that efflite0 made with crop_pct 0.5", "has them with 0.875")),
+    ):
+        shutil.copytree(sample_ridge / "connectors", connectors, dirs_exist_ok=True)
+        path = connectors / "efflite0_mlp0_minilm_l6.json"
+        card = json.loads(path.read_text())
+        path.write_text(json.dumps(card | {part: card[part] | {"efflite0": value}}))
+        refused("search.py", connectors, "a", *PAIR, "--data", SAMPLE / "embeddings", says=says)
+
+
+def test_rows_that_cannot_be_used_and_cards_that_are_none(run, sample_ridge, given, tmp_path):
+    """An adopted folder keeps rows without a caption in their place: they answer nothing. A stranger's card may hold anything."""
+    rows = [{"image": "a.webp", "caption": "", "split": "left out"}, {"image": "b.webp", "caption": "a pig"}]
+    vectors = {"efflite0": unit_vectors(2, 1280), "minilm_l6": unit_vectors(2, 384)}
+    folder = make_embedding_folder(tmp_path / "other", rows, **vectors)
+    shutil.copytree(sample_ridge / "connectors", "connectors")
+    card = tmp_path / "connectors" / "efflite0_mlp0_minilm_l6.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"settings": ["x"], "weights_sha256": ["y"]}))
+    done = run("search.py", "connectors", "--image", PIG, *PAIR, *given, "--data", folder)
+    assert done.code == 0 and [rest.split()[-2:] for _, rest in results(done.out)] == [["a", "pig"]], done.err
 
 
 def test_all_missing_weights_are_named_with_the_commands_that_bring_them(refused, sample_ridge):

@@ -12,7 +12,6 @@ from helpers import CPU, make_embedding_folder
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-import vlm
 from hyma.alignment import calibrated_cka, canonical_correlations, debiased_cka, linear_cka, mutual_neighbours
 from hyma.costs import flop_counter
 from hyma.embeddings import Embeddings
@@ -251,8 +250,7 @@ def test_selector_rows_have_each_picture_once(tmp_path):
     data = Embeddings(make_embedding_folder(tmp_path / "e", rows))
     drawn = selector_rows(data, torch.arange(30, 300), 60)
     assert len(drawn) == 60 == len({i // 3 for i in drawn.tolist()}) and drawn.min() >= 30
-    with pytest.raises(vlm.BadInput, match="50 training pictures; it has 20"):
-        selector_rows(data, torch.arange(60), 60)
+    assert len(selector_rows(data, torch.arange(60), 60)) == 20  # evaluate.py leaves the selectors out of so few
 
 
 @pytest.mark.parametrize("how", ["file", "rotation"])

@@ -2,19 +2,22 @@
 
 import gzip
 import json
+import multiprocessing
 import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, write_csv
+from PIL import Image
 
 import vlm
 from hyma import inflating, remote
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
-from hyma.packed import picture_bytes
+from hyma.packed import DamagedFile, picture_bytes
 from hyma.pictures import read_picture
 from vlm import BadInput
 
@@ -507,3 +510,102 @@ def test_pictures_that_may_lie_in_several_folders_are_not_guessed(folder, tmp_pa
     write_csv(tmp_path / "in" / "captions.csv", [{"image": "0.jpg", "caption": "x"}])
     with pytest.raises(BadInput, match="its pictures may be those of .*in/a, .*in/b"):
         read_corpus(tmp_path / "in")
+
+
+# ----------------------------------------------------------------------------- cells: forks, damage, texts that are bytes
+
+
+def write_cells(path, folder, count, rows_in_group=64):
+    """A parquet file of `count` pictures in cells, and the bytes of each: PNGs of noise, of about 3 kB, in pages of 32 kB."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    data = []
+    for k in range(count):
+        png = BytesIO()
+        pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+        Image.fromarray(pixels.numpy()).save(png, "PNG")
+        data.append(png.getvalue())
+    table = arrow.table({"image": [{"bytes": png, "path": None} for png in data], "text": [f"caption {k}" for k in range(count)]})
+    parquet.write_table(table, path, row_group_size=rows_in_group, data_page_size=2**15, compression="NONE", use_dictionary=False)
+    return data
+
+
+def read_after_fork(addresses):
+    return [picture_bytes(address) for address in addresses]
+
+
+def test_cells_that_were_read_before_a_fork_are_read_right_after_it(folder, tmp_path):
+    """Two processes that shared an open file would read on from one place in it."""
+    path = tmp_path / "t.parquet"
+    data = write_cells(path, folder, 400)
+    addresses = [f"{path}/image@{k}" for k in range(400)]
+    assert picture_bytes(addresses[0]) == data[0]
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        parts = pool.map(read_after_fork, [addresses[start : start + 10] for start in range(0, 400, 10)], chunksize=1)
+    assert [cell for part in parts for cell in part] == data
+
+
+def test_a_damaged_page_costs_its_own_rows(folder, tmp_path):
+    """And those behind it in its group, as nothing says where they begin; never the whole pass."""
+    path = tmp_path / "t.parquet"
+    data = write_cells(path, folder, 192)
+    whole = path.read_bytes()
+    place = whole.index(data[90])
+    path.write_bytes(whole[: place - 40_000] + bytes(90_000) + whole[place + 50_000 :])
+    found = []
+    for k in [*range(192), 0, 191]:
+        try:
+            if picture_bytes(f"{path}/image@{k}") in data:  # else it is no picture any more
+                found.append(k)
+        except DamagedFile as error:
+            assert "t.parquet: " in str(error)
+    assert set(range(60)) <= set(found) and found[-1] == 191 and 90 not in found
+
+
+def test_bytes_in_a_column_of_captions_are_a_text(folder, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = arrow.table({"image": ["0.webp", "1.webp"], "caption": [b"a caf\xc3\xa9", b"a caf\xe9"]})
+    parquet.write_table(table, folder / "t.parquet")
+    rows = read_corpus(folder / "t.parquet").rows
+    assert captions_of(rows) == ["a café", "a caf\udce9"]  # the second is refused for its letter, and is no address
+
+
+def test_a_server_that_does_not_answer_is_no_missing_file(folder, refused, bucket, monkeypatch):
+    rows = [{"image": f"{k}.webp", "caption": f"caption {k}"} for k in range(6)]
+    for row in rows:
+        bucket.pipe(f"/b/{row['image']}", (folder / row["image"]).read_bytes())
+    bucket.pipe("/b/t.csv", write_csv(folder / "t.csv", rows).read_bytes())
+    info = type(bucket).info
+
+    def busy(system, path, **options):
+        if path.endswith("3.webp"):
+            raise OSError("503 Slow Down")
+        return info(system, path, **options)
+
+    monkeypatch.setattr(type(bucket), "info", busy)
+    refused("embed.py", *TINY, "--data", "memory://b/t.csv", says="memory://b/3.webp: 503 Slow Down")
+
+
+def test_flickr_s_lists_of_splits_are_read_behind_a_url(folder, bucket):
+    for k in range(3):
+        bucket.pipe(f"/b/{k}.webp", (folder / f"{k}.webp").read_bytes())
+    bucket.pipe("/b/Flickr8k.token.txt", b"0.webp#0\tone\n1.webp#0\ttwo\n2.webp#0\tthree\n")
+    bucket.pipe("/b/Flickr_8k.trainImages.txt", b"0.webp\n")
+    bucket.pipe("/b/Flickr_8k.testImages.txt", b"1.webp\n")
+    corpus = read_corpus(Path("memory://b/Flickr8k.token.txt"))
+    assert [row["split"] for row in corpus.rows] == ["train", "test", "in no list"]
+
+
+def test_empty_parts_of_a_table_are_passed_over(folder):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = arrow.table({"image": ["0.webp"], "caption": ["one"]})
+    (folder / "parts").mkdir()
+    for number, part in enumerate((table, table.slice(0, 0))):
+        parquet.write_table(part, folder / "parts" / f"part-{number:05}.parquet")
+    corpus = read_corpus(folder / "parts")
+    assert captions_of(corpus.rows) == ["one"] and "part-00001.parquet: without rows" in corpus.notes

@@ -17,12 +17,14 @@ from scipy.stats import rankdata
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import vlm
-from hyma.datasets import draw_distractors
+from hyma.distractors import draw_distractors
 from hyma.embeddings import Embeddings
 from hyma.files import write_json
-from hyma.prompts import TEMPLATES, OtherWeights, load_prompts
+from hyma.prompts import TEMPLATES, load_prompts
 from hyma.splits import split_rows
-from hyma.tasks import image_inputs, map_prompts, score, text_inputs
+from hyma.task_inputs import image_inputs, text_inputs
+from hyma.tasks import map_prompts, score
+from hyma.weights import OtherWeights
 
 PRETRAINED = ("efflite0", "efflite1", "efflite2")
 EIGHTY = "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467"
@@ -369,7 +371,7 @@ def test_prompts_of_other_weights_are_refused(tmp_path, weights, monkeypatch):
         image_inputs(task, "efflite0", sample)
     hub = vlm.TextEncoder("minilm_l6", "cpu", weights["minilm_l6"])
     monkeypatch.setattr(vlm, "TextEncoder", lambda *_: hub)
-    with pytest.raises(OtherWeights, match="on the hub are not those .* --weights minilm_l6=FOLDER"):
+    with pytest.raises(OtherWeights, match="on the hub are not those .* --weights minilm_l6=PATH"):
         text_inputs(task, "minilm_l6")
 
 

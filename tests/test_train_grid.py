@@ -219,12 +219,49 @@ def test_refining_a_runs_connectors(run, refused, planted, tmp_path):
     before, after = (read_connectors(tmp_path / out)["efflite1_mlp0_mpnet.pt"] for out in ("start", "same"))
     for key in before:
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=1e-3)
-    assert run("train_grid.py", *flags, "--epochs", "2", *pair, "--from", "start", "--out", "more").code == 0
-    assert not torch.equal(read_connectors(tmp_path / "more")["efflite1_mlp0_mpnet.pt"]["weight"], before["weight"])
+    more = ("--epochs", "2", "--pairs", "efflite0:mpnet", "--from", "start", "--out", "more")
+    assert run("train_grid.py", *flags, *more).code == 0
+    one, two = (read_connectors(tmp_path / out)["efflite0_mlp0_mpnet.pt"]["weight"] for out in ("start", "more"))
+    assert not torch.equal(one, two)
     other = ("--connector", "mlp1", "--out", "z", *pair)
-    refused("train_grid.py", *flags, *other, "--from", "start", says=["efflite1_mlp1_mpnet.pt", "no such file"])
+    refused("train_grid.py", *flags, *other, "--from", "start", says=["has no connector efflite1_mlp1_mpnet.pt", "--pairs"])
     refused("train_grid.py", *flags, "--out", "z", "--closed-form", "ridge", "--from", "start", says="--closed-form")
     assert not (tmp_path / "z").exists()
+
+
+def test_training_further_keeps_what_was_better(run, planted, tmp_path):
+    """A rate far too high makes the connector worse: that which it started from is handed over, and a line says so."""
+    flags = ("--data", planted, *QUICK, "--pairs", "efflite0:mpnet")
+    assert run("train_grid.py", *flags, "--lr", "1e-2", "--out", "x").code == 0
+    result = run("train_grid.py", "--from", "x", "--pairs", "efflite0:mpnet", "--lr", "30", "--epochs", "1", "--out", "y")
+    assert result.code == 0 and "as they were in x, since training made them no better: efflite0:mpnet" in result.out, result.err
+    one, two = [read_connectors(tmp_path / out)["efflite0_mlp0_mpnet.pt"] for out in ("x", "y")]
+    assert all(map(torch.equal, one.values(), two.values()))
+
+
+def test_resuming_takes_no_separate_runs_for_seeds_of_one(run, run_until_results, refused, planted, tmp_path):
+    """Runs that their user has named like seeds; and a command of several seeds of which one was not begun."""
+    flags = ("--data", planted, *QUICK)
+    assert run("train_grid.py", *flags, "--seeds", "0", "--out", "runs/exp-s0").code == 0
+    run_until_results("train_grid.py", *flags, "--seeds", "1", "--out", "runs/exp-s1")
+    result = run("train_grid.py", "--resume")
+    assert result.code == 0 and "exp-s0" not in result.out and (tmp_path / "runs/exp-s1/ledger.json").is_file(), result.err
+    run_until_results("train_grid.py", *flags, "--seeds", "0", "1", "--out", "z")
+    shutil.rmtree(tmp_path / "z-s1")
+    refused("train_grid.py", "--resume", "--out", "z", says=["z-s1 was not begun yet", "type the command that has started z-s0 again"])
+    refused("train_grid.py", *flags, "--seeds", "0", "1", "--out", ".", says="--out .: has no name")
+
+
+def test_connectors_as_published_are_trained_further(run, refused, planted, tmp_path):
+    flags = ("--data", planted, *QUICK)
+    assert run("train_grid.py", *flags, "--pairs", "efflite0:*", "--out", "x").code == 0
+    (tmp_path / "x" / "connectors").rename(tmp_path / "pub")
+    assert run("train_grid.py", "--from", "pub", *flags, "--pairs", "efflite0:mpnet", "--out", "y").code == 0
+    refused("train_grid.py", "--from", "pub", *flags, "--out", "z", says=["--from pub: has no connector", "--pairs"])
+    (tmp_path / "w").mkdir()
+    (tmp_path / "pub").rename(tmp_path / "w" / "connectors")  # somebody's own, which a run would overwrite
+    refused("train_grid.py", *flags, "--out", "w", says="--out w: is a folder with other files in it (connectors)")
+    refused("train_grid.py", "--data", planted, "--closed-form", "ridge", "--connector", "mlp2", says="--connector mlp2: contradicts")
 
 
 def test_the_budget_of_another_run(run, refused, planted, tmp_path):

@@ -9,20 +9,19 @@ import torch.nn.functional as F
 from helpers import CPU
 
 from hyma.batches import BLOCK_ROWS, WINDOW_ROWS, Batches, draw_rows, epoch_order
+from hyma.casting import cast_layers
 from hyma.embeddings import Embeddings, RowStore
-from hyma.hypernetworks import FactoredHyperNetwork
+from hyma.hypernetworks import FactoredHypernetwork
 from hyma.metrics import Retrieval
+from hyma.printed_ranking import half_interval, print_ranking
 from hyma.settled import is_settled
 from hyma.splits import split_rows
 from hyma.training import (
     StepLosses,
-    cast_layers,
     check_weights,
-    half_interval,
     learning_rate,
     mean_recall10,
     pair_losses,
-    print_ranking,
     progress_line,
     separate_layers,
     training_dtype,
@@ -243,7 +242,7 @@ def test_lower_precision_keeps_what_little_texts_differ(small):
     _, store, _, _ = small
     store = TextsNearTheirMean(store)
     images, texts = {"efflite1": store.dims["efflite1"]}, {"mpnet": store.dims["mpnet"]}
-    generator = FactoredHyperNetwork(images, texts, hidden_layers=1, rank=images["efflite1"])
+    generator = FactoredHypernetwork(images, texts, hidden_layers=1, rank=images["efflite1"])
     generator.mean_of("mpnet").copy_(store.mean)
     generator.scale = 50 * generator.scale
     rows, pairs = torch.arange(40), [("efflite1", "mpnet")]

@@ -21,7 +21,8 @@ from PIL import Image
 import vlm
 from hyma.embeddings import Embeddings
 from hyma.metrics import Retrieval
-from hyma.tasks import image_inputs, score, text_inputs
+from hyma.task_inputs import image_inputs, text_inputs
+from hyma.tasks import score
 from vlm import BadInput
 
 IMAGES = {e.name: e.dim for e in vlm.PAPER_ENCODERS if e.kind == "image"}
