@@ -508,6 +508,8 @@ def main():
         if all(isinstance(failure, vlm.MissingWeights) for failure in failures):
             raise vlm.join_missing(failures)
         raise BadInput(f"{len(failures)} encoders could not be loaded, for the reasons above; the first: {failures[0]}")
+    if unfinished and not flags.shard:  # without it a process waits for the shards of others, or takes them over
+        raise BadInput(f"{out}: not sealed: the pass of {', '.join(unfinished)} has ended too early; run the same command again")
     if unfinished:
         print(f"{out}: not sealed: other --shard processes have not finished their shards of {', '.join(unfinished)}")
         return
