@@ -282,7 +282,7 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
         for run in method.runs:
             for pair in pairs:
                 load_connector(run, *pair, data)
-                for task in tasks:
+                for task in tasks if not run.ledger else []:  # a run's embeddings are compared with the task's
                     for name in pair:
                         if name in task.data.encoders:
                             check_trained_on(run.connector(*pair), name, task.data)
@@ -392,7 +392,7 @@ def main():
 
     # Tasks: every connector is scored on every one.
     tasks, of_rows = open_all_tasks(flags, runs, data)
-    check_names(flags.weights, unique(name for each in (data, *(task.data for task in tasks)) for name in each.names("text")))
+    check_names(flags.weights, unique(name for each in (data, *(task.data for task in tasks)) for name in each.encoders))
     tasks, of_weights = check_before_scoring(tasks, methods, pairs, data, flags)
     warnings += of_few + of_rows + of_weights + warn_of_hidden_costs(methods) + warn_of_other_pairs(methods, pairs)
     task_scores, records = score_runs(tasks, methods, pairs, data, flags)

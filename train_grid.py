@@ -127,6 +127,8 @@ def parse_flags():
 def folders_to_resume(flags):
     """The run folder of --out, or of the newest run; of a command with several seeds, those of all."""
     out = find_run(flags.out)
+    if flags.out and (out / "config.json").is_file():
+        return [out]
     if not (out / "config.json").is_file():  # perhaps what the folders of several seeds are named after
         of_seeds = [path.parent for path in out.parent.glob("*/config.json") if without_seed(path.parent) == out]
         if not of_seeds:
@@ -134,12 +136,13 @@ def folders_to_resume(flags):
         out = max(of_seeds, key=lambda folder: (folder / "config.json").stat().st_mtime)
     config = read_json(out / "config.json")
     seeds = config.get("flags", {}).get("seeds", [])
-    if len(seeds) < 2:
+    is_one_of_several = len(seeds) > 1 and out.name == f"{without_seed(out).name}-s{config.get('seed')}"
+    if not is_one_of_several:
         return [out]
     folders = [without_seed(out).with_name(f"{without_seed(out).name}-s{seed}") for seed in seeds]
     for folder in folders:
         if not (folder / "config.json").is_file():
-            raise BadInput(f"--resume: {folder} was not begun yet; type the command that has started {out} again")
+            raise BadInput(f"--resume: {folder} is not there; type the command that has started {out} again")
     return folders
 
 

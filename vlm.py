@@ -707,9 +707,8 @@ def read_connector(path, image_dim=None, text_dim=None):
             raise BadInput(f"{path}: {key} holds numbers that are not finite: the connector cannot be used")
 
     first, last = state[layers[0] + "weight"], state[layers[-1] + "weight"]
-    card = read_card(path)
-    text_dim = text_dim or registered_dim(text, card.get("text_encoder")) or (first.shape[1] if first.dim() == 2 else 0)
-    image_dim = image_dim or registered_dim(image, card.get("image_encoder")) or (last.shape[0] if last.dim() == 2 else 0)
+    text_dim = text_dim or named_dim(path, "text", text, first.shape[1] if first.dim() == 2 else 0)
+    image_dim = image_dim or named_dim(path, "image", image, last.shape[0] if last.dim() == 2 else 0)
     dims = [text_dim] + [HIDDEN_DIM] * hidden_layers + [image_dim]
     for layer, wide, narrow in zip(layers, dims, dims[1:]):
         for key, shape in ((layer + "weight", (narrow, wide)), (layer + "bias", (narrow,))):
@@ -728,11 +727,19 @@ def is_plain_tensor(value):
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
-def registered_dim(name, spec=None):
-    """The width of a registered encoder, None of another one, which the card of a connector may mean by that name. spec: what the
-    card says, None if nothing."""
-    known = ENCODERS.get(name)
-    return known.dim if known and spec in (None, known.spec) else None
+def named_dim(path, kind, name, found):
+    """The width of the encoder that a connector's file is named after: the registry's, or that which was found where the name is of
+    no registered encoder, or where the card beside the file means another one by it."""
+    known = registered_dim(name)
+    if known in (None, found):
+        return found
+    spec = read_card(path).get(f"{kind}_encoder")
+    return found if isinstance(spec, str) and spec != ENCODERS[name].spec else known
+
+
+def registered_dim(name):
+    """The width of a registered encoder, or None."""
+    return ENCODERS[name].dim if name in ENCODERS else None
 
 
 def load_connector(path, image_dim=None, text_dim=None):

@@ -52,7 +52,10 @@ def arrange_added_encoder(name, run, data):
         raise BadInput(f"--from {run}: was made by an earlier version of train_hyma.py; make the run again")
     base_state.setdefault("fold_pairs", len(base_state["fold_recalls"]))  # of an earlier version
     if "refinement" in saved:
-        base_state["refined"] |= saved["refinement"]["state"]["best"]
+        refined = saved["refinement"]["state"]
+        base_state["refined"] |= refined["best"]
+        for chosen in refined["best"]:
+            base_state["updates"][chosen] += refined["step"]
     base_pairs = list(map(pair_of_name, base_state["best"]["recalls"]))
     image_names, text_names = images_of(base_pairs), texts_of(base_pairs)
     if name not in data.encoders:

@@ -2,7 +2,7 @@
 
 from hyma.brackets import brackets
 from hyma.costs import cost_ratio
-from hyma.evaluation import ALIKE, BETTER, CHOSEN, is_like_random, ranking_rows
+from hyma.evaluation import ALIKE, BETTER, CHOSEN, compared_with_random, ranking_rows
 from hyma.metrics import best_pairs
 from hyma.tasks import KINDS
 
@@ -182,15 +182,16 @@ def result_of_primary(result, place):
 
 
 def describe_failures(result):
-    """A sentence for each task on which the choice cannot be told from a random one."""
-    choice = "the choice cannot" if len(result.primary.runs) == 1 else "what the seeds choose cannot in the mean"
+    """A sentence for each task on which the choice is worse than a random one, or cannot be told from it."""
+    choice, in_the_mean = ("the choice", "") if len(result.primary.runs) == 1 else ("what the seeds choose", " in the mean")
+    verbs = {"not told from": f"cannot{in_the_mean} be told from", "worse than": f"is{in_the_mean} worse than"}
     sentences = []
     for place, task in enumerate(result.tasks):
         found = result_of_primary(result, place)
         regret = found.fidelity["regret"]
-        if is_like_random(found):
+        if verb := verbs.get(compared_with_random(found)):
             sentences.append(
-                f"On {task.name} {choice} be told from a random one: its regret is {describe_interval(regret)}, that "
+                f"On {task.name} {choice} {verb} a random one: its regret is {describe_interval(regret)}, that "
                 f"of a random choice {regret.random:.2f}."
             )
     return sentences

@@ -81,11 +81,11 @@ def count_empty(file, group, name):
 
 
 def make_records(path, batch, first, is_known):
-    """The records of a batch, whose first row is `first` in the file. A picture becomes its address. Bytes in a column that is known
-    and no picture's are a text, and cost their own row where they are not UTF-8."""
+    """The records of a batch, whose first row is `first` in the file. A picture becomes its address. Bytes in a column of captions are
+    a text, and cost their own row where they are not UTF-8."""
     records = [{} for _ in range(batch.num_rows)]
     for name, column in zip(batch.schema.names, batch.columns):
-        is_text = is_known(name) and not is_known(name, "image")
+        is_text = is_known(name, "caption") and not is_known(name, "image")
         for number, cell in enumerate(column):
             value = cell.as_py()
             if not is_text and is_picture(only_item(value)):

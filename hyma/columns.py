@@ -74,8 +74,9 @@ def is_known(name, part=None):
     return name in (COLUMNS[part] if part else KNOWN_COLUMNS)
 
 
-def choose_columns(path, records, image_column, caption_column):
-    """The Columns of a table, decided over all its records. Raises BadInput where there is no picture or no caption."""
+def choose_columns(path, records, image_column, caption_column, is_part=False):
+    """The Columns of a table, decided over all its records. is_part: whether it is one of several tables. Raises BadInput where
+    there is no picture or no caption."""
     names = {}  # as they are compared -> as they are written
     filled = set()
     for record in records:
@@ -108,15 +109,19 @@ def choose_columns(path, records, image_column, caption_column):
         captions += [name for plain, name in names.items() if NUMBERED_CAPTION.fullmatch(plain)]
     if not captions and len(questions) < 3:
         raise BadInput(f"--data {path}: {no_column('caption', names)}")
-    splits = [names[name] for name in SPLIT_COLUMNS if name in filled and holds_splits(records, name, names[name])]
+    splits = [names[name] for name in SPLIT_COLUMNS if name in filled and holds_splits(records, names[name], name, is_part)]
     split = splits[0] if splits else names.get("split")
     return Columns(image, captions, pick("label", None), split, questions)
 
 
-def holds_splits(records, plain, name):
-    """Whether a column holds splits: one of that name does, another only where its values are names of several."""
-    values = {value for record in records if not is_empty(value := record.get(name)) and isinstance(value, str | int | float)}
-    return plain == "split" or (len(set(map(known_split, values))) > 1 and all(map(known_split, values)))
+def holds_splits(records, column, name, is_part):
+    """Whether a column holds splits: one of that name if it holds anything, another if it names two splits at least, or, in one of
+    several tables, which may have the rows of a split each, nothing but splits."""
+    values = {value for record in records if not is_empty(value := record.get(column)) and isinstance(value, str | int | float)}
+    if name == "split":
+        return bool(values)
+    known = set(map(known_split, values))
+    return len(known - {None}) > 1 or (is_part and bool(known) and None not in known)
 
 
 def no_column(part, names):
@@ -243,21 +248,24 @@ def as_list(value):
         return value
     plain = value.strip() if isinstance(value, str) else ""
     if plain[:1] + plain[-1:] in ("[]", "()"):
-        for read in (json.loads, read_strings, read_python):
+        for read in (json.loads, read_strings, ast.literal_eval, read_python):
             try:
                 values = read(plain)
             except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
                 continue
-            if isinstance(values, list | tuple) and any(isinstance(item, str | dict) for item in values):
-                values = [item for item in values if item is not None and not is_nan(item)]
-                if all(isinstance(item, str | dict) for item in values):
-                    return values
+            if isinstance(values, list | tuple):
+                items = [item for item in values if item is not None and not is_nan(item)]
+                if all(isinstance(item, str | dict) for item in items):
+                    return items
     return [value]
 
 
 def read_python(text):
-    """The value of a text as Python writes it, which pandas does with nan for an empty item. Raises ValueError, SyntaxError."""
-    return ast.literal_eval(re.sub(r"(?<=[\[(, ])nan(?=[\]), ])", "None", text))
+    """The value of a text that pandas has written, with nan for an empty item. Raises ValueError, SyntaxError, TokenError."""
+    tokens = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        tokens.append((token.type, "None" if token.string == "nan" else token.string))
+    return ast.literal_eval(tokenize.untokenize(tokens).strip())
 
 
 def read_strings(text):

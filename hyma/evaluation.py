@@ -42,7 +42,7 @@ class MethodResult(NamedTuple):
     chosen: list  # indices of the pairs that it ranks first, of every seed
     fidelity: dict  # metric, a key of METRICS -> Estimate
     own: OwnConnectors
-    gain_low: float  # points that the chosen pairs are above the mean of all pairs: the lower end of the 95 % interval
+    gain: list  # [low, high]: the 95 % interval of how many points the chosen pairs are above the mean of all pairs
 
 
 class Comparison(NamedTuple):
@@ -118,7 +118,7 @@ def evaluate_methods(task, methods, oracle, seed_weights):
             chosen=unique(chosen),
             fidelity=estimate_fidelity(truth, resampled, method.preferences, seed_weights[method.name]),
             own=own,
-            gain_low=lowest_gain(resampled, method.preferences, seed_weights[method.name]),
+            gain=gain_over_all(resampled, method.preferences, seed_weights[method.name]),
         )
         results.append(result)
     return results
@@ -141,15 +141,14 @@ def estimate_fidelity(truth, resampled, preferences, seed_weights):
     return estimates
 
 
-def lowest_gain(resampled, preferences, seed_weights):
-    """How many points the chosen pairs are at least above the mean of all pairs: the lower end of the 95 % interval. Both have the
-    same resampled rows and seeds. Arguments as for `estimate_fidelity`."""
+def gain_over_all(resampled, preferences, seed_weights):
+    """[low, high]: the 95 % interval of how many points the chosen pairs are above the mean of all pairs. Both have the same resampled
+    rows and seeds. Arguments as for `estimate_fidelity`."""
     gains = []  # [S] [R]
     for preference in preferences:
         chosen = best_pairs(preference)
         gains.append(100 * (resampled[:, chosen].mean(1) - resampled.mean(1)))
-    low, _ = np.percentile((seed_weights * np.stack(gains, axis=1)).sum(1), INTERVAL)
-    return low
+    return np.percentile((seed_weights * np.stack(gains, axis=1)).sum(1), INTERVAL).tolist()
 
 
 def compare_connectors(scores, preferences, truth):
@@ -183,9 +182,12 @@ def compare_pairs(result, task):
     return comparisons
 
 
-def is_like_random(result):
-    """Whether a MethodResult's choice cannot be told from a random one."""
-    return bool(result.gain_low <= 0)
+def compared_with_random(result):
+    """What a MethodResult's choice is compared with a random one: "better than", "worse than" or "not told from"."""
+    low, high = result.gain
+    if low > 0:
+        return "better than"
+    return "worse than" if high < 0 else "not told from"
 
 
 def best_first(truth):

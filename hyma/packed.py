@@ -58,10 +58,21 @@ def find_address(path) -> Address | None:
     for end in END_OF_FILE.finditer(path):
         file = path[: end.end()]
         found = PLACE.fullmatch(path, end.end())
-        if found and not is_folder(file):  # Spark writes folders of such names
+        if found and not is_spark_folder(file):
             size = None if found["size"] is None else int(found["size"])
             return Address(Path(file), end["kind"].lower(), found["name"], int(found["start"]), size)
     return None
+
+
+def is_spark_folder(path):
+    """Whether a path is a folder for all that it ends as a file: Spark writes such."""
+    return is_remote_folder(path) if find_remote(path) else os.path.isdir(path)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_remote_folder(path):
+    """The same behind a URL, which is asked once."""
+    return is_folder(path)
 
 
 def containing_file(path):
@@ -228,8 +239,10 @@ class ParquetCells:
         try:
             return next(self.batches).column(0)
         except Exception as error:
-            self.damage[self.group] = self.next_row, reason_of(error)
-            self.group = None  # its batches have ended
+            group, self.group = self.group, None  # its batches have ended
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # the machine's fault, or the network's
+            self.damage[group] = self.next_row, reason_of(error)
             raise ValueError(reason_of(error)) from None
 
     def go_to(self, row):

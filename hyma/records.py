@@ -27,9 +27,9 @@ FOLDERS = ("thumbnails", "clip_benchmark")
 
 
 def check_report_folder(folder):
-    """Raises BadInput for a folder in which a report would overwrite what is no report's: a run has a ranking.csv, too."""
-    for name in ("config.json", "manifest.json", "ranking.csv", "selectors.csv"):
-        if (folder / name).exists() and not (folder / RESULTS).is_file():
+    """Raises BadInput for the folder of a run or of embeddings: a run has a ranking.csv, too, which a report would overwrite."""
+    for name in ("config.json", "manifest.json"):
+        if (folder / name).exists():
             raise BadInput(f"--out {folder}: holds other files, {name} among them; name a new folder for the report")
 
 

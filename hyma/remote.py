@@ -71,12 +71,14 @@ def list_remote(data, pattern=None):
 
 
 def list_folder(folder):
-    """The files right in a folder, sorted."""
+    """The files right in a folder, sorted; none of a server that does not list them."""
     remote = find_remote(folder)
     if remote is None:
         return sorted(path for path in folder.iterdir() if path.is_file())
-    with network_errors(remote[1]):
+    try:
         found = remote[0].ls(remote[1], detail=True)
+    except Exception:  # a file system raises errors of its own
+        return []
     return sorted(folder / entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
 
 
@@ -105,7 +107,8 @@ def kind_of(system, url):
         return system.info(url)["type"]
     except FileNotFoundError as error:
         cause = error.__cause__  # over http, of any failure
-        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+        # 401 and 403 are what some servers say of a missing file to those who may not list the others.
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (401, 403, 404, 410):
             return None
         raise cause from None
 

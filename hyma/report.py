@@ -19,7 +19,7 @@ import markupsafe
 
 from hyma.answer import describe_choice, format_number, result_of_primary, teraflop
 from hyma.costs import cost_ratio
-from hyma.evaluation import is_like_random, method_rows, ranking_rows
+from hyma.evaluation import compared_with_random, method_rows, ranking_rows
 from hyma.figures import FIRST_SCREEN, draw_figure, save_figures
 from hyma.files import atomic_file, run_script, write_text
 from hyma.gallery import gallery_queries
@@ -27,6 +27,7 @@ from hyma.metrics import METRICS
 from hyma.plotting import to_png, to_svg
 from hyma.records import Records, save_records
 from hyma.tasks import KINDS
+from vlm import BadInput
 
 
 def save_report(folder, result, gallery, results):
@@ -63,7 +64,7 @@ def page_facts(result, figures, gallery):
             "counted": task.counted,
             "protocol": task.protocol,
             "chance": task.chance,
-            "like_random": is_like_random(result_of_primary(result, place)),
+            "than_random": compared_with_random(result_of_primary(result, place)),
         }
         tasks.append(facts)
     chosen = result.pairs[result.chosen]
@@ -85,6 +86,8 @@ def page_facts(result, figures, gallery):
 def draw_report(folder):
     """Draws every figure and report.html of a folder from its records. Raises BadInput for a record that is damaged."""
     records = Records(folder)
+    if "chosen_by_truth" not in records.page:
+        raise BadInput(f"{folder}: was made by an earlier version of evaluate.py; run that again")
     figures = []
     for facts in records.page["figures"]:
         drawing, caption, section = draw_figure(records, facts)

@@ -59,8 +59,8 @@ def check_run_folder(out):
     if not out.is_dir():
         return
     for path in sorted(out.iterdir()):
-        is_ours = path.name == ".lock" or path.name.endswith(".tmp") or (path.name == "connectors" and not any(path.iterdir()))
-        if not is_ours:
+        is_new = path.name == "connectors" and path.is_dir() and not any(path.iterdir())
+        if not (is_new or path.name == ".lock" or path.name.endswith(".tmp")):
             raise BadInput(f"--out {out}: is a folder with other files in it ({path.name}); choose a new one")
 
 

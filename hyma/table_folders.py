@@ -32,8 +32,7 @@ def find_root(table, rows, root):
         return sum(find_file(folder, image) is not None for image in images)
 
     split = split_of_path(table.relative_to(root))
-    beside = folders_beside(table, root)
-    of_split = [folder for folder in beside if split and known_split(folder.name) == split]
+    of_split = [folder for folder in folders_beside(table, root) if known_split(folder.name) == split] if split else []
     usual = of_split[:1] if len(of_split) == 1 else []
     for base in (table.parent, root):
         usual += [base, base / "images", base / "Images"]
@@ -46,7 +45,7 @@ def find_root(table, rows, root):
             break
     if best:
         return best
-    holding = [folder for folder in beside if count_there(folder)]
+    holding = [folder for folder in folders_beside(table, root) if count_there(folder)]
     holding = [folder for folder in holding if folder in of_split] or holding
     if len(holding) > 1:
         raise BadInput(
@@ -74,9 +73,8 @@ def folders_beside(table, root):
         around.add(table.parent.parent)
     folders = []
     for base in [] if find_remote(table) else sorted(around):
-        for folder in sorted(base.iterdir()):
-            if folder.is_dir() and not folder.name.startswith(".") and folder.name.casefold() not in HIDDEN:
-                folders.append(folder)
+        inside = [entry.name for entry in os.scandir(base) if entry.is_dir()]  # no look at each of its pictures
+        folders += [base / name for name in sorted(inside) if not name.startswith(".") and name.casefold() not in HIDDEN]
     return folders[:100]
 
 
@@ -115,15 +113,20 @@ def split_of_path(path):
 
 def split_by_folders(rows):
     """Gives rows the split that the folder of their picture is named after, if these are different. Folders that all pictures are
-    in say nothing. A picture in a folder of no split has the folder's name for one, so that it is not trained on. Returns whether
-    there are such splits."""
+    in say nothing. A picture in a folder beside those of splits, which is none, has the folder's name for one, so that it is not
+    trained on. Returns whether there are such splits."""
     with_picture = [row for row in rows if row["image"] and why_no_path(row["image"]) is None]
     folders = [PurePosixPath(row["image"].replace("\\", "/")).parent.parts for row in with_picture]
     shared = len(os.path.commonprefix(folders))
-    splits = [split_of_folders(parts[shared:]) for parts in folders]
+    folders = [parts[shared:] for parts in folders]
+    splits = [split_of_folders(parts) for parts in folders]
     if len(set(splits) - {None}) < 2:
         return False
+    parents = set()  # of the folders of splits
+    for parts in set(folders):
+        parents |= {parts[:depth] for depth, folder in enumerate(parts) if known_split(folder)}
     for row, split, parts in zip(with_picture, splits, folders):
-        if split or parts[shared:]:
-            row["split"] = split or parts[shared]
+        beside = [folder for depth, folder in enumerate(parts) if parts[:depth] in parents]
+        if split or beside:
+            row["split"] = split or beside[0]
     return True

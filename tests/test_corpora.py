@@ -899,6 +899,13 @@ def test_splits_of_the_pictures_folders_are_read(folder, case):
     assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
 
 
+def test_folders_of_other_sources_beside_one_with_splits_still_train(folder):
+    """As in LLaVA's mix: coco/train2014 and coco/val2014 are splits, and vg/ is no third one."""
+    rows = table_of_splits(folder, lambda split, k: f"coco/{split}2014/{k}.webp" if k < 12 else f"vg/images/{k}.webp")
+    splits = [row.get("split") for row in read_corpus(write_csv(folder / "t.csv", rows)).rows]
+    assert splits[:3] == ["val", "test", "train"] and splits[12:] == [None] * 8
+
+
 def test_a_table_of_a_split_takes_the_pictures_of_that_split(folder):
     """test.csv with test/0.webp, where images/0.webp is there, too, and another picture."""
     (folder / "images").mkdir()
@@ -915,6 +922,16 @@ def test_a_table_of_a_split_takes_the_pictures_of_that_split(folder):
 def test_splits_in_columns_of_other_names_or_of_none(folder):
     rows = [picture(k) | {"partition": ("train", "test", "val")[k % 3]} for k in range(6)]
     assert [row["split"] for row in read_corpus(write_csv(folder / "a.csv", rows)).rows] == ["train", "test", "val"] * 2
+    rows = [picture(k) | {"partition": ("train", "test", "unused")[k % 3]} for k in range(6)]  # what is of no known name is left alone
+    found = [row["split"] for row in read_corpus(write_csv(folder / "d.csv", rows)).rows]
+    assert found == ["train", "test", "unused"] * 2
+    (folder / "parts").mkdir()
+    for number, split in enumerate(("train", "test")):  # a part of a corpus may have the rows of one split
+        rows = [{"image": f"../../{k}.webp", "caption": "x", "partition": split} for k in range(3)]
+        (folder / "parts" / f"part-{number}").mkdir()
+        write_csv(folder / "parts" / f"part-{number}" / "t.csv", rows)
+    rows = read_corpus(folder / "parts").rows
+    assert sorted({row["split"] for row in rows}) == ["test", "train"]
     rows = [picture(k) | {"set": f"set {k % 2}"} for k in range(6)]  # no splits: nobody's rows are left alone for it
     assert not any("split" in row for row in read_corpus(write_csv(folder / "b.csv", rows)).rows)
     both = folder / "both"
@@ -933,6 +950,10 @@ def test_a_list_of_captions_with_an_empty_item_is_a_list(folder):
     rows = [{"image": f"{k}.webp", "caption": cell} for k, cell in enumerate(cells)]
     found = captions_of(read_corpus(write_csv(folder / "t.csv", rows)).rows)
     assert found == ["a dog", "a cat", "a cow", "an ox", "a hen", "a hare"]
+    rows = [{"image": "0.webp", "caption": "[{'raw': 'curry with nan bread'}]"}, {"image": "1.webp", "caption": "['my nan cooks', None]"}]
+    rows += [{"image": "2.webp", "caption": "[]"}, {"image": "3.webp", "caption": "('rice and nan bread', nan)"}]
+    found = read_corpus(write_csv(folder / "v.csv", rows)).rows
+    assert captions_of(found) == ["curry with nan bread", "my nan cooks", None, "rice and nan bread"] and found[2]["fault"] == "empty caption"
     rows = [{"image": "0.webp", "caption": "(a dog in the sun)"}, {"image": "1.webp", "caption": "[2019] a cat, nan"}]
     assert captions_of(read_corpus(write_csv(folder / "u.csv", rows)).rows) == ["(a dog in the sun)", "[2019] a cat, nan"]
 

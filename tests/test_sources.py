@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import vlm
 from hyma import inflating, remote
 from hyma.datasets import read_corpus
 from hyma.files import read_jsonl
-from hyma.packed import DamagedFile, picture_bytes
+from hyma.packed import DamagedFile, ParquetCells, picture_bytes
 from hyma.pictures import read_picture
 from vlm import BadInput
 
@@ -561,6 +562,23 @@ def test_a_damaged_page_costs_its_own_rows(folder, tmp_path):
         except DamagedFile as error:
             assert "t.parquet: " in str(error)
     assert set(range(60)) <= set(found) and found[-1] == 191 and 90 not in found
+
+
+def test_a_machine_s_fault_damages_no_page(folder, tmp_path, monkeypatch):
+    """What the network or the memory refuses now can be read later: no row is lost for it."""
+    path = tmp_path / "t.parquet"
+    data = write_cells(path, folder, 40)
+    cells = ParquetCells(path, "image")
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "file", SimpleNamespace(iter_batches=lambda *_, **__: broken_batches()))
+        with pytest.raises(OSError, match="network down"):
+            cells.read(3)
+    assert cells.read(3)["bytes"] == data[3]
+
+
+def broken_batches():
+    raise OSError(5, "network down")
+    yield
 
 
 def test_bytes_in_a_column_of_captions_are_a_text(folder, tmp_path):

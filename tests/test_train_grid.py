@@ -248,7 +248,7 @@ def test_resuming_takes_no_separate_runs_for_seeds_of_one(run, run_until_results
     assert result.code == 0 and "exp-s0" not in result.out and (tmp_path / "runs/exp-s1/ledger.json").is_file(), result.err
     run_until_results("train_grid.py", *flags, "--seeds", "0", "1", "--out", "z")
     shutil.rmtree(tmp_path / "z-s1")
-    refused("train_grid.py", "--resume", "--out", "z", says=["z-s1 was not begun yet", "type the command that has started z-s0 again"])
+    refused("train_grid.py", "--resume", "--out", "z", says=["z-s1 is not there", "type the command that has started z-s0 again"])
     refused("train_grid.py", *flags, "--seeds", "0", "1", "--out", ".", says="--out .: has no name")
 
 
