@@ -282,10 +282,8 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
         for run in method.runs:
             for pair in pairs:
                 load_connector(run, *pair, data)
-                for task in tasks if not run.ledger else []:  # a run's embeddings are compared with the task's
-                    for name in pair:
-                        if name in task.data.encoders:
-                            check_trained_on(run.connector(*pair), name, task.data)
+                if not run.ledger:  # a run's own embeddings are compared with a task's
+                    check_card(run.connector(*pair), pair, tasks)
     possible = []
     left_out = {}  # reason -> [names of tasks]
     for task in tasks:
@@ -300,6 +298,14 @@ def check_before_scoring(tasks, methods, pairs, data, flags):
     for reason, names in left_out.items():
         warnings.append(f"left out: {' and '.join(names)}: {reason}")
     return possible, warnings
+
+
+def check_card(path, pair, tasks):
+    """Raises BadInput if a connector was trained on other encoders than the tasks' embeddings are by."""
+    for task in tasks:
+        for name in pair:
+            if name in task.data.encoders:
+                check_trained_on(path, name, task.data)
 
 
 # ------------------------------------------------------------------------------------------- selectors, costs, warnings

@@ -210,7 +210,8 @@ def train(flags, seed, steps, pairs, store, retrieval, train_rows, checkpoints, 
         recalls = validate_on_ranks(connectors, store, retrieval, surviving, scored)
         card_info = {"logit_scale": flags.logit_scale, "seed": seed, "epoch": 0}
         for pair in surviving:
-            keep_best(state, pair_name(pair), recalls[pair_name(pair)], connectors.predict(*pair) if pair in own else [], card_info)
+            layers = connectors.predict(*pair) if pair in own else []
+            keep_best(state, pair_name(pair), recalls[pair_name(pair)], layers, card_info)
 
     batches = Batches(store, seed, train_rows, flags.batch_size)
     step_losses = StepLosses(state["losses"])

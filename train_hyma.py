@@ -93,6 +93,8 @@ from vlm import BadInput, pick_device, read_json
 VALIDATIONS = 2  # per run, each of all pairs and with a checkpoint: at the end and, if it costs little, half way
 MOST_SHARE = 1 / 20  # of the FLOPs of the steps, for these together
 VALIDATIONS_TO_STOP = 10  # with --stop-when-stable
+
+
 def parse_flags():
     """(flags, config.json of the run that --resume names, else None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +192,7 @@ def new_state(pairs):
         "best": None,  # the best validation: score, epoch, recalls, weights
         "settled_at": None,  # the step at which --stop-when-stable has ended the search
         "refined": pairs.base_state["refined"] if pairs.base_state else {},  # connectors of the base run, see `refine`
-        "of_base": cards_of_base(pairs.base_state) if pairs.base_state else {},
+        "of_base": cards_of_base(pairs.base_state) if pairs.base_state else {},  # what their cards say, as they stay what they are
     }
 
 
@@ -512,12 +514,10 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
             "seed": flags.seed,
             "epoch": best["epoch"],
             "updates": state["updates"][name],
-        }
-        card_info |= state["of_base"].get(name, {})  # its connectors stay what they were
-        card_info |= {
             "val_rows": retrieval.query_rows,
             "val_candidates": len(retrieval.rows),
         }
+        card_info |= state["of_base"].get(name, {})
         if name in refined_pairs:  # its card has its own recalls; those of the predicted connector have ranked it
             pair_best = refined_pairs[name]
             return pair_best["layers"], card_info | recall_columns(pair_best["recalls"]) | pair_best["about"]

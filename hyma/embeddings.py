@@ -213,7 +213,10 @@ def is_row(row):
 
 def is_text(value):
     """Whether a value is text in whole characters: JSON can hold the half of one."""
-    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def first_bad_row(vectors):

@@ -71,15 +71,14 @@ def list_remote(data, pattern=None):
 
 
 def list_folder(folder):
-    """The files right in a folder, sorted; none of a server that does not list them."""
+    """The files right in a folder, sorted; none where a server lists none."""
     remote = find_remote(folder)
     if remote is None:
         return sorted(path for path in folder.iterdir() if path.is_file())
-    try:
+    with network_errors(remote[1]), nothing_there():
         found = remote[0].ls(remote[1], detail=True)
-    except Exception:  # a file system raises errors of its own
-        return []
-    return sorted(folder / entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
+        return sorted(folder / entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
+    return []
 
 
 def is_file(path):
@@ -103,14 +102,22 @@ def is_folder(path):
 def kind_of(system, url):
     """What a URL is to its file system: "file", "directory" or, where it is nothing, None. Raises what the network does: fsspec's own
     isfile would take a server that does not answer for a missing file."""
-    try:
+    with nothing_there():
         return system.info(url)["type"]
-    except FileNotFoundError as error:
-        cause = error.__cause__  # over http, of any failure
-        # 401 and 403 are what some servers say of a missing file to those who may not list the others.
-        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (401, 403, 404, 410):
-            return None
-        raise cause from None
+    return None
+
+
+@contextlib.contextmanager
+def nothing_there():
+    """Ends the block where a server says that there is no such file, or that it shows none: some say 401 or 403 of a missing file to
+    those who may not list the others. Over http, fsspec turns every failure into a missing file, whose cause says what it was."""
+    try:
+        yield
+    except Exception as error:  # file systems raise errors of many types
+        cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        says_so = isinstance(cause, FileNotFoundError | PermissionError | NotImplementedError)
+        if not (says_so or getattr(cause, "status", None) in (401, 403, 404, 410)):
+            raise cause from None
 
 
 def open_file(path):

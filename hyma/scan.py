@@ -114,10 +114,11 @@ def check_bad(corpus, quarantine, out, allow_bad):
     counts = count_reasons(quarantine)
     bad = sum(count for reason, count in counts.items() if reason not in LEFT_OUT)
     if bad > most_bad(total, allow_bad):
+        enough = math.floor(100 * bad / total + 1) / 100  # rounded up, and never to what 0.29 * 100 falls short of
         raise BadInput(
             f"{corpus.source}: {bad:,} of {total:,} rows ({bad / total:.1%}) cannot be used: {in_words(counts)}; "
             f"{out}/quarantine.jsonl names each. Repair them and run the same command again, or allow it: --allow-bad "
-            f"{math.floor(100 * bad / total + 1) / 100:g}"
+            f"{enough:g}"
         )
 
 
