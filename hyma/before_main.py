@@ -1,8 +1,9 @@
-"""What a signal does while a script imports torch, which takes seconds: nothing is lost yet, and no traceback is shown.
+"""What a signal does while a script imports torch, which takes seconds, and once its work has ended: nothing can be lost, and
+no traceback is shown.
 
 Each script imports this before anything that takes time, when it is run and not imported. Ctrl-C ends it in one line;
-SIGUSR1 asks to save, and there is nothing to save; SIGTERM ends it at once, as it does by itself. From `run_script` on
-Ctrl-C is an exception again, and from `hyma.signals.Signals` on all of them save first.
+SIGUSR1 asks to save, and there is nothing to save; SIGTERM ends it at once, as it does by itself. Within `run_script`
+Ctrl-C is an exception again, and within `hyma.signals.Signals` all of them save first.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 def leave(*_):
     """Ends the process. An exception would not do: modules that are half imported catch some, and change others."""
-    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted before it began\n".encode())
+    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
     os._exit(128 + signal.SIGINT)
 
 

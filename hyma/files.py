@@ -169,9 +169,20 @@ OUT_OF_MEMORY = (
 def run_script(main):
     """Runs a script's main. What the user can fix ends as one line on stderr and exit status 1."""
     script = Path(sys.argv[0]).name
+    try:
+        run_main(main, script)
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_main(main, script):
+    """Runs a main of which only Ctrl-C and errors of the program are left as exceptions. Once it has ended Ctrl-C is none any
+    more, as no line would be left to catch it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to save: outside of `hyma.signals` there is nothing to save
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here it was `hyma.before_main`'s
+    earlier_handler = signal.getsignal(signal.SIGINT)  # of `hyma.before_main`
+    if earlier_handler is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     earlier_hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
     try:
@@ -186,11 +197,9 @@ def run_script(main):
         sys.exit(f"{script}: {OUT_OF_MEMORY}")
     except OSError as error:  # a full disk, a read-only folder
         sys.exit(f"{script}: {error.filename or 'output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
     finally:
         sys.unraisablehook = earlier_hook
+        signal.signal(signal.SIGINT, earlier_handler)
 
 
 def interrupt_again(dropped):

@@ -119,6 +119,33 @@ run_script(main)
     assert done.returncode == 130 and done.stderr.strip() == "-c: interrupted; run the same command again to resume"
 
 
+@pytest.mark.parametrize(
+    "end, message",
+    [
+        ("run_script(int)\nsignal.raise_signal(signal.SIGINT)", "-c: interrupted"),
+        ("run_script(fail)", "-c: interrupted; run the same command again to resume"),
+    ],
+    ids=["once it has ended", "while an error is said"],
+)
+def test_ctrl_c_at_the_end_of_a_script_shows_no_traceback(end, message):
+    script = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import hyma.before_main
+from hyma.files import run_script
+from vlm import BadInput
+class Failure(BadInput):
+    def __str__(self):
+        signal.raise_signal(signal.SIGINT)
+        return "an error"
+def fail():
+    raise Failure("an error")
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and done.stderr.strip() == message
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
@@ -228,7 +255,7 @@ def test_signals_while_torch_is_imported_show_no_traceback(tmp_path, script):
     process = start_importing(tmp_path, script)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().endswith("interrupted before it began")
+    assert process.returncode == 130 and err.strip().endswith("py: interrupted")
     assert len(err.strip().splitlines()) == 1
 
     process = start_importing(tmp_path, script)

@@ -119,11 +119,13 @@ def read_log(path):
 
 def run_command(command, folder, logs, hook):
     """Runs a script as __main__ in this process, which is a fresh fork. hook: see `install_hook`."""
+    import hyma.before_main  # not in the process that forks, whose signals it would change
+
     for number, path in enumerate(log_files(logs), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.chdir(folder)
     os.environ["MPLBACKEND"] = "agg"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
+    signal.signal(signal.SIGINT, hyma.before_main.leave)  # a shell ignores it for what runs in the background
     script, *arguments = map(str, command)
     if hook and hook.get("real"):
         start_python(script, arguments)

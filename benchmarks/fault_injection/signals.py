@@ -1,5 +1,6 @@
 """Signals at random moments: each has its exit status, and the command typed again ends with the undisturbed result."""
 
+import contextlib
 import os
 import random
 import signal
@@ -55,7 +56,8 @@ def send_signal(runner, command, folder, name, moment):
     while not begun.exists() and runner.exit_status(started.process) is None:
         time.sleep(0.001)
     if runner.exit_status(started.process, moment) is None:
-        os.kill(started.process.pid, getattr(signal, name))
+        with contextlib.suppress(ProcessLookupError):  # it has ended just now
+            os.kill(started.process.pid, getattr(signal, name))
     return runner.finish(started)
 
 
