@@ -42,7 +42,7 @@ from hyma.metrics import INTERVAL, best_pairs, bootstrap_scores, draw_seed_weigh
 from hyma.pair_names import choose_pairs, pair_name
 from hyma.records import check_report_folder
 from hyma.report import save_report
-from hyma.runs import check_same_split, is_finished, newest_finished_run, read_run
+from hyma.runs import check_same_split, is_finished, is_run, newest_finished_run, read_run, with_seed
 from hyma.scoring import headline_first, load_connector, runs_of, score_runs
 from hyma.selectors import LEAST_ROWS, run_selectors, selector_rows
 from hyma.splits import split_rows
@@ -113,9 +113,9 @@ def run_demo(device):
     folders = []
     for name, (script, *arguments) in DEMO.items():
         out = Path("runs") / name
-        outputs = [Path(f"{out}-s0"), Path(f"{out}-s1")] if "--seeds" in arguments else [out]
+        outputs = [with_seed(out, 0), with_seed(out, 1)] if "--seeds" in arguments else [out]
         folders += outputs
-        begun = [folder for folder in outputs if (folder / "config.json").is_file()]
+        begun = list(filter(is_run, outputs))
         if all(map(is_finished, outputs)):
             continue
         command = [sys.executable, str(Path(__file__).parent / script), "--out", str(out)]
@@ -234,8 +234,8 @@ def were_trained_on(runs, data):
 
 
 def open_seen_tasks(name, folder, flags, of_all):
-    """([Task], warnings) of a folder that connectors alone were trained on: its test rows, or all, and a line that says so. of_all:
-    the tasks of all rows."""
+    """([Task], warnings) of a folder that connectors alone were trained on: its test rows, or all, and a line that says
+    so. of_all: the tasks of all rows."""
     data = of_all[0].data
     if "test" in {row.get("split") for row in data.rows or []}:
         return open_tasks(name, folder, flags, run_seed=0), []  # of no run: with test rows the seed decides nothing

@@ -82,7 +82,9 @@ def check_flags(flags):
     if flags.out and flags.out.is_dir():
         raise BadInput(f"--out {flags.out}: is a folder; name a file, such as {flags.out / 'results.html'}")
     if flags.out and not os.access(flags.out.parent, os.W_OK):
-        raise BadInput(f"--out {flags.out}: there is no folder {flags.out.parent} that can be written to; make it, or name another")
+        raise BadInput(
+            f"--out {flags.out}: there is no folder {flags.out.parent} that can be written to; make it, or name another"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- answers

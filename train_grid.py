@@ -43,7 +43,7 @@ from hyma.pair_names import pair_name
 from hyma.pairs import images_of, texts_of
 from hyma.printed_ranking import print_results
 from hyma.ranking import rank_pairs
-from hyma.runs import Checkpoints, find_run, without_seed, write_results
+from hyma.runs import Checkpoints, find_run, is_run, with_seed, without_seed, write_results
 from hyma.signals import Signals
 from hyma.splits import split_rows
 from hyma.starting_run import check_same_data, flags_to_keep, read_starting_connector
@@ -53,6 +53,7 @@ from hyma.training import (
     build_adamw,
     check_ranks_share,
     check_weights,
+    choose_matmul_precision,
     count_step,
     mean_recall10,
     metrics_line,
@@ -64,6 +65,7 @@ from hyma.training import (
     training_dtype,
     validate_on_ranks,
     validation_retrieval,
+    what_must_match,
 )
 from hyma.training_flags import (
     add_training_flags,
@@ -127,28 +129,30 @@ def parse_flags():
 def folders_to_resume(flags):
     """The run folder of --out, or of the newest run; of a command with several seeds, those of all."""
     out = find_run(flags.out)
-    if flags.out and (out / "config.json").is_file():
-        return [out]
-    if not (out / "config.json").is_file():  # perhaps what the folders of several seeds are named after
-        of_seeds = [path.parent for path in out.parent.glob("*/config.json") if without_seed(path.parent) == out]
-        if not of_seeds:
-            return [out]
-        out = max(of_seeds, key=lambda folder: (folder / "config.json").stat().st_mtime)
-    config = read_json(out / "config.json")
+    if is_run(out):
+        return [out] if flags.out else folders_of_command(out)
+    of_seeds = [path.parent for path in out.parent.glob("*/config.json") if without_seed(path.parent) == out]
+    if of_seeds:
+        return folders_of_command(max(of_seeds, key=lambda folder: (folder / "config.json").stat().st_mtime))
+    return [out]  # no run, as `parse_resumed_flags` says
+
+
+def folders_of_command(run):
+    """The run folders of the command that has made this one: those of its seeds, if it had several."""
+    config = read_json(run / "config.json")
     seeds = config.get("flags", {}).get("seeds", [])
-    is_one_of_several = len(seeds) > 1 and out.name == f"{without_seed(out).name}-s{config.get('seed')}"
-    if not is_one_of_several:
-        return [out]
-    folders = [without_seed(out).with_name(f"{without_seed(out).name}-s{seed}") for seed in seeds]
+    if len(seeds) < 2 or run != with_seed(without_seed(run), config.get("seed")):
+        return [run]
+    folders = [with_seed(without_seed(run), seed) for seed in seeds]
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise BadInput(f"--resume: {folder} is not there; type the command that has started {out} again")
+        if not is_run(folder):
+            raise BadInput(f"--resume: {folder} is not there; type the command that has started {run} again")
     return folders
 
 
 def run_folder(flags, seed):
     """The folder of a seed's run."""
-    return flags.out.with_name(f"{flags.out.name}-s{seed}") if len(flags.seeds) > 1 else flags.out
+    return with_seed(flags.out, seed) if len(flags.seeds) > 1 else flags.out
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -300,17 +304,12 @@ def main():
         flags = runs[0][0]
     check_ranks_share(flags, pairs)
     store = RowStore(data, image_names + text_names, device)
-    embeddings = data.fingerprint(image_names + text_names)
-    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
+    choose_matmul_precision(flags.precision)
 
     opened = []  # every seed's folder before the first trains, so that --resume finds them all
     seeds = flags.seeds
     for (flags, resumed_config), seed in zip(runs, seeds):
-        must_match = {
-            "pairs": [pair_name(pair) for pair in pairs],
-            "embeddings": embeddings,
-            "split": data.split_sha256(),
-        }
+        must_match = what_must_match(data, pairs, image_names + text_names)
         if resumed_config:
             must_match |= {"seed": resumed_config["seed"], "steps": resumed_config["steps"]}
         else:

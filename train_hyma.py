@@ -29,24 +29,26 @@ import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from tqdm import tqdm
 
 from hyma import closed_form, ranks
 from hyma.adding import arrange_added_encoder, cards_of_base, check_same_as_base, flags_of_base, load_base_parts
 from hyma.batches import Batches
 from hyma.costs import flop_counter, step_flops, validation_flops
-from hyma.embeddings import RowStore
+from hyma.embeddings import Embeddings, RowStore
 from hyma.files import write_jsonl
 from hyma.graphs import check_graph, record_steps
 from hyma.grid_state import COSTS
 from hyma.hypernetworks import HYPERNETWORKS, build_hypernetwork
 from hyma.machine import peak_bytes
-from hyma.metrics import mean_recalls
+from hyma.metrics import Retrieval, mean_recalls
 from hyma.pair_names import name_of_row, pair_name, pair_of_name
-from hyma.pairs import arrange_pairs, count_sets, draw_pairs, group_by_text, images_of
+from hyma.pairs import Pairs, arrange_pairs, count_sets, draw_pairs, group_by_text, images_of
 from hyma.printed_ranking import print_results
 from hyma.ranking import expected_recall, rank_pairs, recall_columns
 from hyma.refinement import refine, refinement_steps
@@ -60,6 +62,7 @@ from hyma.training import (
     build_adamw,
     check_ranks_share,
     check_weights,
+    choose_matmul_precision,
     count_step,
     load_moments,
     losses_on_ranks,
@@ -75,6 +78,7 @@ from hyma.training import (
     update_weights,
     validate_on_ranks,
     validation_retrieval,
+    what_must_match,
 )
 from hyma.training_flags import (
     add_training_flags,
@@ -107,7 +111,7 @@ def parse_flags():
     add(
         "--rank",
         type=int,
-        help="axes of each image encoder's space that factored works in (default: 256; from 3,072 rows 384, from 16,384 rows 512)",
+        help="axes of each image encoder's space that factored works in (default: 256; from 3,072 rows 384, from 16,384 512)",
     )
     add(
         "--pairs-per-step",
@@ -171,7 +175,73 @@ def resolve_flags(flags, device, row_count, pairs):
     return flags
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------- what is trained, and on what
+
+
+class Inputs(NamedTuple):
+    """What a run trains on and chooses by."""
+
+    data: Embeddings
+    pairs: Pairs
+    train_rows: Tensor  # indices
+    val_rows: Tensor
+    vectors: RowStore
+    retrieval: Retrieval  # of the validation rows
+
+
+class Learner(NamedTuple):
+    """A hypernetwork and what trains it."""
+
+    generator: nn.Module
+    optimizer: torch.optim.Optimizer
+    moments: list  # of `head`, [] where every gradient is formed (`Hypernetwork.outer_moments`)
+    schedule: Schedule
+
+
+def open_inputs(flags, typed, resumed_config, device):
+    """(the Inputs of the flags, the flags with numbers for all that follows from these). Others: see `open_run_folder`."""
+    data, chosen_pairs = open_data(flags, flags.out, typed, resumed_config)
+    if flags.add_encoder:
+        pairs = arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
+    else:
+        pairs = arrange_pairs(flags, data, chosen_pairs)
+    train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
+    flags = resolve_flags(flags, device, len(train_rows), pairs)
+    check_ranks_share(flags, pairs.trained)
+    encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
+    per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
+    print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
+    if flags.split == "pairs" and flags.pairs_per_step < ranks.count():
+        print(f"{ranks.count()} processes: more than pairs per step; more work at --split rows or a larger --pairs-per-step")
+    vectors = RowStore(data, pairs.image_names + pairs.text_names, device)
+    retrieval = validation_retrieval(data, train_rows, val_rows, device)
+    return Inputs(data, pairs, train_rows, val_rows, vectors, retrieval), flags
+
+
+def lock_run_folder(flags, typed, resumed_config, inputs, device):
+    """`open_run_folder` of these inputs."""
+    data, pairs, train_rows, val_rows, *_ = inputs
+    must_match = what_must_match(data, pairs.trained, pairs.image_names + pairs.text_names)
+    run_info = describe_run(flags, f"hyma {flags.generator}", False, train_rows, val_rows) | {"seed": flags.seed}
+    return open_run_folder(flags, typed, resumed_config, must_match, run_info, device)
+
+
+def build_learner(flags, inputs, device):
+    """The Learner at random weights, but for the parts of the run that an encoder is added to."""
+    torch.manual_seed(flags.seed)
+    pairs, dims = inputs.pairs, inputs.vectors.dims
+    image_dims = {name: dims[name] for name in pairs.image_names}
+    text_dims = {name: dims[name] for name in pairs.text_names}
+    generator = build_hypernetwork(flags, image_dims, text_dims).to(device)
+    if pairs.base_state:
+        load_base_parts(generator, pairs.base_state)
+    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    steps = flags.epochs * (len(inputs.train_rows) // flags.batch_size)
+    schedule = Schedule(steps, flags.lr, flags.warmup_steps, flags.weight_decay, device)
+    return Learner(generator, build_adamw(parameters, flags), generator.outer_moments(), schedule)
+
+
+# --------------------------------------------------------------------------------------------------- where training starts
 
 
 def new_state(pairs):
@@ -212,39 +282,98 @@ def start_from_closed_form(generator, store, folds, data, pairs, added):
     return closed_form.cross_validate(space, folds, data, pairs.scored)
 
 
-def start_training(flags, generator, store, data, pairs, train_rows, val_rows):
+def start_training(flags, inputs, generator):
     """(the state before the first step, the store that the loop trains on): the generator's parts are set to the closed form,
     or stay the random weights that they are. What that costs is in the state. The first rank does it for all."""
+    data, pairs, train_rows, _, vectors, _ = inputs
     state = new_state(pairs)
     with flop_counter() as counter:
         if generator.starts_from_closed_form and ranks.is_first():
             folds = closed_form.fold_rows(data, train_rows, flags.seed, state["fold_pairs"], generator.held_out_rows)
-            state["fold_recalls"] = start_from_closed_form(generator, store, folds, data, pairs, flags.add_encoder)
+            state["fold_recalls"] = start_from_closed_form(generator, vectors, folds, data, pairs, flags.add_encoder)
             state["fold_rows"] = len(folds[0])
         generator.load_state_dict(ranks.from_first(generator.state_dict))
-        store = project_store(flags, generator, store, pairs, train_rows, val_rows)
+        store = project_store(flags, inputs, generator)
     if pairs.base_state:
         state["fold_recalls"] |= pairs.base_state["fold_recalls"]
     state["start_flops"] = state["flops"] = counter.get_total_flops()
     return ranks.from_first(lambda: state), store
 
 
-def resume_training(flags, saved, generator, optimizer, moments, store, pairs, train_rows, val_rows):
+def resume_training(flags, inputs, learner, saved):
     """The same where a checkpoint was saved: (its state, the store). Its tensors are loaded."""
-    if saved["state"].keys() != new_state(pairs).keys():
+    if saved["state"].keys() != new_state(inputs.pairs).keys():
         raise BadInput(f"--resume: {flags.out} was started by an earlier version of train_hyma.py; start it again")
+    generator, optimizer, moments, _ = learner
     generator.load_state_dict(saved["generator"])
     load_moments(optimizer, saved["optimizer"])
     for moment, saved_moment in zip(moments, saved["moments"]):
         moment.copy_(saved_moment)
-    store = project_store(flags, generator, store, pairs, train_rows, val_rows)
-    return saved["state"], store
+    return saved["state"], project_store(flags, inputs, generator)
 
 
-def project_store(flags, generator, store, pairs, train_rows, val_rows):
+def project_store(flags, inputs, generator):
     """The store with image vectors in the space that the generator's connectors end in, k coordinates for D."""
-    rows, dtype = torch.cat([train_rows, val_rows]), training_dtype(flags.precision)
-    return generator.project_images(store, images_of(pairs.scored), rows, dtype)
+    rows = torch.cat([inputs.train_rows, inputs.val_rows])
+    return generator.project_images(inputs.vectors, images_of(inputs.pairs.scored), rows, training_dtype(flags.precision))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train(flags, inputs, learner, store, state, checkpoints, started):
+    """Trains from the state on to the end of the schedule, or until the ranking has settled (--stop-when-stable). state["best"]
+    has the weights that validate best. started: the time at which the run would have begun without interruptions."""
+    pairs, retrieval = inputs.pairs, inputs.retrieval
+    generator, optimizer, moments, schedule = learner
+    dtype = training_dtype(flags.precision)
+    choose_matmul_precision(flags.precision)
+    validations = count_validations(flags, generator, retrieval, pairs, schedule.steps, store.dims)
+    validation_period = math.ceil(flags.epochs / validations) * (schedule.steps // flags.epochs)
+    take_step = partial(train_step, generator, optimizer, moments, store, dtype, flags)
+    if flags.graph:
+        take_step = record_steps(take_step, inputs.vectors, count_sets(pairs.trained, flags.pairs_per_step))
+
+    batches = Batches(inputs.vectors, flags.seed, inputs.train_rows, flags.batch_size)
+    step_losses = StepLosses(state["losses"])
+    progress = tqdm(total=schedule.steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
+    with progress, Signals() as signals:
+        for step in range(state["step"], state["settled_at"] or schedule.steps):
+            # A batch of rows and of pairs, and the step that they make.
+            rows = batches.rows_of(step)  # [B]
+            batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
+            if flags.graph:
+                batch_pairs = sorted(batch_pairs)  # a graph for each set, in whichever order it is drawn
+            losses = take_step(batch_pairs, rows, schedule.numbers(step))  # [P]
+            if step_losses.add(step, batch_pairs, losses):
+                progress.set_postfix(progress_line(state), refresh=False)
+
+            count_step(state, generator, store, flags.batch_size, batch_pairs)
+            state["seconds"] = time.perf_counter() - started
+            progress.update()
+
+            # A checkpoint is saved after a validation, after a minute without one, and on a signal.
+            is_validation = (step + 1) % validation_period == 0 or step + 1 == schedule.steps
+            if not is_validation:
+                if signals.arrived_anywhere(step, checkpoints.due()):
+                    step_losses.read()
+                    save_checkpoint(checkpoints, learner, state)
+                    signals.leave_if_asked()
+                continue
+            step_losses.read()
+            recalls = validate_on_ranks(generator, store, retrieval, pairs.scored, ranks.share(pairs.scored))
+            state["seconds"] = time.perf_counter() - started
+            for message in note_validation(flags, inputs, learner, state, recalls):
+                progress.write(message)
+            progress.set_postfix(progress_line(state))
+            signals.arrived_anywhere()
+            save_checkpoint(checkpoints, learner, state)
+            if ranks.is_first():
+                write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
+            signals.leave_if_asked()
+            if state["settled_at"]:
+                break
+    batches.close()
 
 
 def count_validations(flags, generator, retrieval, pairs, steps, dims):
@@ -305,173 +434,25 @@ def clip_and_update(generator, optimizer, moments, numbers, flags):
         adamw_outer(generator.head, *moments, grad_out, inputs, numbers=numbers, weight_decay=decay, clip=clip)
 
 
-def main():
-    flags, resumed_config = parse_flags()
-    typed = recorded_flags(flags)
-    device = pick_device(ranks.rank_device(flags.device))
-    check_graph(flags.graph, device)
-
-    # The data: rows to train on and to choose by, and the pairs.
-    data, chosen_pairs = open_data(flags, flags.out, typed, resumed_config)
-    if flags.add_encoder:
-        pairs = arrange_added_encoder(flags.add_encoder, Path(flags.from_run), data)
-    else:
-        pairs = arrange_pairs(flags, data, chosen_pairs)
-    train_rows, val_rows = split_for_training(data, flags.seed, flags.rows)
-    flags = resolve_flags(flags, device, len(train_rows), pairs)
-    check_ranks_share(flags, pairs.trained)
-    encoders = f"{len(pairs.image_names)} image and {len(pairs.text_names)} text encoders"
-    per_step = "1 pair" if flags.pairs_per_step == 1 else f"{flags.pairs_per_step} pairs"
-    print(f"pairs: {len(pairs.trained)} of {encoders}, {per_step} per step")
-    if flags.split == "pairs" and flags.pairs_per_step < ranks.count():
-        print(f"{ranks.count()} processes: more than pairs per step; more work at --split rows or a larger --pairs-per-step")
-    vectors = RowStore(data, pairs.image_names + pairs.text_names, device)
-    retrieval = validation_retrieval(data, train_rows, val_rows, device)
-    must_match = {
-        "pairs": [pair_name(pair) for pair in pairs.trained],
-        "embeddings": data.fingerprint(pairs.image_names + pairs.text_names),
-        "split": data.split_sha256(),
-    }
-    run_info = describe_run(flags, f"hyma {flags.generator}", False, train_rows, val_rows) | {"seed": flags.seed}
-    lock = open_run_folder(flags, typed, resumed_config, must_match, run_info, device)  # noqa: F841  held until the end
-
-    # The hypernetwork and its optimiser.
-    torch.manual_seed(flags.seed)
-    image_dims = {name: vectors.dims[name] for name in pairs.image_names}
-    text_dims = {name: vectors.dims[name] for name in pairs.text_names}
-    generator = build_hypernetwork(flags, image_dims, text_dims).to(device)
+def note_validation(flags, inputs, learner, state, recalls):
+    """Adds a validation to the state: these weights if they are the best so far, a line of metrics.jsonl, and whether the ranking
+    has settled (--stop-when-stable). recalls: of `validate`. Returns what there is to say, lines."""
+    pairs, steps = inputs.pairs, learner.schedule.steps
+    of_trained = {pair_name(pair): recalls[pair_name(pair)] for pair in pairs.trained}  # pairs of --predict choose nothing
+    score = mean_recall10(of_trained)
     if pairs.base_state:
-        load_base_parts(generator, pairs.base_state)
-    parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    optimizer = build_adamw(parameters, flags)
-    moments = generator.outer_moments()
-
-    # The schedule.
-    steps_per_epoch = len(train_rows) // flags.batch_size
-    steps = flags.epochs * steps_per_epoch
-    schedule = Schedule(steps, flags.lr, flags.warmup_steps, flags.weight_decay, device)
-
-    # Where training starts: at the closed form, at random weights, or at a checkpoint.
-    checkpoints = Checkpoints(flags.out)
-    started = time.perf_counter()
-    saved = ranks.from_first(lambda: checkpoints.load("generator", "optimizer", "moments", "state"))
-    refinement = None
-    was_finished = saved and is_finished(flags.out)  # also where the base run has refined the chosen pair
-    if saved:
-        state, store = resume_training(flags, saved, generator, optimizer, moments, vectors, pairs, train_rows, val_rows)
-        refinement = saved.get("refinement")
-        done = state["step"] + (refinement["state"]["step"] if refinement else 0)
-        print(resumed_line(flags.out, done, done if was_finished else steps + flags.refine_steps))
-    else:
-        state, store = start_training(flags, generator, vectors, data, pairs, train_rows, val_rows)
-    started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
-    validations = count_validations(flags, generator, retrieval, pairs, steps, store.dims)
-    validation_period = math.ceil(flags.epochs / validations) * steps_per_epoch
-    dtype = training_dtype(flags.precision)
-    # Not before: the closed form needs float32.
-    torch.set_float32_matmul_precision("high" if flags.precision == "tf32" else "highest")
-
-    batches = Batches(vectors, flags.seed, train_rows, flags.batch_size)
-    step_losses = StepLosses(state["losses"])
-
-    def save_checkpoint(**more):
-        step_losses.read()
-        check_weights(generator.state_dict(), state["step"])
-        if ranks.is_first():
-            checkpoints.save(checkpoint_of(generator, optimizer, moments, state) | more)
-        ranks.wait()  # a rank that ends before the first has saved would end it too
-
-    take_step = partial(train_step, generator, optimizer, moments, store, dtype, flags)
-    if flags.graph:
-        take_step = record_steps(take_step, vectors, count_sets(pairs.trained, flags.pairs_per_step))
-
-    progress = tqdm(total=steps, initial=state["step"], desc="train", unit="step", postfix=progress_line(state))
-    with progress, Signals() as signals:
-        for step in range(state["step"], state["settled_at"] or steps):
-            # A batch of rows and of pairs, and the step that they make.
-            rows = batches.rows_of(step)  # [B]
-            batch_pairs = draw_pairs(step, flags.seed, pairs.trained, flags.pairs_per_step)
-            if flags.graph:
-                batch_pairs = sorted(batch_pairs)  # a graph for each set, in whichever order it is drawn
-            losses = take_step(batch_pairs, rows, schedule.numbers(step))  # [P]
-            if step_losses.add(step, batch_pairs, losses):
-                progress.set_postfix(progress_line(state), refresh=False)
-
-            count_step(state, generator, store, flags.batch_size, batch_pairs)
-            state["seconds"] = time.perf_counter() - started
-            progress.update()
-
-            # Validation: the best state is kept. A checkpoint is saved then, after a minute without one, and on a signal.
-            is_validation = (step + 1) % validation_period == 0 or step + 1 == steps
-            if not is_validation:
-                if signals.arrived_anywhere(step, checkpoints.due()):
-                    save_checkpoint()
-                    signals.leave_if_asked()
-                continue
-            step_losses.read()
-            recalls = validate_on_ranks(generator, store, retrieval, pairs.scored, ranks.share(pairs.scored))
-            of_trained = {name: recalls[name] for name in must_match["pairs"]}  # pairs of --predict choose nothing
-            score = mean_recall10(of_trained)
-            if pairs.base_state:
-                recalls = pairs.base_state["best"]["recalls"] | recalls
-            epoch = round((step + 1) / steps * flags.epochs)
-            if message := keep_best(state, generator, score, epoch, recalls, retrieval.chance[2]):
-                progress.write(message)
-            state["seconds"] = time.perf_counter() - started
-            line = metrics_line(state, epoch, schedule.rate(step), score, recalls)
-            state["metrics"].append(line)
-            state["losses"].clear()
-            progress.set_postfix(progress_line(state))
-            if flags.stop_when_stable and step + 1 < steps and is_settled(state["metrics"], of_trained):
-                state["settled_at"] = step + 1
-            signals.arrived_anywhere()
-            save_checkpoint()
-            if ranks.is_first():
-                write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
-            signals.leave_if_asked()
-            if state["settled_at"]:
-                progress.write(
-                    f"epoch {epoch}: the ranking has settled; {steps - step - 1} of {steps} steps are left out"
-                )
-                break
-    batches.close()
-    if not ranks.leave():  # what follows is the first rank's
-        return
-
-    # The pair that ranks first, trained further by itself. Its cost is part of the run's.
-    generator.load_state_dict(state["best"]["weights"])
-    ranking = rank_best(state, retrieval)
-    chosen = pair_of_name(name_of_row(ranking[0]))
-    refined = None
-    if flags.refine_steps and pair_name(chosen) not in state["refined"]:
-        recalls = state["best"]["recalls"][pair_name(chosen)]
-
-        def save_refinement(refinement, force):
-            if force or checkpoints.due():
-                check_weights(refinement["connectors"], refinement["state"]["step"])
-                save_checkpoint(refinement=refinement)
-
-        parts = generator, recalls, vectors, retrieval, train_rows
-        refined = refine(flags, chosen, *parts, refinement, save_refinement)
-        for key in COSTS:
-            state[key] += refined[key]
-        state["step"] += refined["step"]
-        state["updates"][pair_name(chosen)] += refined["step"]
-    # Of a finished run, the memory of the process that trained.
-    state["peak_bytes"] = read_json(flags.out / "ledger.json")["peak_bytes"] if was_finished else peak_bytes(device)
-    export(flags, data, generator, state, retrieval, ranking, refined)
-    # Of a part of a corpus: which encoders are worth embedding all of it with.
-    advise(flags.out, data, vectors, pairs.trained + pairs.untrained, train_rows, val_rows, flags.seed)
-
-
-def checkpoint_of(generator, optimizer, moments, state):
-    """All that a run needs to resume."""
-    return {
-        "generator": generator.state_dict(),
-        "optimizer": moments_of(optimizer),
-        "moments": moments,
-        "state": state,
-    }
+        recalls = pairs.base_state["best"]["recalls"] | recalls
+    epoch = round(state["step"] / steps * flags.epochs)
+    collapse = keep_best(state, learner.generator, score, epoch, recalls, inputs.retrieval.chance[2])
+    messages = [collapse] if collapse else []
+    rate = learner.schedule.rate(state["step"] - 1)
+    state["metrics"].append(metrics_line(state, epoch, rate, score, recalls))
+    state["losses"].clear()
+    left = steps - state["step"]
+    if flags.stop_when_stable and left and is_settled(state["metrics"], of_trained):
+        state["settled_at"] = state["step"]
+        messages.append(f"epoch {epoch}: the ranking has settled; {left} of {steps} steps are left out")
+    return messages
 
 
 def keep_best(state, generator, score, epoch, recalls, chance):
@@ -484,6 +465,41 @@ def keep_best(state, generator, score, epoch, recalls, chance):
     if score < 2 * chance < best["score"]:
         return f"epoch {epoch}: collapsed to chance, R@10 {score:.1%}; epoch {best['epoch']} is kept"
     return None
+
+
+def save_checkpoint(checkpoints, learner, state, **more):
+    """Saves all that a run needs to resume, if its weights are sound. All ranks call it; the first writes."""
+    generator, optimizer, moments, _ = learner
+    check_weights(generator.state_dict(), state["step"])
+    if ranks.is_first():
+        tensors = {"generator": generator.state_dict(), "optimizer": moments_of(optimizer), "moments": moments}
+        checkpoints.save(tensors | {"state": state} | more)
+    ranks.wait()  # a rank that ends before the first has saved would end it too
+
+
+# ------------------------------------------------------------------------------------------------- what is handed over
+
+
+def refine_chosen(flags, inputs, learner, state, chosen, checkpoints, saved):
+    """Trains the chosen pair further by itself. Returns the state of `refine`, whose cost is in the run's too; None if there is
+    nothing to train. saved: the refinement of the checkpoint, else None."""
+    name = pair_name(chosen)
+    if not flags.refine_steps or name in state["refined"]:
+        return None
+
+    def save_refinement(refinement, force):
+        if force or checkpoints.due():
+            check_weights(refinement["connectors"], refinement["state"]["step"])
+            save_checkpoint(checkpoints, learner, state, refinement=refinement)
+
+    recalls = state["best"]["recalls"][name]
+    parts = learner.generator, recalls, inputs.vectors, inputs.retrieval, inputs.train_rows
+    refined = refine(flags, chosen, *parts, saved, save_refinement)
+    for key in COSTS:
+        state[key] += refined[key]
+    state["step"] += refined["step"]
+    state["updates"][name] += refined["step"]
+    return refined
 
 
 def rank_best(state, retrieval):
@@ -499,10 +515,10 @@ def rank_best(state, retrieval):
     return ranking
 
 
-def export(flags, data, generator, state, retrieval, ranking, refined):
+def export(flags, inputs, generator, state, ranking, refined):
     """Writes the connectors of the generator, which has the best weights by now, and in place of the chosen pair's the
     refined one; ranking.csv and ledger.json. Prints the ranking. refined: the state of `refine`, or None."""
-    best = state["best"]
+    best, retrieval = state["best"], inputs.retrieval
     write_jsonl(flags.out / "metrics.jsonl", state["metrics"])
     state["trainable_parameters"] = count_trainable(generator)
     refined_pairs = state["refined"] | (refined["best"] if refined else {})
@@ -523,7 +539,7 @@ def export(flags, data, generator, state, retrieval, ranking, refined):
             return pair_best["layers"], card_info | recall_columns(pair_best["recalls"]) | pair_best["about"]
         return generator.predict(*pair_of_name(name)), card_info
 
-    paths = write_results(flags.out, data, ranking, connector_of, flags.batch_size, state)
+    paths = write_results(flags.out, inputs.data, ranking, connector_of, flags.batch_size, state)
     description = f"{flags.generator} {flags.connector}, epoch {best['epoch']} of {flags.epochs}"
     print_results(ranking, best["recalls"], retrieval, description, state, paths[0])
     for name, pair_best in refined_pairs.items():
@@ -543,6 +559,48 @@ def count_trainable(generator):
     for first_moment in generator.outer_moments()[:1]:  # as large as the weight that it belongs to
         count += first_moment.numel()
     return count
+
+
+def main():
+    flags, resumed_config = parse_flags()
+    typed = recorded_flags(flags)
+    device = pick_device(ranks.rank_device(flags.device))
+    check_graph(flags.graph, device)
+
+    # The data: rows to train on and to choose by, and the pairs. The hypernetwork and its optimiser.
+    inputs, flags = open_inputs(flags, typed, resumed_config, device)
+    lock = lock_run_folder(flags, typed, resumed_config, inputs, device)  # noqa: F841  held until the end
+    learner = build_learner(flags, inputs, device)
+
+    # Training starts at the closed form, at random weights, or at a checkpoint.
+    checkpoints = Checkpoints(flags.out)
+    started = time.perf_counter()
+    saved = ranks.from_first(lambda: checkpoints.load("generator", "optimizer", "moments", "state"))
+    was_finished = saved and is_finished(flags.out)  # also where the base run has refined the chosen pair
+    refinement = saved.get("refinement") if saved else None
+    if saved:
+        state, store = resume_training(flags, inputs, learner, saved)
+        done = state["step"] + (refinement["state"]["step"] if refinement else 0)
+        print(resumed_line(flags.out, done, done if was_finished else learner.schedule.steps + flags.refine_steps))
+    else:
+        state, store = start_training(flags, inputs, learner.generator)
+    started -= state["seconds"]  # as if the seconds before an interruption had passed in this process
+    train(flags, inputs, learner, store, state, checkpoints, started)
+    if not ranks.leave():  # what follows is the first rank's
+        return
+
+    # The pair that ranks first is trained further by itself, and all connectors are written.
+    learner.generator.load_state_dict(state["best"]["weights"])
+    ranking = rank_best(state, inputs.retrieval)
+    chosen = pair_of_name(name_of_row(ranking[0]))
+    refined = refine_chosen(flags, inputs, learner, state, chosen, checkpoints, refinement)
+    # Of a finished run, the memory of the process that trained.
+    state["peak_bytes"] = read_json(flags.out / "ledger.json")["peak_bytes"] if was_finished else peak_bytes(device)
+    export(flags, inputs, learner.generator, state, ranking, refined)
+
+    # Of a part of a corpus: which encoders are worth embedding all of it with.
+    pairs = inputs.pairs.trained + inputs.pairs.untrained
+    advise(flags.out, inputs.data, inputs.vectors, pairs, inputs.train_rows, inputs.val_rows, flags.seed)
 
 
 if __name__ == "__main__":

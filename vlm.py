@@ -53,10 +53,13 @@ def reason_of(error):
 
 
 class MissingWeights(BadInput):
-    """The weights of encoders are neither here nor to be had from the hub. The message has the commands that bring them."""
+    """The weights of encoders are neither here nor to be had from the hub. The message has the commands that bring
+    them; `in_short` has none."""
 
     def __init__(self, encoders, reason):
-        super().__init__(how_to_bring(encoders, reason))
+        names = " and ".join(encoder.name for encoder in encoders)
+        self.in_short = f"the weights of {names} are missing ({reason}).{''.join(map(did_you_mean, encoders))}"
+        super().__init__(f"{self.in_short} {how_to_bring(encoders)}")
         self.encoders = encoders
         self.reason = reason
 
@@ -329,6 +332,12 @@ class TextEncoder(nn.Module):
         return [{"text": sentence} for sentence in sentences]
 
 
+def build_encoder(encoder: Encoder, device=None, weights=None):
+    """The ImageEncoder or TextEncoder of an Encoder; arguments and errors as theirs."""
+    build = ImageEncoder if encoder.kind == "image" else TextEncoder
+    return build(f"{encoder.name}={encoder.spec}", device, weights)
+
+
 # (layers, width) of the registered text encoders: a folder says itself what it holds, and loads whatever that is.
 TEXT_SIZES = {
     "all-MiniLM-L12-v2": (12, 384),
@@ -582,19 +591,15 @@ def cannot_load(encoder: Encoder, weights, error: Exception) -> BadInput:
     return MissingWeights([encoder], reason)
 
 
-def how_to_bring(encoders, reason):
-    """One line for encoders whose weights are missing: the commands that bring them, and what takes them then."""
-    names = " and ".join(encoder.name for encoder in encoders)
+def how_to_bring(encoders):
+    """The commands that bring the weights of encoders, and what takes them then."""
     folders = {encoder.name: f"weights/{encoder.name}" for encoder in encoders}
-    hints = "".join(map(did_you_mean, encoders))
     commands, flags = [], []
     for encoder in encoders:
         commands.append(f"hf download {hub_name(encoder)} --local-dir {folders[encoder.name]}")
         flags.append(f"{encoder.name}={folders[encoder.name]}")
-    return (
-        f"the weights of {names} are missing ({reason}).{hints} Where there is a network: {' && '.join(commands)}; "
-        f"then add --weights {' '.join(flags)} (in Python: weights={folders})"
-    )
+    bring = f"Where there is a network: {' && '.join(commands)}"
+    return f"{bring}; then add --weights {' '.join(flags)} (in Python: weights={folders})"
 
 
 def build_all(builders):
@@ -728,8 +733,8 @@ def is_plain_tensor(value):
 
 
 def named_dim(path, kind, name, found):
-    """The width of the encoder that a connector's file is named after: the registry's, or that which was found where the name is of
-    no registered encoder, or where the card beside the file means another one by it."""
+    """The width of the encoder that a connector's file is named after: the registry's, or that which was found where
+    the name is of no registered encoder, or where the card beside the file means another one by it."""
     known = registered_dim(name)
     if known in (None, found):
         return found
@@ -953,8 +958,8 @@ def read_card(path):
 
 
 def trained_on(path, name):
-    """(sha256 of the weights, settings) of the encoder whose vectors a connector was trained on, by its card; None where that says
-    nothing."""
+    """(sha256 of the weights, settings) of the encoder whose vectors a connector was trained on, by its card; None
+    where that says nothing."""
     digests, settings = [read_card(path).get(part) for part in ("weights_sha256", "settings")]
     digest = digests.get(name) if isinstance(digests, dict) else None
     return digest if isinstance(digest, str) else None, settings.get(name) if isinstance(settings, dict) else None

@@ -71,8 +71,8 @@ def download(folder):
 
 
 def read_icons(package, coloured):
-    """The coloured icons, or the monochrome ones, whose licence allows it, in the order of sets and names, each drawing once; of a
-    monochrome set one for each caption."""
+    """The coloured icons, or the monochrome ones, whose licence allows it, in the order of sets and names, each drawing
+    once; of a monochrome set one for each caption."""
     icons = []
     drawn = set()
     with tarfile.open(package) as archive:

@@ -6,7 +6,7 @@ from pathlib import Path
 from hyma.hypernetworks import HYPERNETWORKS
 from hyma.pair_names import pair_of_name
 from hyma.pairs import Pairs, images_of, texts_of
-from hyma.runs import Checkpoints, check_same_split, is_finished
+from hyma.runs import Checkpoints, check_same_split, is_finished, is_run
 from vlm import BadInput, read_json
 
 SAME_AS_BASE = ("generator", "connector", "width", "rank", "rows", "seed")  # flags of a run that an encoder is added to
@@ -14,13 +14,13 @@ SAME_AS_BASE = ("generator", "connector", "width", "rank", "rows", "seed")  # fl
 
 def flags_of_base(run):
     """The flags of the run in --from that hold for the encoder that is added to it, which is in pairs with all of the others."""
-    if not (Path(run) / "config.json").is_file():
+    if not is_run(Path(run)):
         raise BadInput(f"--from {run}: holds no run (no config.json)")
     config = read_json(Path(run) / "config.json")
     able = [name for name, kind in HYPERNETWORKS.items() if kind.takes_encoders]
     kept = config.get("flags")
-    is_run = config.get("script") == "train_hyma.py" and isinstance(kept, dict) and "data" in kept
-    if not is_run or kept.get("generator") not in able:
+    is_of_train_hyma = config.get("script") == "train_hyma.py" and isinstance(kept, dict) and "data" in kept
+    if not is_of_train_hyma or kept.get("generator") not in able:
         raise BadInput(f"--from {run}: no run of train_hyma.py with --generator {' or '.join(able)}")
     for name in ("out", "pairs", "predict", "add_encoder", "from", "pairs_per_step"):
         kept.pop(name, None)
@@ -32,7 +32,9 @@ def check_same_as_base(flags, kept):
     that choose there. kept: of `flags_of_base`."""
     if flags.pairs != ["all"] or flags.predict:
         flag, value = ("--predict", flags.predict) if flags.predict else ("--pairs", flags.pairs)
-        raise BadInput(f"{flag} {' '.join(value)}: contradicts --add-encoder, whose pairs are those with all of the run's encoders")
+        raise BadInput(
+            f"{flag} {' '.join(value)}: contradicts --add-encoder, whose pairs are those with all of the run's encoders"
+        )
     for name in SAME_AS_BASE:
         now, base = getattr(flags, name), kept.get(name)
         if now != base:

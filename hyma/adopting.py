@@ -19,10 +19,11 @@ from hyma.datasets import Asked, Corpus, read_corpus, read_tables
 from hyma.embeddings import FORMAT_VERSION, hash_keys
 from hyma.files import lock_folder, save_tensors, sha256_file, write_json, write_jsonl
 from hyma.row_order import compare_rows
-from hyma.scan import row_fault, row_keys
+from hyma.scan import plain_caption, row_fault, row_keys
 from hyma.splits import LEFT_OUT, give_splits, has_test_rows
 from hyma.vector_files import find_vectors, is_in_place, part_number
 from hyma.verifying import reembed
+from hyma.weights import why_not_opened
 from vlm import BadInput
 
 UNIT = 1e-2  # how far a length may be from 1: of what was stored in 16 bits
@@ -222,7 +223,7 @@ def make_rows(corpus, unverified):
     remaining = iter(usable)
     for key, source, fault in zip(row_keys(images), corpus.rows, faults):
         row = {"key": key, "image": source["image"], "caption": "", "split": LEFT_OUT} if fault else next(remaining)
-        made = {"key": key, "image": row["image"], "caption": " ".join(row["caption"].split())}
+        made = {"key": key, "image": row["image"], "caption": plain_caption(row)}
         for part in ("label", "split", "question", "answer", "choices"):
             if row.get(part) not in (None, ""):
                 made[part] = row[part]
@@ -247,15 +248,13 @@ def reembed_all(found, adopted, corpus, rows, weights, device, verified, unverif
             unverified.append(f"that {name} is {adopted[name].encoder.spec}: no row could be embedded again")
             continue
         spec = adopted[name].encoder
-        build = vlm.ImageEncoder if spec.kind == "image" else vlm.TextEncoder
         try:
-            encoder = build(f"{name}={spec.spec}", device, weights.get(name))
+            encoder = vlm.build_encoder(spec, device, weights.get(name))
             result = reembed(encoder, rows, usable, corpus.root, vectors.block)
         except BadInput as error:
             if name in weights:
                 raise
-            reason = str(error).partition(". Where there is a network")[0]
-            unverified.append(f"that {name} is {spec.spec}: {reason}")
+            unverified.append(f"that {name} is {spec.spec}: {why_not_opened(error)}")
             continue
         if not result.agrees():
             raise BadInput(f"{vectors.paths[0]}: is not {spec.spec} of the rows of {corpus.source}: {result}")

@@ -10,7 +10,7 @@ from hyma.embeddings import hash_keys, unique
 from hyma.files import lock_folder, read_jsonl
 from hyma.pass_shards import Shard, holds_vectors, make_shards, open_shard_folder, read_journal
 from hyma.pictures import Picture, read_picture
-from hyma.scan import count_rows, most_bad, row_fault
+from hyma.scan import count_rows, most_bad, plain_caption, row_fault
 from hyma.sealing import read_manifest
 from vlm import BadInput, read_json
 
@@ -39,11 +39,6 @@ class Work(NamedTuple):
     def captions(self):
         """The captions, each once."""
         return unique(plain_caption(row) for row in self.corpus.rows if not row_fault(row))
-
-
-def plain_caption(row):
-    """The caption of a row as rows.jsonl has it."""
-    return " ".join(row["caption"].split())
 
 
 def check_source(out, manifest, corpus, source_sha256, flags):
@@ -81,7 +76,10 @@ def check_adopted(out, manifest, corpus, flags):
     if not manifest["keys_sha256"]:
         raise BadInput(f"{out}: was adopted without --data, so that nobody knows which picture each row is; {again}")
     if not any("weights_sha256" in record for record in manifest["encoders"].values() if record):
-        raise BadInput(f"{out}: none of its encoders was embedded again when it was adopted, so that the order is not proven; {again}")
+        raise BadInput(
+            f"{out}: none of its encoders was embedded again when it was adopted, so that the order is not proven; "
+            f"{again}"
+        )
     rows = read_jsonl(out / "rows.jsonl")
     if [row["image"] for row in rows] != [row["image"] for row in corpus.rows]:
         raise BadInput(f"{out}: was adopted with other rows than {flags.data} has now; choose another --out")
@@ -89,7 +87,10 @@ def check_adopted(out, manifest, corpus, flags):
         if row_fault(source):
             raise BadInput(f"{out}: its row {number:,} cannot be used ({row_fault(source)}), so that no encoder can be added")
         if row["caption"] != plain_caption(source):
-            raise BadInput(f"{out}: was adopted with another caption in row {number:,} than {flags.data} has now; choose another --out")
+            raise BadInput(
+                f"{out}: was adopted with another caption in row {number:,} than {flags.data} has now; "
+                "choose another --out"
+            )
 
 
 def read_plan(folder):
@@ -160,8 +161,8 @@ def forget_mended(work, shards):
 
 
 def check_same_pictures(work, shards):
-    """Raises BadInput if pictures that an interrupted run has embedded are others now: another copy of them, say. One is looked at
-    of every shard, of 100 shards at most."""
+    """Raises BadInput if pictures that an interrupted run has embedded are others now: another copy of them, say. One
+    is looked at of every shard, of 100 shards at most."""
     for shard in shards[:: math.ceil(len(shards) / 100) or 1]:
         for image, known in read_journal(shard.journal).items():
             if not known.reason:

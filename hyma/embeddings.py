@@ -94,7 +94,8 @@ class Embeddings:
         files = {path.stem: EmbeddingDataset(path) for path in sorted(self.folder.glob("*.pt"))}
         if not files:
             raise BadInput(
-                f"{self.folder}: holds no embeddings; make some with: python embed.py --encoder NAME --data TABLE --out {self.folder}"
+                f"{self.folder}: holds no embeddings; "
+                f"make some with: python embed.py --encoder NAME --data TABLE --out {self.folder}"
             )
         self.encoders = {}
         first = next(iter(files))
@@ -118,6 +119,11 @@ class Embeddings:
             file=sys.stderr,
         )
         self.rows, self.manifest, self.dataset = None, None, self.folder.name
+
+    @property
+    def root(self):
+        """The folder that the rows' pictures lie in."""
+        return self.folder / (self.manifest or {}).get("root", ".")
 
     def names(self, kind):
         """Short names of the folder's image or text encoders, in the manifest's order."""
@@ -192,15 +198,17 @@ def check_same_encoder(name, data, other):
 
 
 def check_trained_on(path, name, data):
-    """Raises BadInput if a connector's card says that it was trained on another encoder of this name than the embedding folder has
-    vectors of: on other weights, or with another setting."""
+    """Raises BadInput if a connector's card says that it was trained on another encoder of this name than the embedding
+    folder has vectors of: on other weights, or with another setting."""
     digest, settings = trained_on(path, name)
     if digest and data.weights_sha256(name) not in (None, digest):
         raise BadInput(f"{path}: was trained on other weights of {name} than {data.folder} was made with")
     difference = first_difference(settings, data.record(name).get("transform"))
     if difference:
         setting, then, now = difference
-        raise BadInput(f"{path}: was trained on vectors that {name} made with {setting} {then}; {data.folder} has them with {now}")
+        raise BadInput(
+            f"{path}: was trained on vectors that {name} made with {setting} {then}; {data.folder} has them with {now}"
+        )
 
 
 def is_row(row):

@@ -142,8 +142,8 @@ def estimate_fidelity(truth, resampled, preferences, seed_weights):
 
 
 def gain_over_all(resampled, preferences, seed_weights):
-    """[low, high]: the 95 % interval of how many points the chosen pairs are above the mean of all pairs. Both have the same resampled
-    rows and seeds. Arguments as for `estimate_fidelity`."""
+    """[low, high]: the 95 % interval of how many points the chosen pairs are above the mean of all pairs. Both have the
+    same resampled rows and seeds. Arguments as for `estimate_fidelity`."""
     gains = []  # [S] [R]
     for preference in preferences:
         chosen = best_pairs(preference)

@@ -38,8 +38,8 @@ def fetch_published(name, out, names):
             snapshot_download(repository, repo_type="dataset", local_dir=folder, allow_patterns=patterns)
         except Exception as error:  # the hub's client raises a dozen unrelated types
             raise BadInput(
-                f"--fetch {name}: {repository} cannot be fetched: {reason_of(error)}; run the same command again to resume, or copy "
-                f"its .pt files to {folder}"
+                f"--fetch {name}: {repository} cannot be fetched: {reason_of(error)}; "
+                f"run the same command again to resume, or copy its .pt files to {folder}"
             ) from None
         if any(folder.glob("*.pt")):
             folders.append(folder)
@@ -49,7 +49,8 @@ def fetch_published(name, out, names):
 
 
 def check_files(name, folders, names):
-    """Prints what was brought. Raises BadInput if a file is not as published, or if an encoder that was asked for is not there."""
+    """Prints what was brought. Raises BadInput if a file is not as published, or if an encoder that was asked for is
+    not there."""
     found = {}
     for folder in folders:
         for encoder, vectors in find_vectors(Path(folder), vlm.ENCODERS).items():

@@ -25,7 +25,8 @@ def fit_connectors(kind, pairs, store, retrieval, rows):
     """Fits every pair's map in float64, its strength chosen by validation. Returns the state as after training
     (`grid_state.new_state`), with one step and one update of each pair.
 
-    kind: ridge, whitened, procrustes or unicon. store: a RowStore. retrieval: Retrieval of the validation rows. rows [n]: to fit on.
+    kind: ridge, whitened, procrustes or unicon. store: a RowStore. retrieval: Retrieval of the validation rows. rows
+    [n]: to fit on.
 
     The bias of a linear connector can centre the texts, but nothing in the file can centre the pictures. A map whose outputs
     are perpendicular to the pictures' mean scores a picture as if the mean had been subtracted, but for its length, so the

@@ -70,7 +70,7 @@ def make_gallery(result, tasks, pictures=None) -> Gallery:
                 table.append(columns | {"place": nth, "picture": names[k], "right": names[k] in right})
 
     shown = unique([row["picture"] for row in table] + [row["own"] for row in table])
-    root = task.data.folder / task.data.manifest.get("root", ".")
+    root = task.data.root
     digests = {row["image"]: row.get("image_sha256") for row in rows}
     files, thumbnails, outside = make_thumbnails(shown, digests, root, Path(pictures or root))
     facts = {

@@ -327,7 +327,8 @@ class MlpHypernetwork(nn.Module):
         return connectors
 
     def encoder_indices(self, pairs):
-        """The places of the pairs' encoders among all of their kind, [P] of images and [P] of texts: copied to the device once."""
+        """The places of the pairs' encoders among all of their kind, [P] of images and [P] of texts: copied to the
+        device once."""
         if pairs not in self.indices:
             image_names, text_names = list(self.image_dims), list(self.text_dims)
             images = [image_names.index(image) for image, _ in pairs]
@@ -356,7 +357,8 @@ class MlpHypernetwork(nn.Module):
         return store
 
     def outer_moments(self):
-        """Two zero tensors like the head, which `adamw_outer` trains: on a GPU all three in padded rows, which it reads fastest."""
+        """Two zero tensors like the head, which `adamw_outer` trains: on a GPU all three in padded rows, which it reads
+        fastest."""
         if self.head.device.type == "cpu":
             return [torch.zeros_like(self.head), torch.zeros_like(self.head)]
         self.head = padded_rows(self.head)

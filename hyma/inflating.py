@@ -63,7 +63,10 @@ def inflated_size(path):
             while data := file.read1(AT_ONCE):
                 size += len(data)
                 if size > most:
-                    raise BadInput(f"--data {path}: inflates to more than {MOST_INFLATED} times its size; is it an archive of pictures?")
+                    raise BadInput(
+                        f"--data {path}: inflates to more than {MOST_INFLATED} times its size; "
+                        "is it an archive of pictures?"
+                    )
         except DAMAGE:
             return size, False
         except OSError as error:

@@ -234,8 +234,8 @@ class ParquetCells:
         return batch[row - first].as_py()
 
     def next_batch(self):
-        """The next batch of the group. Raises ValueError where it is damaged: so is what follows in the group, as nothing says where
-        it begins."""
+        """The next batch of the group. Raises ValueError where it is damaged: so is what follows in the group, as
+        nothing says where it begins."""
         try:
             return next(self.batches).column(0)
         except Exception as error:

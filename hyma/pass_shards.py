@@ -241,7 +241,8 @@ def open_shard_folder(folder, plan):
 
 
 def holds_vectors(folder):
-    """Whether an earlier run has left anything that took time: more than the head of a batch of which no picture could be used."""
+    """Whether an earlier run has left anything that took time: more than the head of a batch of which no picture could
+    be used."""
     return any(path.stat().st_size > HEAD.size for path in folder.glob("*/*.vectors"))
 
 

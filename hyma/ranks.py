@@ -196,7 +196,8 @@ def gather(value):
 
 
 def check_same(values):
-    """Raises BadInput if a rank has other values than the first. values: {what it is, in words: of texts, numbers, lists, dicts}."""
+    """Raises BadInput if a rank has other values than the first. values: {what it is, in words: of texts, numbers,
+    lists, dicts}."""
     of_first = from_first(lambda: values)
     for what, value in values.items():
         if value != of_first[what]:
@@ -259,7 +260,8 @@ def gather_tensors(own):
 
 
 def gather_rows(own, size):
-    """Rows of all ranks [ranks * size, ...], one rank's after the other's, each padded with zero rows to `size`. own [up to size, ...]."""
+    """Rows of all ranks [ranks * size, ...], one rank's after the other's, each padded with zero rows to `size`. own
+    [up to size, ...]."""
     padded = own.new_zeros(size, *own.shape[1:])
     padded[: len(own)] = own
     return gather_tensors(padded).flatten(0, 1)

@@ -100,8 +100,8 @@ def is_folder(path):
 
 
 def kind_of(system, url):
-    """What a URL is to its file system: "file", "directory" or, where it is nothing, None. Raises what the network does: fsspec's own
-    isfile would take a server that does not answer for a missing file."""
+    """What a URL is to its file system: "file", "directory" or, where it is nothing, None. Raises what the network
+    does: fsspec's own isfile would take a server that does not answer for a missing file."""
     with nothing_there():
         return system.info(url)["type"]
     return None
@@ -109,8 +109,9 @@ def kind_of(system, url):
 
 @contextlib.contextmanager
 def nothing_there():
-    """Ends the block where a server says that there is no such file, or that it shows none: some say 401 or 403 of a missing file to
-    those who may not list the others. Over http, fsspec turns every failure into a missing file, whose cause says what it was."""
+    """Ends the block where a server says that there is no such file, or that it shows none: some say 401 or 403 of a
+    missing file to those who may not list the others. Over http, fsspec turns every failure into a missing file, whose
+    cause says what it was."""
     try:
         yield
     except Exception as error:  # file systems raise errors of many types

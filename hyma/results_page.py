@@ -54,7 +54,8 @@ def how_to_show(search, absent, count):
     if not absent or not search.data.rows:
         return ""
     return (
-        f"{absent} of {count} pictures are not in {search.allowed} as they were embedded; name where they are now: --pictures FOLDER"
+        f"{absent} of {count} pictures are not in {search.allowed} as they were embedded; "
+        "name where they are now: --pictures FOLDER"
     )
 
 

@@ -90,7 +90,7 @@ def run_of_same_command(out, typed):
 
     Raises BadInput for a run of another command, naming the first flag that differs.
     """
-    if not (out / "config.json").is_file():
+    if not is_run(out):
         return None
     config = read_json(out / "config.json")
     if config.get("script") != Path(sys.argv[0]).name:
@@ -118,6 +118,16 @@ def interrupted_run(typed):
         if same and not is_finished(path.parent):
             return path.parent
     return None
+
+
+def is_run(folder):
+    """Whether a folder is a run's, finished or not."""
+    return (folder / "config.json").is_file()
+
+
+def with_seed(out, seed):
+    """The run folder of one of several seeds: runs/x-s1 for runs/x."""
+    return out.with_name(f"{out.name}-s{seed}")
 
 
 def without_seed(out):
@@ -296,7 +306,7 @@ def connectors_folder(folder):
 def read_run(folder) -> Run:
     """Reads a run folder. Raises BadInput if it holds no run, is unfinished or lacks a connector."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not is_run(folder):
         return read_connectors(folder)
     config = read_json(folder / "config.json")
     if "method" not in config and "flags" in config:

@@ -91,9 +91,14 @@ def row_fault(row):
     return None
 
 
+def plain_caption(row):
+    """The caption of a row as rows.jsonl has it."""
+    return " ".join(row["caption"].split())
+
+
 def usable_row(key, row, picture):
     """The row as rows.jsonl holds it. picture: the `Picture` that was found."""
-    found = {"key": key, "image": picture.image, "caption": " ".join(row["caption"].split())}
+    found = {"key": key, "image": picture.image, "caption": plain_caption(row)}
     for part in ("label", "split"):
         if row.get(part) not in (None, ""):
             found[part] = str(row[part])

@@ -48,8 +48,7 @@ class Search:
         self.rows = rows
         self.picture_rows = first_rows(rows, "image")
         self.caption_rows = first_rows(rows, "caption")
-        root = self.data.folder / (self.data.manifest or {}).get("root", ".")
-        self.root, self.allowed = root, Path(pictures or root)
+        self.root, self.allowed = self.data.root, Path(pictures or self.data.root)
         if pictures and not self.allowed.is_dir():
             raise BadInput(f"--pictures {pictures}: no such folder")
         self.cache = {}

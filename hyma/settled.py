@@ -27,8 +27,8 @@ def leads_since(metrics):
 
 
 def is_settled(metrics, trained):
-    """Whether the same pair leads the last validations, and the trained pairs are in nearly the same order in each. trained: their
-    names; others, of a run that an encoder is added to, keep their scores and so their order."""
+    """Whether the same pair leads the last validations, and the trained pairs are in nearly the same order in each.
+    trained: their names; others, of a run that an encoder is added to, keep their scores and so their order."""
     last = metrics[-ALIKE:]
     if len(last) < ALIKE or leads_since(metrics) > last[0]["step"]:
         return False

@@ -96,8 +96,8 @@ def published(data, *names):
 
 
 def read_imagenet(data, out):
-    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, but for a dog and a jacket that differ there
-    by a capital alone, and so not to a text encoder."""
+    """val/<WordNet id>/*.JPEG, or those folders themselves. Class names: torchvision's, but for a dog and a jacket that
+    differ there by a capital alone, and so not to a text encoder."""
     from timm.data import ImageNetInfo
     from torchvision.models import ResNet50_Weights
 

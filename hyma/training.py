@@ -58,7 +58,10 @@ def open_data(flags, out, typed, resumed_config):
     names = resumed_config["pairs"] if resumed_config else ranks.from_first(lambda: pairs_of_started(out, typed))
     started_with = list(map(pair_of_name, names))
     if started_with and set(started_with) < set(pairs):
-        print(f"pairs: {data.folder} has {len(pairs) - len(started_with)} more by now; this run keeps those that it was started with")
+        print(
+            f"pairs: {data.folder} has {len(pairs) - len(started_with)} more by now; "
+            "this run keeps those that it was started with"
+        )
         return data, started_with
     return data, pairs
 
@@ -95,6 +98,15 @@ def validation_retrieval(data, train_rows, val_rows, device):
     count = min(len(others), missing)
     distractors = others[torch.arange(count) * len(others) // max(1, count)]
     return Retrieval(data, val_rows, device, distractors)
+
+
+def what_must_match(data, pairs, encoders):
+    """What a run that is resumed must find as it was (`create_run`). pairs: those that it trains. encoders: all that it reads."""
+    return {
+        "pairs": [pair_name(pair) for pair in pairs],
+        "embeddings": data.fingerprint(encoders),
+        "split": data.split_sha256(),
+    }
 
 
 def open_run_folder(flags, typed, resumed_config, must_match, run_info, device):
@@ -190,6 +202,11 @@ def moments_of(optimizer):
 def load_moments(optimizer, moments):
     """Sets it to what `moments_of` gave in an earlier process."""
     optimizer.load_state_dict({"state": moments["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def choose_matmul_precision(precision):
+    """Float32 products on a GPU are rounded to TF32, or are not. To call once what needs float32 has been computed."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def training_dtype(precision):

@@ -9,7 +9,7 @@ from pathlib import Path
 from hyma import ranks
 from hyma.embeddings import SAMPLE
 from hyma.merging import Folders, as_folders
-from hyma.runs import interrupted_run, without_seed
+from hyma.runs import interrupted_run, is_run, without_seed
 from vlm import BadInput, read_json
 
 
@@ -141,7 +141,7 @@ def parse_with_defaults(parser, recorded):
 
 def parse_resumed_flags(parser, out):
     """(flags, config.json) of the run in `out`; flags typed now may not contradict them."""
-    if not (out / "config.json").is_file():
+    if not is_run(out):
         raise BadInput(f"--resume: {out} holds no run (no config.json)")
     config = read_json(out / "config.json")
     script = Path(sys.argv[0]).name

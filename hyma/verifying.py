@@ -11,7 +11,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import sha256_file
 from hyma.packed import open_picture, picture_bytes
 from hyma.seeds import seeded_generator
-from hyma.weights import open_recorded, recorded_encoder
+from hyma.weights import open_recorded, recorded_encoder, why_not_opened
 from vlm import BadInput
 
 ROWS = 16  # embedded again, of each encoder
@@ -122,7 +122,7 @@ def verify_folder(folder, names, weights, device):
             except BadInput as error:
                 if name in weights:
                     raise
-                why_not = str(error).partition(". Where there is a network")[0]
+                why_not = why_not_opened(error)
         if found is None:
             unverified.append(name)
             print(f"{name}: {digest}; NOT embedded again: {why_not}")
@@ -138,7 +138,7 @@ def verify_folder(folder, names, weights, device):
 
 def reembed_encoder(data, name, weights, device):
     """The Reembedded rows of an encoder of an open folder. Raises BadInput if its weights or pictures are not to be had."""
-    root = data.folder / data.manifest.get("root", ".")
+    root = data.root
     encoder = open_recorded(recorded_encoder(name, data), weights, device)
     vectors = data.load(name)
     usable = [number for number, row in enumerate(data.rows) if row["caption"]]

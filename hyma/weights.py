@@ -35,8 +35,7 @@ def open_recorded(recorded, weights, device):
     """The ImageEncoder or TextEncoder. weights: a file or folder, None for the hub's. Raises vlm.MissingWeights; BadInput if its
     width, weights or settings are not those of the embeddings."""
     encoder = recorded.encoder
-    build = vlm.ImageEncoder if encoder.kind == "image" else vlm.TextEncoder
-    model = build(f"{encoder.name}={encoder.spec}", device, weights)
+    model = vlm.build_encoder(encoder, device, weights)
     if encoder.dim not in (None, model.embed_dim):
         raise BadInput(f"{encoder.name}: gives vectors of width {model.embed_dim}; its embeddings have {encoder.dim}")
     digest = recorded.weights_sha256
@@ -51,10 +50,15 @@ def open_recorded(recorded, weights, device):
     if difference:
         setting, then, now = difference
         raise BadInput(
-            f"{encoder.name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here; embed the data again, "
-            "or install the versions that its manifest.json names"
+            f"{encoder.name}: its embeddings were made with {setting} {then}, and it has {setting} {now} here; "
+            "embed the data again, or install the versions that its manifest.json names"
         )
     return model
+
+
+def why_not_opened(error):
+    """What is said of a BadInput where an encoder that does not open is passed over."""
+    return error.in_short if isinstance(error, vlm.MissingWeights) else str(error)
 
 
 def open_encoders(data, names, weights, device):

@@ -149,8 +149,7 @@ def load_encoder(wanted, weights, device, precision, compiled=False):
     """The WorkingEncoder. Raises BadInput if its weights cannot be had or are another model's, or if it cannot be compiled."""
     if device.type == "cpu":
         keep_freed_memory()
-    build = vlm.ImageEncoder if wanted.kind == "image" else vlm.TextEncoder
-    model = build(f"{wanted.name}={wanted.spec}", device, weights)
+    model = vlm.build_encoder(wanted, device, weights)
     if wanted.dim not in (None, model.embed_dim):
         raise BadInput(f"{wanted.name}: gives vectors of width {model.embed_dim}; the registry says {wanted.dim}")
     encoder = WorkingEncoder(wanted, model, precision)
@@ -177,7 +176,7 @@ def compile_encoder(encoder):
             encoder.encode_parts(example)
     except Exception as error:  # the compiler's are of many types
         raise BadInput(
-            f"--compile: {encoder.name} cannot be compiled ({reason_of(error)}); a CPU needs a C++ compiler (apt-get install g++), a "
-            "GPU Triton and a C compiler, or leave --compile out"
+            f"--compile: {encoder.name} cannot be compiled ({reason_of(error)}); "
+            "a CPU needs a C++ compiler (apt-get install g++), a GPU Triton and a C compiler, or leave --compile out"
         ) from None
     print(f"{encoder.name}: compiled in {time.monotonic() - began:.0f} s")

@@ -93,10 +93,10 @@ def clip_loss(
     z [B, sum D_p] as `connector_mlp` returns it, normalised here; images: unit rows [B, D_i] per image encoder, or shorter
     rows, such as coordinates of unit vectors along orthonormal axes, no gradient; image_of_pair: P indices into images;
     logit_scale: a float from 1 to 150, or for impl="torch" a 0-dim tensor, which may require a gradient. sumsq [P, B] saves
-    plain torch a pass over z. Scratch memory stays within budget_bytes (or one row of tiles of logits). Returns loss [P] float32 and,
-    with counts, correct [P, 2] int64: how many texts rank their own image first, and how many images their own text; a tie
-    is not first. Without counts, which cost the kernels a search for the best of each row and column, correct is None.
-    A row of zeros has finite loss and gradient. The gradient itself cannot be differentiated.
+    plain torch a pass over z. Scratch memory stays within budget_bytes (or one row of tiles of logits). Returns loss
+    [P] float32 and, with counts, correct [P, 2] int64: how many texts rank their own image first, and how many images
+    their own text; a tie is not first. Without counts, which cost the kernels a search for the best of each row and
+    column, correct is None. A row of zeros has finite loss and gradient. The gradient itself cannot be differentiated.
 
     share: z and sumsq have the rows from share.first on alone, and other processes call this with the others of the same
     images and pairs. Then loss is this process's part of the sum that the loss is, and the gradient of z is that of the
@@ -198,7 +198,8 @@ def true_rank(queries: Tensor, targets: Tensor, match: Tensor, *, block_bytes: i
     """How many targets other than its match a query does not score lower: [N] int64, 0 for a perfect query.
 
     queries [N, D], targets [M, D], match [N] int64 in 0..M-1. Ties count against the match, and so do scores that are
-    NaN, so that a collapsed or broken connector ranks last and not first. The N x M scores are never held; torch holds blocks of block_bytes.
+    NaN, so that a collapsed or broken connector ranks last and not first. The N x M scores are never held; torch holds
+    blocks of block_bytes.
     """
     _check_matrix("queries", queries)
     _check_matrix("targets", targets, columns=queries.shape[1], like=queries)

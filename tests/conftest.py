@@ -257,7 +257,8 @@ class Initialised(NamedTuple):
 
 @pytest.fixture
 def initialise(planted):
-    """initialise(hidden_layers, shuffled=False, rank=64): an Initialised on the planted rows, or with the pictures dealt out anew."""
+    """initialise(hidden_layers, shuffled=False, rank=64): an Initialised on the planted rows, or with the pictures
+    dealt out anew."""
     from hyma.closed_form import fold_rows
     from hyma.embeddings import Embeddings, RowStore
     from hyma.hypernetworks import FactoredHypernetwork

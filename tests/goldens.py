@@ -370,7 +370,8 @@ def content(path):
 
 
 def steady(value):
-    """JSON without what differs between two runs, nor what a report says twice (`methods` is selectors.csv, `sentences` the answer)."""
+    """JSON without what differs between two runs, nor what a report says twice (`methods` is selectors.csv, `sentences`
+    the answer)."""
     if isinstance(value, list):
         return [steady(item) for item in value]
     if isinstance(value, dict):

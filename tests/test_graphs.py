@@ -20,9 +20,9 @@ from hyma import graphs, pairs, ranks
 from hyma.files import read_jsonl
 from hyma.graphs import RecordedSteps, record_steps
 from hyma.hypernetworks import MlpHypernetwork
-from hyma.pairs import count_sets, draw_pairs
+from hyma.pairs import Pairs, count_sets, draw_pairs
 from hyma.training import Schedule
-from train_hyma import project_store, train_step
+from train_hyma import Inputs, project_store, train_step
 
 SCRIPTS = ("train_hyma.py", "train_grid.py")
 GPU = torch.cuda.is_available()
@@ -287,8 +287,9 @@ def test_a_step_reads_and_copies_nothing_of_the_host(initialise, monkeypatch, ki
     if kind == "mlp":
         dims = ({name: store.dims[name] for name in names} for names in (images, texts))
         generator = MlpHypernetwork(*dims, 1, 4)
-    scored = argparse.Namespace(scored=of_step)
-    projected = project_store(flags, generator, store, scored, found.rows, found.val_rows)
+    of_run = Pairs(of_step, [], of_step, images, texts, None)
+    inputs = Inputs(found.data, of_run, found.rows, found.val_rows, store, None)
+    projected = project_store(flags, inputs, generator)
     for held in (store.tensors, getattr(projected, "coordinates", {})):
         for name in held:
             held[name] = held[name].to("meta")

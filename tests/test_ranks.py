@@ -1,4 +1,5 @@
-"""Two and three processes of torchrun against one: equal results, a rank that is killed, a signal, and errors that are printed once.
+"""Two and three processes of torchrun against one: equal results, a rank that is killed, a signal, and errors that are
+printed once.
 
 A process takes seconds to load torch, so each run under torchrun tests several things: it is stopped where pairs are
 shared and goes on where rows are, or the reverse.

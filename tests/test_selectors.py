@@ -1,4 +1,4 @@
-"""Ways to choose that train nothing, against definitions, libraries and FLOPs by hand: hyma/selectors.py and its rooms."""
+"""Ways to choose that train nothing, against definitions, libraries and FLOPs by hand: hyma/selectors.py and its files."""
 
 import shutil
 from types import SimpleNamespace

@@ -63,7 +63,8 @@ def test_coco_has_five_captions_of_a_picture(files, embed):
     ]
     assert list(tasks) == ["retrieval"]
     assert (
-        "val2017, the first 5 captions of a picture, NOT WHOLE: 3 of its 5,000 pictures; 3 pictures, 15 different captions, 5 a picture"
+        "val2017, the first 5 captions of a picture, NOT WHOLE: 3 of its 5,000 pictures; "
+        "3 pictures, 15 different captions, 5 a picture"
         in tasks["retrieval"].protocol
     )
 

@@ -449,9 +449,8 @@ def test_captions_are_text_to_a_multimodal_model(weights):
     ],
 )
 def test_a_name_that_is_spelt_wrong_is_guessed(name, guess):
-    build = vlm.ImageEncoder if vlm.find_encoder(name).kind == "image" else vlm.TextEncoder
     with pytest.raises(BadInput, match="the weights of .* are missing") as error:
-        build(name, "cpu")
+        vlm.build_encoder(vlm.find_encoder(name), "cpu")
     assert guess in str(error.value)
 
 
