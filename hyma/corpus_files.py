@@ -1,5 +1,6 @@
 """Which files a corpus is read from: its tables and shards, else its pictures."""
 
+import glob
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from hyma.columns import is_known, named
 from hyma.inflating import METHODS
 from hyma.picture_folders import CAPTION_SUFFIXES
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture
-from hyma.remote import list_remote, open_file, open_source
+from hyma.remote import find_remote, list_remote, open_file, open_source
 from hyma.splits import split_of_words
 from hyma.tables import choose_delimiter
 from vlm import BadInput
@@ -99,6 +100,19 @@ def find_tables(root, files):
     if are_one_corpus(tables):
         return tables
     raise BadInput(f"--data {root}: holds several tables ({names_from(root, tables)}); name one of them")
+
+
+def tables_passed_over(root, files, tables):
+    """The tables of a folder that its rows are not read from: those among `files`, and those of an equal name in a folder beside one
+    that is read, as Hugging Face has them for its splits."""
+    passed_over = [path for path in list_tables(files) if path not in tables]
+    if find_remote(root):
+        return passed_over
+    for table in tables:
+        if table.parent == root:
+            beside = sorted(path for path in root.glob(f"*/{glob.escape(table.name)}") if path.parent.name.casefold() not in HIDDEN)
+            passed_over += [path for path in beside if path not in passed_over and not path.parent.name.startswith(".")]
+    return passed_over
 
 
 def list_tables(files):

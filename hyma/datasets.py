@@ -38,9 +38,10 @@ from hyma.corpus_files import (
     names_from,
     sort_files,
     table_suffix,
+    tables_passed_over,
 )
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
-from hyma.pictures import IMAGE_SUFFIXES, is_file
+from hyma.pictures import IMAGE_SUFFIXES, find_file, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
 from hyma.splits import known_split
 from hyma.table_folders import check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
@@ -78,15 +79,14 @@ def read_corpus(data, image_column=None, caption_column=None):
         raise BadInput(f"--data {data}: is no regular file and no folder")
     if (data / "manifest.json").exists():
         raise BadInput(f"--data {data}: is a folder of embeddings; embed.py needs the images and captions themselves")
+    saved = find_saved_dataset(data)
+    if saved:
+        return read_tables(data, saved, asked)
     notes = []
-    tables = find_saved_dataset(data) or find_tables(data, [path for path in sorted(data.iterdir()) if is_file(path)])
-    if not tables:
+    files = [path for path in sorted(data.iterdir()) if is_file(path)]
+    if not find_tables(data, files):
         files, notes = list_files(data)
-        tables = find_tables(data, files)
-    if tables:
-        corpus = read_tables(data, tables, asked)
-    else:
-        corpus = read_folder(data, files)
+    corpus = read_files_of_folder(data, files, asked)
     return corpus._replace(notes=(*notes, *corpus.notes))
 
 
@@ -110,8 +110,40 @@ def read_remote(data, asked):
     files = list_remote(data)
     if files == [data]:
         return read_tables(data.parent, files, asked)
-    tables = find_tables(data, [path for path in files if path.parent == data]) or find_tables(data, files)
-    return read_tables(data, tables, asked) if tables else read_folder(data, files)
+    own = [path for path in files if path.parent == data]
+    return read_files_of_folder(data, own if find_tables(data, own) else files, asked)
+
+
+def read_files_of_folder(root, files, asked):
+    """The Corpus of a folder: of the tables among its files, else of its pictures. Tables that are not read are named."""
+    tables = find_tables(root, files)
+    if not tables:
+        return read_folder(root, files)
+    corpus = read_tables(root, tables, asked)
+    passed_over = tables_passed_over(root, files, tables)
+    if not passed_over:
+        return corpus
+    names = {path.name for path in tables}
+    for path in passed_over:
+        if path.parent == root or path.name in names:
+            check_adds_nothing(root, path, corpus, asked)
+    return corpus._replace(notes=(*corpus.notes, f"not read: {names_from(root, passed_over)}"))
+
+
+def check_adds_nothing(root, table, corpus, asked):
+    """Raises BadInput if a table that is not read has captions of pictures that are there and that the corpus lacks."""
+    try:
+        other = read_tables(root, [table], asked)
+    except (BadInput, OSError):  # no table of pictures and captions
+        return
+    images = {os.path.normpath(corpus.root / row["image"]) for row in corpus.rows}
+    for row in other.rows:
+        image = row["image"]
+        if image and "fault" not in row and os.path.normpath(other.root / image) not in images and find_file(other.root, image):
+            raise BadInput(
+                f"--data {root}: may mean {corpus.source} or {names_from(root, [table])}, which has captions of other pictures "
+                f"({image}); name one of them, or write one table of both"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -990,3 +990,24 @@ def test_texts_beside_class_folders_that_no_picture_has_are_named(folder, tmp_pa
     shutil.copy(folder / "0.webp", tmp_path / "tree" / "cat" / "0.webp")
     (tmp_path / "tree" / "cat" / "other.txt").write_text("a cat")
     assert any("not read, as they are named after no picture: 1 .txt" in note for note in read_corpus(tmp_path / "tree").notes)
+
+
+# ------------------------------------------------------------------------------------- what could be taken in two ways
+
+
+def test_a_table_that_is_passed_over_is_named_and_has_no_captions_of_other_pictures(folder, tmp_path):
+    write_csv(folder / "metadata.csv", [picture(k) for k in range(3)])
+    write_csv(folder / "same.csv", [picture(k) for k in range(2)])
+    write_csv(folder / "sizes.csv", [{"image": "9.webp", "width": 3}])
+    write_csv(folder / "gone.csv", [picture(99)])
+    corpus = read_corpus(folder)
+    assert len(corpus.rows) == 3 and corpus.notes[-1] == "not read: gone.csv, same.csv, sizes.csv"
+    write_csv(folder / "metadata_test.csv", [picture(3)])
+    with pytest.raises(BadInput, match=r"may mean metadata.csv or metadata_test.csv, .* of other pictures \(3.webp\)"):
+        read_corpus(folder)
+    (folder / "metadata_test.csv").unlink()
+    (folder / "test").mkdir()
+    (folder / "4.webp").rename(folder / "test" / "4.webp")
+    write_csv(folder / "test" / "metadata.csv", [picture(4)])
+    with pytest.raises(BadInput, match="may mean metadata.csv or test/metadata.csv"):
+        read_corpus(folder)
