@@ -117,23 +117,34 @@ def tables_passed_over(root, files, tables):
 
 def list_tables(files):
     """The files that are tables, without those about a picture or an archive: img2dataset writes one beside each."""
-    described = set()  # files whose table of the same name is about them, without their suffixes
+    archives = set()  # without their suffixes
+    described = set()  # the same, and of the pictures
     folders_of_archives = set()
     for path in files:
         if is_tar(path):
-            described.add(path.with_name(path.name[: -len(table_suffix(path))]))
+            archives.add(path.with_name(path.name[: -len(table_suffix(path))]))
+            folders_of_archives.add(path.parent)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             described.add(path.with_suffix(""))
-        if is_tar(path):
-            folders_of_archives.add(path.parent)
+    described |= archives
+
+    def is_about_another(path, suffix):
+        plain = path.with_suffix("")
+        match suffix:
+            case ".json":
+                return plain in described or path.parent in folders_of_archives  # webdataset's own
+            case ".parquet":
+                return plain in archives
+            case ".csv" | ".tsv":  # captions.csv beside captions.png is a table all the same
+                return plain in described and not names_captions(path)
+        return False
+
     tables = []
     for path in files:
         suffix = path.suffix.lower()
-        is_about_others = path.with_suffix("") in described or path.stem.endswith("_stats")
-        lists_archives = suffix == ".json" and path.parent in folders_of_archives  # webdataset's own
         if is_tar(path):
             tables.append(path)
-        elif is_about_others or lists_archives:
+        elif path.stem.endswith("_stats") or is_about_another(path, suffix):
             continue
         elif suffix in TABLE_SUFFIXES or is_token_file(path) or is_text_list(path):
             tables.append(path)
@@ -154,11 +165,14 @@ def is_tar(path):
 
 def is_text_list(path):
     """Whether a .txt file is a table with a header, as Flickr8k's captions.txt is."""
-    if path.suffix.lower() != ".txt" or path.stem not in TABLE_STEMS:
-        return False
+    return path.suffix.lower() == ".txt" and path.stem in TABLE_STEMS and names_captions(path)
+
+
+def names_captions(path):
+    """Whether the first line of a file names columns of pictures and captions."""
     with open_file(path) as file:
-        header = file.readline().decode(errors="replace")
-    names = header.split(choose_delimiter(header, ",", is_known))
+        header = file.readline(2**16).decode("utf-8-sig", errors="replace")
+    names = [name.strip().strip('"') for name in header.split(choose_delimiter(header, ",", is_known))]
     return any(is_known(name, "image") for name in names) and any(is_known(name, "caption") for name in names)
 
 
@@ -168,6 +182,8 @@ def are_one_corpus(tables):
     if len(tables) < 2 or len(folders) == len(tables):
         return True
     suffixes = {table_suffix(path) for path in tables}
+    if 0 < sum(map(is_tar, tables)) < len(tables):  # the archive most likely holds the pictures of the others
+        return False
     if len(suffixes) == 1 and suffixes.issubset((*SHARD_SUFFIXES, *TAR_SUFFIXES)):
         return True
     return all(split_of_words(path.stem) or path.stem in TABLE_STEMS for path in tables)

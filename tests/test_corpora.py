@@ -1011,3 +1011,18 @@ def test_a_table_that_is_passed_over_is_named_and_has_no_captions_of_other_pictu
     write_csv(folder / "test" / "metadata.csv", [picture(4)])
     with pytest.raises(BadInput, match="may mean metadata.csv or test/metadata.csv"):
         read_corpus(folder)
+
+
+def test_a_table_beside_a_picture_or_an_archive_of_its_name_is_a_table(folder, tmp_path):
+    (folder / "images").mkdir()
+    for k in range(3):
+        (folder / f"{k}.webp").rename(folder / "images" / f"{k}.webp")
+    write_csv(folder / "39.csv", [picture(k) for k in range(3)])
+    assert captions_of(read_corpus(folder).rows) == [f"caption {k}" for k in range(3)]
+    write_csv(folder / "39.csv", [{"x": 1, "y": 2}])  # about the picture
+    (folder / "39.txt").write_text("caption 39")
+    assert "caption 39" in captions_of(read_corpus(folder).rows)
+    write_csv(folder / "train.csv", [picture(0)])
+    (folder / "train.tar").touch()
+    with pytest.raises(BadInput, match=r"several tables \(train.csv, train.tar\)"):
+        read_corpus(folder)
