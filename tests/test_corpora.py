@@ -23,7 +23,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
 from hyma.pictures import read_picture
-from hyma.splits import give_splits, split_rows
+from hyma.splits import give_splits, known_split, split_rows
 from vlm import BadInput, open_image
 
 
@@ -1026,3 +1026,42 @@ def test_a_table_beside_a_picture_or_an_archive_of_its_name_is_a_table(folder, t
     (folder / "train.tar").touch()
     with pytest.raises(BadInput, match=r"several tables \(train.csv, train.tar\)"):
         read_corpus(folder)
+
+
+def put(folder, root, places):
+    """Moves pictures 0, 1, ... of the folder to these places in another."""
+    for k, place in enumerate(places):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(root / place / f"{k}.webp")
+    return root
+
+
+@pytest.mark.parametrize(
+    "places, says",
+    [
+        (("images", "images"), "the folder images names no class"),
+        (("annotations/masks", "JPEGImages"), "the folder JPEGImages beside annotations names no class"),
+        (("train/a/images", "train/b/images", "val/images"), "the folder images beside a, b names no class"),
+        (("train/cat", "train/dog", "extra/cat"), "the folder train beside extra is named after a split"),
+        (("train/cat", "train/dog", "unlabeled"), "the folder train beside unlabeled is named after a split"),
+    ],
+)
+def test_folders_that_name_no_class_are_no_classes(folder, tmp_path, places, says):
+    with pytest.raises(BadInput, match=says):
+        read_corpus(put(folder, tmp_path / "tree", places))
+
+
+@pytest.mark.parametrize("train, test", [("seg_train/seg_train", "seg_test/seg_test"), ("training_set/training_set", "test_set/test_set")])
+def test_folders_of_splits_in_folders_of_their_names(folder, tmp_path, train, test):
+    tree = put(folder, tmp_path / "tree", [f"{train}/cat", f"{train}/dog", f"{test}/cat"])
+    rows = read_corpus(tree).rows
+    assert {(row["image"][-6:], row["label"], known_split(row["split"])) for row in rows} == {
+        ("0.webp", "cat", "train"),
+        ("1.webp", "dog", "train"),
+        ("2.webp", "cat", "test"),
+    }
+
+
+def test_classes_that_hold_the_word_of_a_split_are_classes(folder, tmp_path):
+    rows = read_corpus(put(folder, tmp_path / "tree", ["train_station", "crash_test", "train"])).rows
+    assert {row["label"] for row in rows} == {"train_station", "crash_test", "train"} and "split" not in rows[0]
