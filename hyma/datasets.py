@@ -14,6 +14,7 @@ Which files of a folder are read is found in `hyma/corpus_files.py`; what the fo
 folders, extend `read_folder`.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -118,7 +119,7 @@ def read_files_of_folder(root, files, asked):
     """The Corpus of a folder: of the tables among its files, else of its pictures. Tables that are not read are named."""
     tables = find_tables(root, files)
     if not tables:
-        return read_folder(root, files)
+        return read_folder(root, files, asked)
     corpus = read_tables(root, tables, asked)
     passed_over = tables_passed_over(root, files, tables)
     if not passed_over:
@@ -160,6 +161,10 @@ class Asked(NamedTuple):
         asked = [self.image] if part == "image" else [self.image, self.caption]
         plain = str(name).strip().casefold()
         return any(each and plain == each.strip().casefold() for each in asked) or is_known(name, part)
+
+    def is_caption(self, name):
+        """Whether a column holds captions: the one that is asked for, else any of such a name."""
+        return name == self.caption if self.caption else is_known(name, "caption")
 
 
 def read_tables(root, paths, asked):
@@ -288,12 +293,47 @@ def name_by_key(table, rows):
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def read_folder(root, files):
-    """The Corpus of a folder without a table: a.jpg with a.txt, or pictures in folders named after their classes."""
+def read_json_files(root, files, pictures, asked):
+    """The Table of pictures that have a .json of their name, as img2dataset writes it; without records if none of some has a caption."""
+    path_of_json = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}
+
+    def read_record(picture):
+        """The fields of its .json that are read, None if it is no object."""
+        path = path_of_json.get(picture.with_suffix(""))
+        try:
+            value = json.loads(read_text(path)) if path else {}
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        return {name: part for name, part in value.items() if asked.is_known(name) and not asked.is_known(name, "image")}
+
+    described = [picture for picture in pictures if picture.with_suffix("") in path_of_json]
+    some = map(read_record, described[:: max(1, len(described) // 20)])
+    if not any(value and asked.is_caption(name) for record in some for name, value in (record or {}).items()):
+        return Table([])
+    records = []
+    faults = {}
+    for picture in pictures:
+        record = read_record(picture)
+        if record is None:
+            faults[len(records)] = "its .json is no object"
+        records.append({"image": str(picture.relative_to(root))} | (record or {}))
+    return Table(records, faults)
+
+
+def read_folder(root, files, asked):
+    """The Corpus of a folder without a table: a.jpg with a.txt or a.json, or pictures in folders named after their classes."""
     pictures, notes = sort_files(root, files)
     captions = find_caption_files(files, pictures)
     if captions:
         rows, how = read_text_files(root, pictures, captions)
+    elif (table := read_json_files(root, files, pictures, asked)).records:
+        columns = choose_columns(root, table.records, None, asked.caption)
+        rows = rows_of_table(root, table, columns)
+        split_by_folders(rows)
+        how = f"{root}: the .json files beside the pictures: {columns}"
+        notes += type_labels(root / "*.json", rows, None)
     elif all(path.parent == root for path in pictures):
         raise BadInput(
             f"--data {root}: pictures need a caption each: a.txt beside a.jpg, a table, or folders named after classes"

@@ -1065,3 +1065,16 @@ def test_folders_of_splits_in_folders_of_their_names(folder, tmp_path, train, te
 def test_classes_that_hold_the_word_of_a_split_are_classes(folder, tmp_path):
     rows = read_corpus(put(folder, tmp_path / "tree", ["train_station", "crash_test", "train"])).rows
     assert {row["label"] for row in rows} == {"train_station", "crash_test", "train"} and "split" not in rows[0]
+
+
+def test_a_json_beside_each_picture_holds_its_caption(folder, tmp_path):
+    """As img2dataset writes them, where its texts are not there."""
+    tree = put(folder, tmp_path / "tree", ["00000", "00000", "00001", "00001"])
+    for path, text in zip(sorted(tree.rglob("*.webp")), ('{"caption": "one", "url": "u"}', '{"caption": "two"}', "[]")):
+        path.with_suffix(".json").write_text(text)
+    rows = read_corpus(tree).rows
+    assert [(row["image"], row["caption"]) for row in rows[:2]] == [("00000/0.webp", "one"), ("00000/1.webp", "two")]
+    assert [row["fault"] for row in rows[2:]] == ["its .json is no object", "empty caption"]
+    for path in tree.rglob("*.json"):
+        path.write_text('{"shapes": []}')  # no captions, so that the folders are classes
+    assert {row["caption"] for row in read_corpus(tree).rows} == {"00000", "00001"}
