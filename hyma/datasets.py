@@ -51,6 +51,7 @@ from hyma.tars import read_tar
 from vlm import BadInput, check_regular
 
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder
+SEVERAL_NUMBERS = re.compile(r"\s*[-+.\d][-+.\de]*([\s,;]+[-+.\d][-+.\de]*){3,}\s*")  # four at least: those of a box
 
 
 class Corpus(NamedTuple):
@@ -66,8 +67,18 @@ class Corpus(NamedTuple):
 
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
-    asked = Asked(image_column, caption_column)
-    data = local_path(data)
+    corpus = read_source(local_path(data), Asked(image_column, caption_column))
+    captions = [row["caption"] for row in corpus.rows if row["caption"] and "fault" not in row]
+    if captions and all(map(SEVERAL_NUMBERS.fullmatch, captions)):
+        raise BadInput(
+            f"--data {data}: its captions are nothing but numbers, such as {captions[0].strip()!r}: boxes and the like; give texts in "
+            "words, or name their column with --caption-column"
+        )
+    return corpus
+
+
+def read_source(data, asked):
+    """The Corpus of what --data names."""
     if is_pattern(data):
         return read_files(data, asked)
     if open_source(data):

@@ -1078,3 +1078,16 @@ def test_a_json_beside_each_picture_holds_its_caption(folder, tmp_path):
     for path in tree.rglob("*.json"):
         path.write_text('{"shapes": []}')  # no captions, so that the folders are classes
     assert {row["caption"] for row in read_corpus(tree).rows} == {"00000", "00001"}
+
+
+def test_boxes_are_no_captions(folder, tmp_path):
+    tree = put(folder, tmp_path / "tree", ["a", "a"])
+    for k in range(2):
+        (tree / "a" / f"{k}.txt").write_text(f"{k} 0.5 0.5 0.25 1e-3\n1 0.1 .1 0.1 0.1\n")
+    with pytest.raises(BadInput, match=r"its captions are nothing but numbers, such as '0 0.5 0.5 0.25 1e-3'"):
+        read_corpus(tree)
+    rows = [picture(0) | {"caption": "[1, 2, 3, 4]"}, picture(1) | {"caption": "1, 2, 3, 4"}]
+    assert len(read_corpus(write_csv(folder / "t.csv", [rows[0], rows[1] | {"caption": "9 9 of 12"}])).rows) == 2
+    with pytest.raises(BadInput, match="nothing but numbers"):
+        read_corpus(write_csv(folder / "t.csv", rows[1:]))
+    assert len(read_corpus(write_csv(folder / "t.csv", [picture(0) | {"caption": "7"}])).rows) == 1
