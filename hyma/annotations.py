@@ -28,8 +28,11 @@ def published_records(path, value):
 def join_coco(path, images, notes):
     """(a record for each picture, with its captions in the order of their numbers; a note)."""
     captions = defaultdict(list)
+    rejected = 0
     for number, note in enumerate(notes):
-        if isinstance(note, dict) and note.get("caption") is not None:
+        if isinstance(note, dict) and note.get("is_rejected"):  # VizWiz's: that the picture shows too little
+            rejected += 1
+        elif isinstance(note, dict) and note.get("caption") is not None:
             captions[note.get("image_id")].append((note.get("id", number), note["caption"]))
     if not captions:
         raise BadInput(
@@ -42,8 +45,13 @@ def join_coco(path, images, notes):
         if image.get("split"):  # COCO's own has none
             record["split"] = image["split"]
         records.append(record)
+    note = "COCO's captions"
+    if rejected:
+        note += f"; without {rejected:,} that it marks as rejected"
     others = sum(map(len, captions.values()))
-    return records, "COCO's captions" + (f"; {others:,} captions are of pictures that it does not list" if others else "")
+    if others:
+        note += f"; {others:,} captions are of pictures that it does not list"
+    return records, note
 
 
 def karpathy_record(image):
