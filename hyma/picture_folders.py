@@ -61,7 +61,7 @@ def read_text_files(root, pictures, captions):
         folders = image.parent.parts
         split = split_of_folders(folders) if level is None or not folders else split_of_name[folders[level]]
         text = read_text(captions[path]) if path in captions else ""
-        lines = [line for line in text.split("\n") if line.strip()]
+        lines = [line for line in re.split("[\r\n]", text) if line.strip()]  # an old Mac ends them with \r
         for line in lines or [""]:
             row = {"image": str(image), "caption": line}
             fault = caption_fault(line)

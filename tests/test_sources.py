@@ -636,5 +636,14 @@ def test_captions_that_coco_s_form_marks_as_rejected_are_left_out(tmp_path):
     images = [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}]
     (tmp_path / "train.json").write_text(json.dumps({"images": images, "annotations": notes}))
     corpus = read_corpus(tmp_path / "train.json")
-    assert [(row["caption"], row.get("fault")) for row in corpus.rows] == [("a cup", None), (None, "empty caption")]
-    assert "without 2 that it marks as rejected" in corpus.notes[0]
+    assert captions_of(corpus.rows) == ["a cup"]
+    assert "without 2 that it marks as rejected, and 1 pictures that have no others" in corpus.notes[0]
+
+
+def test_lines_end_where_files_end_them_and_within_no_caption(folder, tmp_path):
+    (tmp_path / "results.token").write_text("1.jpg#0\ta dog\u2028on grass\r\n2.jpg#0\ta\x85b\n", newline="")
+    assert captions_of(read_corpus(tmp_path / "results.token").rows) == ["a dog\u2028on grass", "a\x85b"]
+    (tmp_path / "mac").mkdir()
+    shutil.copy(folder / "1.webp", tmp_path / "mac")
+    (tmp_path / "mac" / "1.txt").write_bytes(b"one\rtwo\r")
+    assert captions_of(read_corpus(tmp_path / "mac").rows) == ["one", "two"]
