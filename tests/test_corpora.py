@@ -256,6 +256,9 @@ def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
     assert picture_bytes(folder / read_corpus(folder / "plain.parquet").rows[3]["image"]) == data[3]
     with pytest.raises(BadInput, match="no image column among photo, caption; name it with --image-column"):
         read_corpus(folder / "other.parquet")
+    parquet.write_table(pa.table({"jpg": data, "txt": list("abcd")}), folder / "txt.parquet")
+    with pytest.raises(BadInput, match="no caption column among jpg, txt; name it with --caption-column"):
+        read_corpus(folder / "txt.parquet")
     assert picture_bytes(folder / read_corpus(folder / "other.parquet", image_column="photo").rows[3]["image"]) == data[3]
 
 
