@@ -21,6 +21,7 @@ SHARD_SUFFIXES = (".parquet", ".arrow")  # of which a corpus has many files
 TAR_SUFFIXES = (".tar", *METHODS)
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".tgz", ".zst", ".7z", ".rar")
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
+ABOUT_CORPUS = ("dataset_infos.json", "dataset_info.json")  # the datasets library's, which hold no rows
 HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
 
 
@@ -144,7 +145,7 @@ def list_tables(files):
         suffix = path.suffix.lower()
         if is_tar(path):
             tables.append(path)
-        elif path.stem.endswith("_stats") or is_about_another(path, suffix):
+        elif path.name in ABOUT_CORPUS or path.stem.endswith("_stats") or is_about_another(path, suffix):
             continue
         elif suffix in TABLE_SUFFIXES or is_token_file(path) or is_text_list(path):
             tables.append(path)

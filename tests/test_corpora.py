@@ -1003,6 +1003,7 @@ def test_a_table_that_is_passed_over_is_named_and_has_no_captions_of_other_pictu
     write_csv(folder / "same.csv", [picture(k) for k in range(2)])
     write_csv(folder / "sizes.csv", [{"image": "9.webp", "width": 3}])
     write_csv(folder / "gone.csv", [picture(99)])
+    (folder / "dataset_infos.json").write_text("{}")
     corpus = read_corpus(folder)
     assert len(corpus.rows) == 3 and corpus.notes[-1] == "not read: gone.csv, same.csv, sizes.csv"
     write_csv(folder / "metadata_test.csv", [picture(3)])
