@@ -104,15 +104,16 @@ def find_tables(root, files):
 
 
 def tables_passed_over(root, files, tables):
-    """The tables of a folder that its rows are not read from: those among `files`, and those of an equal name in a folder beside one
-    that is read, as Hugging Face has them for its splits."""
+    """The tables of a folder that its rows are not read from: those among `files`, and those of an equal name in a folder beside
+    one that is read, as Hugging Face has them for its splits."""
     passed_over = [path for path in list_tables(files) if path not in tables]
     if find_remote(root):
         return passed_over
     for table in tables:
         if table.parent == root:
-            beside = sorted(path for path in root.glob(f"*/{glob.escape(table.name)}") if path.parent.name.casefold() not in HIDDEN)
-            passed_over += [path for path in beside if path not in passed_over and not path.parent.name.startswith(".")]
+            for path in sorted(root.glob(f"[!.]*/{glob.escape(table.name)}")):
+                if path.is_file() and path not in passed_over and path.parent.name.casefold() not in HIDDEN:
+                    passed_over.append(path)
     return passed_over
 
 

@@ -71,7 +71,7 @@ def read_corpus(data, image_column=None, caption_column=None):
     captions = [row["caption"] for row in corpus.rows if row["caption"] and "fault" not in row]
     if captions and all(map(SEVERAL_NUMBERS.fullmatch, captions)):
         raise BadInput(
-            f"--data {data}: its captions are nothing but numbers, such as {captions[0].strip()!r}: boxes and the like; give texts in "
+            f"--data {data}: its captions are nothing but numbers, as those of boxes are ({captions[0].strip()[:60]}); give texts in "
             "words, or name their column with --caption-column"
         )
     return corpus
@@ -305,7 +305,7 @@ def name_by_key(table, rows):
 
 
 def read_json_files(root, files, pictures, asked):
-    """The Table of pictures that have a .json of their name, as img2dataset writes it; without records if none of some has a caption."""
+    """The Table of pictures that have a .json of their name, as img2dataset writes it; no records if there are no captions."""
     path_of_json = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}
 
     def read_record(picture):

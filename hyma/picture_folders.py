@@ -121,13 +121,13 @@ def check_classes(root, folders):
         beside = f" beside {named(others)}" if others else ""
         if name.casefold() in CONTAINERS:
             raise BadInput(
-                f"--data {root}: its pictures have no captions, and the folder {name}{beside} names no class: give a.txt beside a.jpg, "
-                "a table, or nothing but folders named after classes"
+                f"--data {root}: its pictures have no captions, and the folder {name}{beside} names no class: give a.txt beside "
+                "a.jpg, a table, or nothing but folders named after classes"
             )
         if name in with_folders and others and known_split(name):
             raise BadInput(
-                f"--data {root}: the folder {name}{beside} is named after a split and holds folders, so that what the classes are is "
-                f"not known: give the folder {name} alone, or name the others after splits too"
+                f"--data {root}: the folder {name}{beside} is named after a split and holds folders, so that the classes are not "
+                f"known: give the folder {name} alone, or name the others after splits too"
             )
 
 
@@ -147,8 +147,8 @@ def different_names(names):
 
 
 def find_split_level(folders):
-    """(how deep the folders lie that are named after splits, {name: split of its rows}), or (None, {}). All pictures that are in a
-    folder must be in such a one.
+    """(how deep the folders lie that are named after splits, {name: split of its rows}), or (None, {}). All pictures that are in
+    a folder must be in such a one.
 
     A class may itself be called train. So a level counts if all its names are splits, or two different splits at least, or if two
     differ in nothing but a word that is a split: seg_train and seg_test.
