@@ -36,7 +36,7 @@ def join_coco(path, images, notes):
             captions[note.get("image_id")].append((note.get("id", number), note["caption"]))
     if not captions:
         raise BadInput(
-            f"--data {path}: its annotations are no captions; COCO's captions are in captions_train2017.json and its like"
+            f"--data {path}: its annotations are no captions, which are in captions_train2017.json and its like; give these alone"
         )
     records = []
     for image in images:
@@ -49,7 +49,9 @@ def join_coco(path, images, notes):
         records.append(record)
     note = "COCO's captions"
     if rejected:
-        note += f"; without {rejected.total():,} that it marks as rejected, and {len(images) - len(records):,} pictures that have no others"
+        note += f"; without {rejected.total():,} that it marks as rejected"
+    if len(records) < len(images):
+        note += f" and {len(images) - len(records):,} pictures that have no others"
     others = sum(map(len, captions.values()))
     if others:
         note += f"; {others:,} captions are of pictures that it does not list"

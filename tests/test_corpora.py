@@ -1055,9 +1055,9 @@ def test_folders_that_name_no_class_are_no_classes(folder, tmp_path, places, say
         read_corpus(put(folder, tmp_path / "tree", places))
 
 
-@pytest.mark.parametrize("train, test", [("seg_train/seg_train", "seg_test/seg_test"), ("training_set/training_set", "test_set/test_set")])
+@pytest.mark.parametrize("train, test", [("seg_train", "seg_test"), ("training_set", "test_set")])
 def test_folders_of_splits_in_folders_of_their_names(folder, tmp_path, train, test):
-    tree = put(folder, tmp_path / "tree", [f"{train}/cat", f"{train}/dog", f"{test}/cat"])
+    tree = put(folder, tmp_path / "tree", [f"{train}/{train}/cat", f"{train}/{train}/dog", f"{test}/{test}/cat"])
     rows = read_corpus(tree).rows
     assert {(row["image"][-6:], row["label"], known_split(row["split"])) for row in rows} == {
         ("0.webp", "cat", "train"),
@@ -1088,10 +1088,39 @@ def test_boxes_are_no_captions(folder, tmp_path):
     tree = put(folder, tmp_path / "tree", ["a", "a"])
     for k in range(2):
         (tree / "a" / f"{k}.txt").write_text(f"{k} 0.5 0.5 0.25 1e-3\n1 0.1 .1 0.1 0.1\n")
-    with pytest.raises(BadInput, match=r"its captions are nothing but numbers, such as '0 0.5 0.5 0.25 1e-3'"):
+    with pytest.raises(BadInput, match=r"nothing but numbers, as those of boxes are \(0 0.5 0.5 0.25 1e-3\)"):
         read_corpus(tree)
     rows = [picture(0) | {"caption": "[1, 2, 3, 4]"}, picture(1) | {"caption": "1, 2, 3, 4"}]
     assert len(read_corpus(write_csv(folder / "t.csv", [rows[0], rows[1] | {"caption": "9 9 of 12"}])).rows) == 2
     with pytest.raises(BadInput, match="nothing but numbers"):
         read_corpus(write_csv(folder / "t.csv", rows[1:]))
     assert len(read_corpus(write_csv(folder / "t.csv", [picture(0) | {"caption": "7"}])).rows) == 1
+
+
+def test_a_dict_of_pictures_and_one_of_splits(folder):
+    """The names in a JSON object may be the pictures, or the splits of its lists."""
+    for value in ("a dog", ["a dog"], {"caption": "a dog", "tags": "x"}):
+        (folder / "meta.json").write_text(json.dumps({"0.webp": value, "1.webp": value}))
+        rows = read_corpus(folder / "meta.json").rows
+        assert [(row["image"], row["caption"]) for row in rows] == [("0.webp", "a dog"), ("1.webp", "a dog")]
+    (folder / "meta.json").write_text(json.dumps({"train": [picture(0), picture(1)], "val": [picture(2)]}))
+    rows = read_corpus(folder / "meta.json").rows
+    assert captions_of(rows) == ["caption 0", "caption 1", "caption 2"]
+    assert [row["split"] for row in rows] == ["train", "train", "val"]
+
+
+def test_messages_say_what_is_in_a_table_and_what_to_do(folder, refused):
+    (folder / "nohead.tsv").write_text("a dog\thttp://x.com/1.jpg?size=3\na cat\thttp://x.com/2.jpg\n")
+    refused("embed.py", *TINY, "--data", folder / "nohead.tsv", says=["first line", "http://x.com/1.jpg", "image,caption"])
+    (folder / "utf16.csv").write_bytes("image,caption\n0.webp,a dog\n".encode("utf-16-le"))
+    refused("embed.py", *TINY, "--data", folder / "utf16.csv", says=["utf16.csv", "save it as UTF-8"])
+    (folder / "set").mkdir()
+    (folder / "set" / "train.json").write_text(json.dumps([picture(0)]))
+    (folder / "set" / "test.json").write_text(json.dumps([{"file_name": "1.webp", "id": 1}]))
+    says = ["test.json: no caption column among file_name, id", "take it out of the folder"]
+    refused("embed.py", *TINY, "--data", folder / "set", says=says)
+
+
+def test_a_column_of_addresses_is_not_read_where_another_holds_paths(folder):
+    rows = [{"image": f"https://x/{k}.jpg", "file_name": f"{k}.webp", "caption": "a dog"} for k in range(2)]
+    assert [row["image"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["0.webp", "1.webp"]

@@ -637,7 +637,7 @@ def test_captions_that_coco_s_form_marks_as_rejected_are_left_out(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps({"images": images, "annotations": notes}))
     corpus = read_corpus(tmp_path / "train.json")
     assert captions_of(corpus.rows) == ["a cup"]
-    assert "without 2 that it marks as rejected, and 1 pictures that have no others" in corpus.notes[0]
+    assert "without 2 that it marks as rejected and 1 pictures that have no others" in corpus.notes[0]
 
 
 def test_lines_end_where_files_end_them_and_within_no_caption(folder, tmp_path):
