@@ -1124,3 +1124,15 @@ def test_messages_say_what_is_in_a_table_and_what_to_do(folder, refused):
 def test_a_column_of_addresses_is_not_read_where_another_holds_paths(folder):
     rows = [{"image": f"https://x/{k}.jpg", "file_name": f"{k}.webp", "caption": "a dog"} for k in range(2)]
     assert [row["image"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["0.webp", "1.webp"]
+
+
+def test_a_picture_named_without_its_ending(folder):
+    rows = [{"ID": str(k), "caption": f"caption {k}"} for k in range(3)]
+    (folder / "2.jpg").write_bytes(b"")  # it may be this or 2.webp
+    corpus = read_corpus(write_csv(folder / "t.csv", rows), image_column="ID")
+    found = [read_picture(corpus.root, row["image"])[0] for row in corpus.rows]
+    assert [(picture.image, picture.reason) for picture in found] == [
+        ("0.webp", None),
+        ("1.webp", None),
+        (None, "missing file"),
+    ]
