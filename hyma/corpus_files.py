@@ -165,6 +165,11 @@ def is_tar(path):
     return table_suffix(path) in TAR_SUFFIXES
 
 
+def is_archive(path):
+    """Whether a file is an archive, of the kinds that are read or of another."""
+    return is_tar(path) or path.suffix.lower() in ARCHIVE_SUFFIXES
+
+
 def is_text_list(path):
     """Whether a .txt file is a table with a header, as Flickr8k's captions.txt is."""
     return path.suffix.lower() == ".txt" and path.stem in TABLE_STEMS and names_captions(path)

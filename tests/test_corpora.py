@@ -1136,3 +1136,22 @@ def test_a_picture_named_without_its_ending(folder):
         ("1.webp", None),
         (None, "missing file"),
     ]
+
+
+def test_pictures_in_folders_of_splits_within_images(folder, tmp_path):
+    """COCO's, and tables of splits that number their pictures alike."""
+    tree = put(folder, tmp_path / "tree", ["images/train", "images/val"])
+    (tree / "images" / "val" / "1.webp").rename(tree / "images" / "val" / "0.webp")
+    for split in ("train", "val"):
+        write_csv(tree / f"{split}.csv", [picture(0) | {"caption": split}])
+    rows = read_corpus(tree).rows
+    assert {(row["image"], row["caption"]) for row in rows} == {("images/train/0.webp", "train"), ("images/val/0.webp", "val")}
+
+
+def test_where_missing_pictures_may_be(folder, refused):
+    (folder / "set").mkdir()
+    write_csv(folder / "set" / "train.csv", [picture(0)])
+    says = "missing file; write the folder that it is in into its path"
+    refused("embed.py", *TINY, "--data", folder / "set", says=says)
+    (folder / "set" / "images.zip").touch()
+    refused("embed.py", *TINY, "--data", folder / "set", says="missing file; the pictures may be in images.zip: unpack it")
