@@ -193,7 +193,7 @@ def upright_on_white(image):
     with contextlib.suppress(Exception):  # broken metadata of a picture whose pixels are whole
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greys: PIL's own conversion clips them to white
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

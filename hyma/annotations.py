@@ -4,7 +4,7 @@ Here they are data like any other, to train on too. As test sets, with their pro
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from hyma.remote import list_folder, read_bytes
 from vlm import BadInput
@@ -28,22 +28,34 @@ def published_records(path, value):
 def join_coco(path, images, notes):
     """(a record for each picture, with its captions in the order of their numbers; a note)."""
     captions = defaultdict(list)
+    rejected = Counter()  # image -> its captions that count for none
     for number, note in enumerate(notes):
-        if isinstance(note, dict) and note.get("caption") is not None:
+        if isinstance(note, dict) and note.get("is_rejected"):  # VizWiz's: that the picture shows too little
+            rejected[note.get("image_id")] += 1
+        elif isinstance(note, dict) and note.get("caption") is not None:
             captions[note.get("image_id")].append((note.get("id", number), note["caption"]))
     if not captions:
         raise BadInput(
-            f"--data {path}: its annotations are no captions; COCO's captions are in captions_train2017.json and its like"
+            f"--data {path}: its annotations are no captions, which are in captions_train2017.json and its like; give these alone"
         )
     records = []
     for image in images:
         own = sorted(captions.pop(image.get("id"), []), key=lambda pair: pair[0])
+        if not own and image.get("id") in rejected:
+            continue
         record = {"image": image.get("file_name"), "caption": [caption for _, caption in own]}
         if image.get("split"):  # COCO's own has none
             record["split"] = image["split"]
         records.append(record)
+    note = "COCO's captions"
+    if rejected:
+        note += f"; without {rejected.total():,} that it marks as rejected"
+    if len(records) < len(images):
+        note += f" and {len(images) - len(records):,} pictures that have no others"
     others = sum(map(len, captions.values()))
-    return records, "COCO's captions" + (f"; {others:,} captions are of pictures that it does not list" if others else "")
+    if others:
+        note += f"; {others:,} captions are of pictures that it does not list"
+    return records, note
 
 
 def karpathy_record(image):
@@ -69,7 +81,8 @@ def token_records(path, text):
                 split_of_image[image] = found["split"].lower()
     records = []
     faults = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and not at U+2028 and its like, which stand within captions
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         found = TOKEN_LINE.fullmatch(line)

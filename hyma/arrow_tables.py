@@ -6,7 +6,7 @@ A picture in a cell becomes the address of the cell (`hyma/packed.py`) and is no
 import json
 from pathlib import Path
 
-from hyma.columns import KEY_COLUMN, NUMBERED_CAPTION
+from hyma.columns import KEY_COLUMN, NUMBERED_CAPTION, QUESTION_COLUMNS
 from hyma.packed import cell_address, import_arrow, only_item, open_arrow
 from hyma.remote import open_file
 from hyma.tables import Table
@@ -51,13 +51,16 @@ def read_arrow(path, is_known) -> Table:
 
 
 def choose_names(schema, is_known):
-    """The columns that are read: the known ones, or all, for a message to name, where none of them is a picture's."""
+    """The columns that are read: the known ones, or all, for a message to name, where none of them is a picture's or a text."""
     known = []
+    has_text = False
     for name in schema.names:
         plain = name.strip().casefold()
-        if is_known(name) or plain == KEY_COLUMN or NUMBERED_CAPTION.fullmatch(plain):
+        is_numbered = NUMBERED_CAPTION.fullmatch(plain)
+        if is_known(name) or plain == KEY_COLUMN or is_numbered:
             known.append(name)
-    return known if any(is_known(name, "image") for name in known) else schema.names
+        has_text |= bool(is_known(name, "caption") or is_numbered or plain in QUESTION_COLUMNS)
+    return known if has_text and any(is_known(name, "image") for name in known) else schema.names
 
 
 def holds_only_pictures(kind, arrow):

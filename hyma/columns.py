@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from hyma.pictures import IMAGE_SUFFIXES
+from hyma.pictures import IMAGE_SUFFIXES, why_no_path
 from hyma.splits import known_split
 from hyma.tables import read_text
 from vlm import BadInput
@@ -83,7 +83,8 @@ def choose_columns(path, records, image_column, caption_column, is_part=False):
         for name, value in record.items():
             plain = str(name).strip().casefold()
             names.setdefault(plain, name)
-            if value is not None and value != "":
+            is_address = plain in IMAGE_COLUMNS and isinstance(value, str) and why_no_path(value)  # a URL: others may hold a path
+            if value is not None and value != "" and not is_address:
                 filled.add(plain)
     if not any(map(is_known, names)) and not (image_column or caption_column):
         explain_unknown(path, list(names.values()))
@@ -108,7 +109,8 @@ def choose_columns(path, records, image_column, caption_column, is_part=False):
     if not caption_column:
         captions += [name for plain, name in names.items() if NUMBERED_CAPTION.fullmatch(plain)]
     if not captions and len(questions) < 3:
-        raise BadInput(f"--data {path}: {no_column('caption', names)}")
+        without = "; or, if it has no captions, take it out of the folder or give the other tables alone" if is_part else ""
+        raise BadInput(f"--data {path}: {no_column('caption', names)}{without}")
     splits = [names[name] for name in SPLIT_COLUMNS if name in filled and holds_splits(records, names[name], name, is_part)]
     split = splits[0] if splits else names.get("split")
     return Columns(image, captions, pick("label", None), split, questions)
@@ -131,7 +133,7 @@ def no_column(part, names):
 def explain_unknown(path, names):
     """Raises BadInput for a table of which no column is known: its header is missing, or names what we cannot guess."""
     for name in map(str, names):
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES or why_no_path(name):
             raise BadInput(
                 f"--data {path}: its first line should name the columns and names {name}; put image,caption there"
             )

@@ -1,5 +1,6 @@
 """Which files a corpus is read from: its tables and shards, else its pictures."""
 
+import glob
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from hyma.columns import is_known, named
 from hyma.inflating import METHODS
 from hyma.picture_folders import CAPTION_SUFFIXES
 from hyma.pictures import IMAGE_SUFFIXES, OTHER_SUFFIXES, holds_picture
-from hyma.remote import list_remote, open_file, open_source
+from hyma.remote import find_remote, list_remote, open_file, open_source
 from hyma.splits import split_of_words
 from hyma.tables import choose_delimiter
 from vlm import BadInput
@@ -20,6 +21,7 @@ SHARD_SUFFIXES = (".parquet", ".arrow")  # of which a corpus has many files
 TAR_SUFFIXES = (".tar", *METHODS)
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".tgz", ".zst", ".7z", ".rar")
 TABLE_STEMS = ("captions", "metadata", "chat", "blip_laion_cc_sbu_558k")  # where a folder holds several, the first
+ABOUT_CORPUS = ("dataset_infos.json", "dataset_info.json")  # the datasets library's, which hold no rows
 HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found")
 
 
@@ -101,25 +103,50 @@ def find_tables(root, files):
     raise BadInput(f"--data {root}: holds several tables ({names_from(root, tables)}); name one of them")
 
 
+def tables_passed_over(root, files, tables):
+    """The tables of a folder that its rows are not read from: those among `files`, and those of an equal name in a folder beside
+    one that is read, as Hugging Face has them for its splits."""
+    passed_over = [path for path in list_tables(files) if path not in tables]
+    if find_remote(root):
+        return passed_over
+    for table in tables:
+        if table.parent == root:
+            for path in sorted(root.glob(f"[!.]*/{glob.escape(table.name)}")):
+                if path.is_file() and path not in passed_over and path.parent.name.casefold() not in HIDDEN:
+                    passed_over.append(path)
+    return passed_over
+
+
 def list_tables(files):
     """The files that are tables, without those about a picture or an archive: img2dataset writes one beside each."""
-    described = set()  # files whose table of the same name is about them, without their suffixes
+    archives = set()  # without their suffixes
+    described = set()  # the same, and of the pictures
     folders_of_archives = set()
     for path in files:
         if is_tar(path):
-            described.add(path.with_name(path.name[: -len(table_suffix(path))]))
+            archives.add(path.with_name(path.name[: -len(table_suffix(path))]))
+            folders_of_archives.add(path.parent)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             described.add(path.with_suffix(""))
-        if is_tar(path):
-            folders_of_archives.add(path.parent)
+    described |= archives
+
+    def is_about_another(path, suffix):
+        plain = path.with_suffix("")
+        match suffix:
+            case ".json":
+                return plain in described or path.parent in folders_of_archives  # webdataset's own
+            case ".parquet":
+                return plain in archives
+            case ".csv" | ".tsv":  # captions.csv beside captions.png is a table all the same
+                return plain in described and not names_captions(path)
+        return False
+
     tables = []
     for path in files:
         suffix = path.suffix.lower()
-        is_about_others = path.with_suffix("") in described or path.stem.endswith("_stats")
-        lists_archives = suffix == ".json" and path.parent in folders_of_archives  # webdataset's own
         if is_tar(path):
             tables.append(path)
-        elif is_about_others or lists_archives:
+        elif path.name in ABOUT_CORPUS or path.stem.endswith("_stats") or is_about_another(path, suffix):
             continue
         elif suffix in TABLE_SUFFIXES or is_token_file(path) or is_text_list(path):
             tables.append(path)
@@ -138,13 +165,21 @@ def is_tar(path):
     return table_suffix(path) in TAR_SUFFIXES
 
 
+def is_archive(path):
+    """Whether a file is an archive, of the kinds that are read or of another."""
+    return is_tar(path) or path.suffix.lower() in ARCHIVE_SUFFIXES
+
+
 def is_text_list(path):
     """Whether a .txt file is a table with a header, as Flickr8k's captions.txt is."""
-    if path.suffix.lower() != ".txt" or path.stem not in TABLE_STEMS:
-        return False
+    return path.suffix.lower() == ".txt" and path.stem in TABLE_STEMS and names_captions(path)
+
+
+def names_captions(path):
+    """Whether the first line of a file names columns of pictures and captions."""
     with open_file(path) as file:
-        header = file.readline().decode(errors="replace")
-    names = header.split(choose_delimiter(header, ",", is_known))
+        header = file.readline(2**16).decode("utf-8-sig", errors="replace")
+    names = [name.strip().strip('"') for name in header.split(choose_delimiter(header, ",", is_known))]
     return any(is_known(name, "image") for name in names) and any(is_known(name, "caption") for name in names)
 
 
@@ -154,6 +189,8 @@ def are_one_corpus(tables):
     if len(tables) < 2 or len(folders) == len(tables):
         return True
     suffixes = {table_suffix(path) for path in tables}
+    if 0 < sum(map(is_tar, tables)) < len(tables):  # the archive most likely holds the pictures of the others
+        return False
     if len(suffixes) == 1 and suffixes.issubset((*SHARD_SUFFIXES, *TAR_SUFFIXES)):
         return True
     return all(split_of_words(path.stem) or path.stem in TABLE_STEMS for path in tables)

@@ -14,6 +14,7 @@ Which files of a folder are read is found in `hyma/corpus_files.py`; what the fo
 folders, extend `read_folder`.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -38,9 +39,10 @@ from hyma.corpus_files import (
     names_from,
     sort_files,
     table_suffix,
+    tables_passed_over,
 )
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
-from hyma.pictures import IMAGE_SUFFIXES, is_file
+from hyma.pictures import IMAGE_SUFFIXES, find_file, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
 from hyma.splits import known_split
 from hyma.table_folders import check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
@@ -49,6 +51,7 @@ from hyma.tars import read_tar
 from vlm import BadInput, check_regular
 
 UNNAMED_STEMS = (*TABLE_STEMS, "train", "data", "dataset", "rows")  # these tables are named after their folder
+SEVERAL_NUMBERS = re.compile(r"\s*[-+.\d][-+.\de]*([\s,;]+[-+.\d][-+.\de]*){3,}\s*")  # four at least: those of a box
 
 
 class Corpus(NamedTuple):
@@ -64,8 +67,18 @@ class Corpus(NamedTuple):
 
 def read_corpus(data, image_column=None, caption_column=None):
     """The Corpus of a table or a folder. A table with questions needs no captions."""
-    asked = Asked(image_column, caption_column)
-    data = local_path(data)
+    corpus = read_source(local_path(data), Asked(image_column, caption_column))
+    captions = [row["caption"] for row in corpus.rows if row["caption"] and "fault" not in row]
+    if captions and all(map(SEVERAL_NUMBERS.fullmatch, captions)):
+        raise BadInput(
+            f"--data {data}: its captions are nothing but numbers, as those of boxes are ({captions[0].strip()[:60]}); give texts in "
+            "words, or name their column with --caption-column"
+        )
+    return corpus
+
+
+def read_source(data, asked):
+    """The Corpus of what --data names."""
     if is_pattern(data):
         return read_files(data, asked)
     if open_source(data):
@@ -78,15 +91,14 @@ def read_corpus(data, image_column=None, caption_column=None):
         raise BadInput(f"--data {data}: is no regular file and no folder")
     if (data / "manifest.json").exists():
         raise BadInput(f"--data {data}: is a folder of embeddings; embed.py needs the images and captions themselves")
+    saved = find_saved_dataset(data)
+    if saved:
+        return read_tables(data, saved, asked)
     notes = []
-    tables = find_saved_dataset(data) or find_tables(data, [path for path in sorted(data.iterdir()) if is_file(path)])
-    if not tables:
+    files = [path for path in sorted(data.iterdir()) if is_file(path)]
+    if not find_tables(data, files):
         files, notes = list_files(data)
-        tables = find_tables(data, files)
-    if tables:
-        corpus = read_tables(data, tables, asked)
-    else:
-        corpus = read_folder(data, files)
+    corpus = read_files_of_folder(data, files, asked)
     return corpus._replace(notes=(*notes, *corpus.notes))
 
 
@@ -110,8 +122,40 @@ def read_remote(data, asked):
     files = list_remote(data)
     if files == [data]:
         return read_tables(data.parent, files, asked)
-    tables = find_tables(data, [path for path in files if path.parent == data]) or find_tables(data, files)
-    return read_tables(data, tables, asked) if tables else read_folder(data, files)
+    own = [path for path in files if path.parent == data]
+    return read_files_of_folder(data, own if find_tables(data, own) else files, asked)
+
+
+def read_files_of_folder(root, files, asked):
+    """The Corpus of a folder: of the tables among its files, else of its pictures. Tables that are not read are named."""
+    tables = find_tables(root, files)
+    if not tables:
+        return read_folder(root, files, asked)
+    corpus = read_tables(root, tables, asked)
+    passed_over = tables_passed_over(root, files, tables)
+    if not passed_over:
+        return corpus
+    names = {path.name for path in tables}
+    for path in passed_over:
+        if path.parent == root or path.name in names:
+            check_adds_nothing(root, path, corpus, asked)
+    return corpus._replace(notes=(*corpus.notes, f"not read: {names_from(root, passed_over)}"))
+
+
+def check_adds_nothing(root, table, corpus, asked):
+    """Raises BadInput if a table that is not read has captions of pictures that are there and that the corpus lacks."""
+    try:
+        other = read_tables(root, [table], asked)
+    except (BadInput, OSError):  # no table of pictures and captions
+        return
+    images = {os.path.normpath(corpus.root / row["image"]) for row in corpus.rows}
+    for row in other.rows:
+        image = row["image"]
+        if image and "fault" not in row and os.path.normpath(other.root / image) not in images and find_file(other.root, image):
+            raise BadInput(
+                f"--data {root}: may mean {corpus.source} or {names_from(root, [table])}, which has captions of other pictures "
+                f"({image}); name one of them, or write one table of both"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -128,6 +172,10 @@ class Asked(NamedTuple):
         asked = [self.image] if part == "image" else [self.image, self.caption]
         plain = str(name).strip().casefold()
         return any(each and plain == each.strip().casefold() for each in asked) or is_known(name, part)
+
+    def is_caption(self, name):
+        """Whether a column holds captions: the one that is asked for, else any of such a name."""
+        return name == self.caption if self.caption else is_known(name, "caption")
 
 
 def read_tables(root, paths, asked):
@@ -256,12 +304,47 @@ def name_by_key(table, rows):
 # ----------------------------------------------------------------------------------------------------------- folders
 
 
-def read_folder(root, files):
-    """The Corpus of a folder without a table: a.jpg with a.txt, or pictures in folders named after their classes."""
+def read_json_files(root, files, pictures, asked):
+    """The Table of pictures that have a .json of their name, as img2dataset writes it; no records if there are no captions."""
+    path_of_json = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}
+
+    def read_record(picture):
+        """The fields of its .json that are read, None if it is no object."""
+        path = path_of_json.get(picture.with_suffix(""))
+        try:
+            value = json.loads(read_text(path)) if path else {}
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        return {name: part for name, part in value.items() if asked.is_known(name) and not asked.is_known(name, "image")}
+
+    described = [picture for picture in pictures if picture.with_suffix("") in path_of_json]
+    some = map(read_record, described[:: max(1, len(described) // 20)])
+    if not any(value and asked.is_caption(name) for record in some for name, value in (record or {}).items()):
+        return Table([])
+    records = []
+    faults = {}
+    for picture in pictures:
+        record = read_record(picture)
+        if record is None:
+            faults[len(records)] = "its .json is no object"
+        records.append({"image": str(picture.relative_to(root))} | (record or {}))
+    return Table(records, faults)
+
+
+def read_folder(root, files, asked):
+    """The Corpus of a folder without a table: a.jpg with a.txt or a.json, or pictures in folders named after their classes."""
     pictures, notes = sort_files(root, files)
     captions = find_caption_files(files, pictures)
     if captions:
         rows, how = read_text_files(root, pictures, captions)
+    elif (table := read_json_files(root, files, pictures, asked)).records:
+        columns = choose_columns(root, table.records, None, asked.caption)
+        rows = rows_of_table(root, table, columns)
+        split_by_folders(rows)
+        how = f"{root}: the .json files beside the pictures: {columns}"
+        notes += type_labels(root / "*.json", rows, None)
     elif all(path.parent == root for path in pictures):
         raise BadInput(
             f"--data {root}: pictures need a caption each: a.txt beside a.jpg, a table, or folders named after classes"

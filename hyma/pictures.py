@@ -113,12 +113,16 @@ def find_file(root, image):
     """The path, from `root`, of the file that a table means by `image`; None if there is none.
 
     Tables come from other machines: with blanks around, backslashes, percent signs, file://, ~, accents composed
-    otherwise, or .JPG for .jpg. As it is written counts first.
+    otherwise, .JPG for .jpg, or without the ending. As it is written counts first.
     """
     for spelling in spellings(image):
         if is_file(root / spelling):
             return spelling
-    return None
+    if not image.strip() or Path(image).suffix.lower() in IMAGE_SUFFIXES or "@" in image:
+        return None
+    with_ending = [image.strip() + suffix for suffix in sorted(IMAGE_SUFFIXES)]
+    there = [path for path in with_ending if is_file(root / path)]
+    return there[0] if len(there) == 1 else None
 
 
 def spellings(image):

@@ -5,9 +5,11 @@ from collections import Counter
 from typing import NamedTuple
 
 from hyma.columns import QUESTION_COLUMNS, TEXT_ONLY, named
+from hyma.corpus_files import is_archive
 from hyma.embeddings import unique
 from hyma.files import read_jsonl
 from hyma.pictures import Picture
+from hyma.remote import find_remote
 from hyma.splits import IN_TWO_SPLITS, SPELLINGS, give_splits
 from vlm import BadInput
 
@@ -131,7 +133,16 @@ def check_not_all_bad(corpus, quarantine):
     """Raises BadInput if no row is left."""
     if len(quarantine) == len(corpus.rows):
         first = quarantine[0]
-        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}")
+        advice = advise_missing(corpus.root) if first["reason"] == "missing file" else ""
+        raise BadInput(f"--data {corpus.root}: no row can be used; the first, {first['key']}: {first['reason']}{advice}")
+
+
+def advise_missing(root):
+    """What to do about pictures that are not where their table says, for a message."""
+    archives = [] if find_remote(root) else [path.name for path in sorted(root.iterdir()) if is_archive(path)]
+    if archives:
+        return f"; the pictures may be in {named(archives)}: unpack it"
+    return "; write the folder that it is in into its path"
 
 
 def count_rows(rows):

@@ -67,10 +67,11 @@ def check_not_shared(table, rows, folder, start, end):
 
 
 def folders_beside(table, root):
-    """The folders, at most 100, in which the pictures of a table may be: in its own, and in that around annotations/."""
+    """The folders, at most 100, in which the pictures of a table may be: in its own, in that around annotations/, in images/."""
     around = {table.parent, root}
     if ANNOTATION_FOLDER.fullmatch(table.parent.name):
         around.add(table.parent.parent)
+    around |= {base / "images" for base in around if (base / "images").is_dir()}
     folders = []
     for base in [] if find_remote(table) else sorted(around):
         inside = [entry.name for entry in os.scandir(base) if entry.is_dir()]  # no look at each of its pictures

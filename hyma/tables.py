@@ -14,6 +14,7 @@ from typing import NamedTuple
 from hyma.annotations import published_records
 from hyma.pictures import IMAGE_SUFFIXES
 from hyma.remote import read_bytes
+from hyma.splits import known_split
 from vlm import BadInput
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -36,6 +37,8 @@ def read_text(path):
     data = read_bytes(path)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
+    if data[:2].count(0) == 1:
+        raise BadInput(f"--data {path}: looks like UTF-16 without its mark; save it as UTF-8")
     return data.decode("utf-8-sig", errors="surrogateescape")
 
 
@@ -231,12 +234,17 @@ def unwrap(path, value, is_known):
     """(the list of records in a dict, how it was found)."""
     if any(is_known(name, "image") and not isinstance(part, list) for name, part in value.items()):
         return [value], ""
+    if value and all(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in value):
+        records = [(part if isinstance(part, dict) else {"caption": part}) | {"image": name} for name, part in value.items()]
+        return records, "a dict whose names are the pictures"
     lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
     if len(lists) == 1:
         name, records = next(iter(lists.items()))
         return records, f"the list {name!r}"
     if len(lists) > 1:
         found = ", ".join(list(lists)[:6])
+        if all(map(known_split, lists)):
+            return [with_split(record, name) for name, part in lists.items() for record in part], "a list for each split"
         raise BadInput(
             f"--data {path}: holds several lists ({found}); write one list of records with image and caption, or, for a "
             "standard set's own files, use --data NAME:FOLDER"
@@ -244,6 +252,11 @@ def unwrap(path, value, is_known):
     if value and all(isinstance(part, dict) for part in value.values()):
         return list(value.values()), "a dict of records"
     return None, ""
+
+
+def with_split(record, split):
+    """A record of the list that a split has for itself."""
+    return {"split": split} | record if isinstance(record, dict) else record
 
 
 def kind_of(value):

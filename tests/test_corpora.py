@@ -23,7 +23,7 @@ from hyma.embeddings import Embeddings
 from hyma.files import read_jsonl
 from hyma.packed import picture_bytes
 from hyma.pictures import read_picture
-from hyma.splits import give_splits, split_rows
+from hyma.splits import give_splits, known_split, split_rows
 from vlm import BadInput, open_image
 
 
@@ -256,6 +256,9 @@ def test_parquet_with_pictures_in_it(folder, embed, tmp_path):
     assert picture_bytes(folder / read_corpus(folder / "plain.parquet").rows[3]["image"]) == data[3]
     with pytest.raises(BadInput, match="no image column among photo, caption; name it with --image-column"):
         read_corpus(folder / "other.parquet")
+    parquet.write_table(pa.table({"jpg": data, "txt": list("abcd")}), folder / "txt.parquet")
+    with pytest.raises(BadInput, match="no caption column among jpg, txt; name it with --caption-column"):
+        read_corpus(folder / "txt.parquet")
     assert picture_bytes(folder / read_corpus(folder / "other.parquet", image_column="photo").rows[3]["image"]) == data[3]
 
 
@@ -990,3 +993,165 @@ def test_texts_beside_class_folders_that_no_picture_has_are_named(folder, tmp_pa
     shutil.copy(folder / "0.webp", tmp_path / "tree" / "cat" / "0.webp")
     (tmp_path / "tree" / "cat" / "other.txt").write_text("a cat")
     assert any("not read, as they are named after no picture: 1 .txt" in note for note in read_corpus(tmp_path / "tree").notes)
+
+
+# ------------------------------------------------------------------------------------- what could be taken in two ways
+
+
+def test_a_table_that_is_passed_over_is_named_and_has_no_captions_of_other_pictures(folder, tmp_path):
+    write_csv(folder / "metadata.csv", [picture(k) for k in range(3)])
+    write_csv(folder / "same.csv", [picture(k) for k in range(2)])
+    write_csv(folder / "sizes.csv", [{"image": "9.webp", "width": 3}])
+    write_csv(folder / "gone.csv", [picture(99)])
+    (folder / "dataset_infos.json").write_text("{}")
+    corpus = read_corpus(folder)
+    assert len(corpus.rows) == 3 and corpus.notes[-1] == "not read: gone.csv, same.csv, sizes.csv"
+    write_csv(folder / "metadata_test.csv", [picture(3)])
+    with pytest.raises(BadInput, match=r"may mean metadata.csv or metadata_test.csv, .* of other pictures \(3.webp\)"):
+        read_corpus(folder)
+    (folder / "metadata_test.csv").unlink()
+    (folder / "test").mkdir()
+    (folder / "4.webp").rename(folder / "test" / "4.webp")
+    write_csv(folder / "test" / "metadata.csv", [picture(4)])
+    with pytest.raises(BadInput, match="may mean metadata.csv or test/metadata.csv"):
+        read_corpus(folder)
+
+
+def test_a_table_beside_a_picture_or_an_archive_of_its_name_is_a_table(folder, tmp_path):
+    (folder / "images").mkdir()
+    for k in range(3):
+        (folder / f"{k}.webp").rename(folder / "images" / f"{k}.webp")
+    write_csv(folder / "39.csv", [picture(k) for k in range(3)])
+    assert captions_of(read_corpus(folder).rows) == [f"caption {k}" for k in range(3)]
+    write_csv(folder / "39.csv", [{"x": 1, "y": 2}])  # about the picture
+    (folder / "39.txt").write_text("caption 39")
+    assert "caption 39" in captions_of(read_corpus(folder).rows)
+    write_csv(folder / "train.csv", [picture(0)])
+    (folder / "train.tar").touch()
+    with pytest.raises(BadInput, match=r"several tables \(train.csv, train.tar\)"):
+        read_corpus(folder)
+
+
+def put(folder, root, places):
+    """Moves pictures 0, 1, ... of the folder to these places in another."""
+    for k, place in enumerate(places):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (folder / f"{k}.webp").rename(root / place / f"{k}.webp")
+    return root
+
+
+@pytest.mark.parametrize(
+    "places, says",
+    [
+        (("images", "images"), "the folder images names no class"),
+        (("annotations/masks", "JPEGImages"), "the folder JPEGImages beside annotations names no class"),
+        (("train/a/images", "train/b/images", "val/images"), "the folder images beside a, b names no class"),
+        (("train/cat", "train/dog", "extra/cat"), "the folder train beside extra is named after a split"),
+        (("train/cat", "train/dog", "unlabeled"), "the folder train beside unlabeled is named after a split"),
+    ],
+)
+def test_folders_that_name_no_class_are_no_classes(folder, tmp_path, places, says):
+    with pytest.raises(BadInput, match=says):
+        read_corpus(put(folder, tmp_path / "tree", places))
+
+
+@pytest.mark.parametrize("train, test", [("seg_train", "seg_test"), ("training_set", "test_set")])
+def test_folders_of_splits_in_folders_of_their_names(folder, tmp_path, train, test):
+    tree = put(folder, tmp_path / "tree", [f"{train}/{train}/cat", f"{train}/{train}/dog", f"{test}/{test}/cat"])
+    rows = read_corpus(tree).rows
+    assert {(row["image"][-6:], row["label"], known_split(row["split"])) for row in rows} == {
+        ("0.webp", "cat", "train"),
+        ("1.webp", "dog", "train"),
+        ("2.webp", "cat", "test"),
+    }
+
+
+def test_classes_that_hold_the_word_of_a_split_are_classes(folder, tmp_path):
+    rows = read_corpus(put(folder, tmp_path / "tree", ["train_station", "crash_test", "train"])).rows
+    assert {row["label"] for row in rows} == {"train_station", "crash_test", "train"} and "split" not in rows[0]
+
+
+def test_a_json_beside_each_picture_holds_its_caption(folder, tmp_path):
+    """As img2dataset writes them, where its texts are not there."""
+    tree = put(folder, tmp_path / "tree", ["00000", "00000", "00001", "00001"])
+    for path, text in zip(sorted(tree.rglob("*.webp")), ('{"caption": "one", "url": "u"}', '{"caption": "two"}', "[]")):
+        path.with_suffix(".json").write_text(text)
+    rows = read_corpus(tree).rows
+    assert [(row["image"], row["caption"]) for row in rows[:2]] == [("00000/0.webp", "one"), ("00000/1.webp", "two")]
+    assert [row["fault"] for row in rows[2:]] == ["its .json is no object", "empty caption"]
+    for path in tree.rglob("*.json"):
+        path.write_text('{"shapes": []}')  # no captions, so that the folders are classes
+    assert {row["caption"] for row in read_corpus(tree).rows} == {"00000", "00001"}
+
+
+def test_boxes_are_no_captions(folder, tmp_path):
+    tree = put(folder, tmp_path / "tree", ["a", "a"])
+    for k in range(2):
+        (tree / "a" / f"{k}.txt").write_text(f"{k} 0.5 0.5 0.25 1e-3\n1 0.1 .1 0.1 0.1\n")
+    with pytest.raises(BadInput, match=r"nothing but numbers, as those of boxes are \(0 0.5 0.5 0.25 1e-3\)"):
+        read_corpus(tree)
+    rows = [picture(0) | {"caption": "[1, 2, 3, 4]"}, picture(1) | {"caption": "1, 2, 3, 4"}]
+    assert len(read_corpus(write_csv(folder / "t.csv", [rows[0], rows[1] | {"caption": "9 9 of 12"}])).rows) == 2
+    with pytest.raises(BadInput, match="nothing but numbers"):
+        read_corpus(write_csv(folder / "t.csv", rows[1:]))
+    assert len(read_corpus(write_csv(folder / "t.csv", [picture(0) | {"caption": "7"}])).rows) == 1
+
+
+def test_a_dict_of_pictures_and_one_of_splits(folder):
+    """The names in a JSON object may be the pictures, or the splits of its lists."""
+    for value in ("a dog", ["a dog"], {"caption": "a dog", "tags": "x"}):
+        (folder / "meta.json").write_text(json.dumps({"0.webp": value, "1.webp": value}))
+        rows = read_corpus(folder / "meta.json").rows
+        assert [(row["image"], row["caption"]) for row in rows] == [("0.webp", "a dog"), ("1.webp", "a dog")]
+    (folder / "meta.json").write_text(json.dumps({"train": [picture(0), picture(1)], "val": [picture(2)]}))
+    rows = read_corpus(folder / "meta.json").rows
+    assert captions_of(rows) == ["caption 0", "caption 1", "caption 2"]
+    assert [row["split"] for row in rows] == ["train", "train", "val"]
+
+
+def test_messages_say_what_is_in_a_table_and_what_to_do(folder, refused):
+    (folder / "nohead.tsv").write_text("a dog\thttp://x.com/1.jpg?size=3\na cat\thttp://x.com/2.jpg\n")
+    refused("embed.py", *TINY, "--data", folder / "nohead.tsv", says=["first line", "http://x.com/1.jpg", "image,caption"])
+    (folder / "utf16.csv").write_bytes("image,caption\n0.webp,a dog\n".encode("utf-16-le"))
+    refused("embed.py", *TINY, "--data", folder / "utf16.csv", says=["utf16.csv", "save it as UTF-8"])
+    (folder / "set").mkdir()
+    (folder / "set" / "train.json").write_text(json.dumps([picture(0)]))
+    (folder / "set" / "test.json").write_text(json.dumps([{"file_name": "1.webp", "id": 1}]))
+    says = ["test.json: no caption column among file_name, id", "take it out of the folder"]
+    refused("embed.py", *TINY, "--data", folder / "set", says=says)
+
+
+def test_a_column_of_addresses_is_not_read_where_another_holds_paths(folder):
+    rows = [{"image": f"https://x/{k}.jpg", "file_name": f"{k}.webp", "caption": "a dog"} for k in range(2)]
+    assert [row["image"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["0.webp", "1.webp"]
+
+
+def test_a_picture_named_without_its_ending(folder):
+    rows = [{"ID": str(k), "caption": f"caption {k}"} for k in range(3)]
+    (folder / "2.jpg").write_bytes(b"")  # it may be this or 2.webp
+    corpus = read_corpus(write_csv(folder / "t.csv", rows), image_column="ID")
+    found = [read_picture(corpus.root, row["image"])[0] for row in corpus.rows]
+    assert [(picture.image, picture.reason) for picture in found] == [
+        ("0.webp", None),
+        ("1.webp", None),
+        (None, "missing file"),
+    ]
+
+
+def test_pictures_in_folders_of_splits_within_images(folder, tmp_path):
+    """COCO's, and tables of splits that number their pictures alike."""
+    tree = put(folder, tmp_path / "tree", ["images/train", "images/val"])
+    (tree / "images" / "val" / "1.webp").rename(tree / "images" / "val" / "0.webp")
+    for split in ("train", "val"):
+        write_csv(tree / f"{split}.csv", [picture(0) | {"caption": split}])
+    rows = read_corpus(tree).rows
+    assert {(row["image"], row["caption"]) for row in rows} == {("images/train/0.webp", "train"), ("images/val/0.webp", "val")}
+
+
+def test_where_missing_pictures_may_be(folder, refused):
+    (folder / "set").mkdir()
+    write_csv(folder / "set" / "train.csv", [picture(0)])
+    says = "missing file; write the folder that it is in into its path"
+    refused("embed.py", *TINY, "--data", folder / "set", says=says)
+    (folder / "set" / "images.zip").touch()
+    refused("embed.py", *TINY, "--data", folder / "set", says="missing file; the pictures may be in images.zip: unpack it")

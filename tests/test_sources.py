@@ -627,3 +627,23 @@ def test_empty_parts_of_a_table_are_passed_over(folder):
         parquet.write_table(part, folder / "parts" / f"part-{number:05}.parquet")
     corpus = read_corpus(folder / "parts")
     assert captions_of(corpus.rows) == ["one"] and "part-00001.parquet: without rows" in corpus.notes
+
+
+def test_captions_that_coco_s_form_marks_as_rejected_are_left_out(tmp_path):
+    """VizWiz's, of pictures that show nothing."""
+    notes = [{"image_id": 1, "id": 1, "caption": "a cup", "is_rejected": False}]
+    notes += [{"image_id": image, "id": 2, "caption": "Quality issues are too severe", "is_rejected": True} for image in (1, 2)]
+    images = [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}]
+    (tmp_path / "train.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    corpus = read_corpus(tmp_path / "train.json")
+    assert captions_of(corpus.rows) == ["a cup"]
+    assert "without 2 that it marks as rejected and 1 pictures that have no others" in corpus.notes[0]
+
+
+def test_lines_end_where_files_end_them_and_within_no_caption(folder, tmp_path):
+    (tmp_path / "results.token").write_text("1.jpg#0\ta dog\u2028on grass\r\n2.jpg#0\ta\x85b\n", newline="")
+    assert captions_of(read_corpus(tmp_path / "results.token").rows) == ["a dog\u2028on grass", "a\x85b"]
+    (tmp_path / "mac").mkdir()
+    shutil.copy(folder / "1.webp", tmp_path / "mac")
+    (tmp_path / "mac" / "1.txt").write_bytes(b"one\rtwo\r")
+    assert captions_of(read_corpus(tmp_path / "mac").rows) == ["one", "two"]

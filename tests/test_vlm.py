@@ -350,6 +350,14 @@ def test_widths_are_what_the_encoder_gives(model):
 # -----------------------------------------------------------------------------------------------------------pictures
 
 
+def test_16_bits_of_either_order_are_one_picture(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    for order in "<>":
+        Image.fromarray(grey.astype(f"{order}u2")).save(tmp_path / f"{order}.tif")
+    little, big = (np.asarray(vlm.open_image(tmp_path / f"{order}.tif")) for order in "<>")
+    assert np.array_equal(little, big) and big[0, 0, 0] == 0 and big[-1, -1, 0] == 255
+
+
 def test_pictures_of_every_mode_become_upright_rgb(tmp_path):
     grey16 = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
     exif = Image.Exif()
