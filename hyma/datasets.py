@@ -42,8 +42,7 @@ from hyma.corpus_files import (
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
 from hyma.pictures import IMAGE_SUFFIXES, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
-from hyma.splits import known_split
-from hyma.table_folders import check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
+from hyma.table_folders import Place, check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
 from hyma.tables import Table, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
 from vlm import BadInput, check_regular
@@ -136,10 +135,10 @@ def read_tables(root, paths, asked):
     paths_of_note = {}  # how tables were understood -> those that were
     notes = []
     several = len(paths) > 1
-    splits = splits_of_tables(root, paths) if several else {}
+    splits = splits_of_tables(root, paths)
     without_split = []
     empty = []
-    in_other_split = {}  # table whose pictures were found in the folder of another split -> (the folder, its rows from, to)
+    places = []
     folder = root
     for path in tqdm(paths, desc="tables", unit="file", disable=len(paths) < 10):
         table = read_table(path, asked)
@@ -155,25 +154,24 @@ def read_tables(root, paths, asked):
         notes += type_labels(path, found, table.class_names.get(columns.label))
         note = f"{columns}{'; ' + table.note if table.note else ''}"
         has_splits = any(row.get("split") for row in found)  # an empty column says nothing
-        if splits.get(path) and not has_splits:
+        if splits[path] and several and not has_splits:
             for row in found:
                 row["split"] = splits[path]
         elif not has_splits:
             if split_by_folders(found):
                 note += "; splits of its pictures' folders"
-            elif any(splits.values()):
+            elif several and any(splits.values()):
                 without_split.append(path)
-        folder = find_root(path, found, root)
-        if splits.get(path) and known_split(folder.name) not in (None, splits[path]):
-            in_other_split[path] = (folder, len(rows), len(rows) + len(found))
+        folder = find_root(path, found, root, splits[path])
         if folder != path.parent:
             note += f"; pictures in {os.path.relpath(folder, root)}"
         paths_of_note.setdefault(note, []).append(path)
         if several:
             prefix_images(found, os.path.relpath(folder, root))
+        if not has_splits:
+            places.append(Place(path, splits[path], folder, slice(len(rows), len(rows) + len(found))))
         rows += found
-    for path, place in in_other_split.items():
-        check_not_shared(path, rows, *place)
+    check_not_shared(places, rows)
     understood = [f"{names_from(root, like)}: {note}" for note, like in paths_of_note.items()]
     if empty:
         notes.append(f"{names_from(root, empty)}: without rows")

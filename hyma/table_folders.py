@@ -2,14 +2,16 @@
 
 import os
 import re
-from pathlib import PurePosixPath
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from hyma.columns import named
 from hyma.corpus_files import HIDDEN
 from hyma.picture_folders import split_of_folders
 from hyma.pictures import find_file, why_no_path
 from hyma.remote import find_remote
-from hyma.splits import known_split, split_of_words
+from hyma.splits import known_split, split_of_pictures, split_of_words
 from vlm import BadInput
 
 ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in which a table lies beside its pictures
@@ -17,12 +19,12 @@ ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def find_root(table, rows, root):
+def find_root(table, rows, root, split):
     """The folder that a table's image paths start from: where most of its pictures are.
 
-    A folder beside it that is named after the table's split, test/ of test.csv; its own, or, as in LLaVA's layout, images/ beside
-    it; the same of the folder that --data names. Where none of these has any, another folder beside the table. Raises BadInput if
-    several of these have some.
+    A folder beside it that is named after its split, test/ or images_test/ of test.csv; its own, or, as in LLaVA's layout,
+    images/ beside it; the same of the folder that --data names. Where none of these has any, another folder beside the table.
+    Raises BadInput if several of these have some.
     """
     few = 4 if find_remote(table) else 500  # over a network each takes a while
     some = rows[:: max(1, len(rows) // few)]
@@ -31,8 +33,9 @@ def find_root(table, rows, root):
     def count_there(folder):
         return sum(find_file(folder, image) is not None for image in images)
 
-    split = split_of_path(table.relative_to(root))
-    of_split = [folder for folder in folders_beside(table, root) if known_split(folder.name) == split] if split else []
+    beside = folders_beside(table, root)
+    of_split = [folder for folder in beside if split and known_split(folder.name) == split]
+    of_split = of_split or [folder for folder in beside if split and split_of_pictures(folder.name) == split]
     usual = of_split[:1] if len(of_split) == 1 else []
     for base in (table.parent, root):
         usual += [base, base / "images", base / "Images"]
@@ -45,7 +48,7 @@ def find_root(table, rows, root):
             break
     if best:
         return best
-    holding = [folder for folder in folders_beside(table, root) if count_there(folder)]
+    holding = [folder for folder in beside if count_there(folder)]
     holding = [folder for folder in holding if folder in of_split] or holding
     if len(holding) > 1:
         raise BadInput(
@@ -54,16 +57,61 @@ def find_root(table, rows, root):
     return holding[0] if holding else table.parent
 
 
-def check_not_shared(table, rows, folder, start, end):
-    """Raises BadInput if another table has a picture of a table whose own were found in the folder of another split: 0.jpg of val.csv
-    in train/, which train.csv means. rows: of all tables; the table's are those from start to end."""
-    others = {row["image"] for row in rows[:start] + rows[end:]}
-    for row in rows[start:end]:
-        if row["image"] in others:
-            raise BadInput(
-                f"--data {table}: its {row['image']} is in another table too, and {folder} is named after another split; bring its own "
-                "pictures, or write their folder into their paths"
-            )
+class Place(NamedTuple):
+    """Where a table's rows are among all rows, and its pictures on the disk."""
+
+    table: Path
+    split: str | None  # what the table is named after
+    folder: Path  # that its pictures were found in
+    rows: slice
+
+    def is_of_other_split(self):
+        """Whether the pictures were found in a folder beside the table that is named after another split."""
+        is_found = self.split and self.folder != self.table.parent
+        return is_found and split_of_pictures(self.folder.name) not in (None, self.split)
+
+
+def check_not_shared(places, rows):
+    """Raises BadInput if a table has most likely taken the pictures of another split for its own: train.csv and val.csv both
+    say 0.jpg, and each means its own folder, of which one is not there or has a name that says nothing.
+
+    In the folder of another split one such picture is enough, or that its table is not read. In any other folder nearly all
+    must be the other table's too, with other captions: of rows that are in both, the picture is the same indeed.
+    """
+    if len(places) == 1 and places[0].is_of_other_split():
+        raise BadInput(
+            f"--data {places[0].table}: its pictures may be those of {places[0].folder}, which is named after another split; "
+            "write that folder into their paths, or bring its own"
+        )
+    pictures_of_split = defaultdict(set)
+    for place in places:
+        pictures_of_split[place.split].update(row["image"] for row in rows[place.rows] if row["image"])
+    if len(pictures_of_split) < 2:
+        return
+    for place in places:
+        own = {row["image"] for row in rows[place.rows] if row["image"]}
+        for split, pictures in pictures_of_split.items():
+            shared = sorted(own & pictures) if split != place.split else []
+            if shared and place.is_of_other_split():
+                raise BadInput(
+                    f"--data {place.table}: its {shared[0]} is in another table too, and {place.folder} is named after another "
+                    "split; bring its own pictures, or write their folder into their paths"
+                )
+            if shared and len(shared) >= 0.9 * len(own) and has_other_captions(place, split, places, rows):
+                raise BadInput(
+                    f"--data {place.table}: {len(shared):,} of its {len(own):,} pictures, {shared[0]} for one, are in a table of "
+                    "another split too, with other captions; write the folder of its own into their paths, or name one table"
+                )
+
+
+def has_other_captions(place, split, places, rows):
+    """Whether most rows of a table are not among those of a split's tables."""
+    others = set()
+    for other in places:
+        if other.split == split:
+            others |= {(row["image"], row["caption"]) for row in rows[other.rows]}
+    own = rows[place.rows]
+    return sum((row["image"], row["caption"]) in others for row in own) < len(own) / 2
 
 
 def folders_beside(table, root):

@@ -437,10 +437,38 @@ def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     shutil.rmtree(folder / "val")
     result, _, _ = embed(folder, out="without")
     assert result.code == 1 and "val.csv: its train/0.webp is in another table too" in result.err
+    result, _, _ = embed(folder / "val.csv", out="alone")
+    assert result.code == 1 and "val.csv: its pictures may be those of" in result.err and "named after another split" in result.err
     write_csv(folder / "train.csv", [picture(k) for k in range(4)])
     write_csv(folder / "val.csv", [picture(k) for k in (4, 5)])  # all are of train/, divided by the user
     _, rows, _ = embed(folder, out="divided")
     assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 2
+
+
+@pytest.mark.parametrize("train, test", [("images", "images_test"), ("train_img", "test_img"), ("images_train", "images_test")])
+def test_a_table_of_a_split_takes_the_folder_of_its_pictures(folder, train, test):
+    """Both tables say 0.webp, and only the word in a folder's name tells which is meant."""
+    tables = {"train": (train, range(6)), "test": (test, range(6, 9))}
+    for split, (name, numbers) in tables.items():
+        (folder / name).mkdir()
+        for place, k in enumerate(numbers):
+            (folder / f"{k}.webp").rename(folder / name / f"{place}.webp")
+        write_csv(folder / f"{split}.csv", [picture(place) | {"caption": f"{split} {place}"} for place in range(len(numbers))])
+    rows = read_corpus(folder).rows
+    assert {(Path(row["image"]).parts[0], row["split"]) for row in rows} == {(train, "train"), (test, "test")}
+
+
+def test_equal_paths_in_two_splits_with_other_captions_are_refused(folder):
+    """images/0.webp is the picture of train.csv alone; that of test.csv is not there. Rows that are in both tables are the same."""
+    (folder / "images").mkdir()
+    for k in range(6):
+        (folder / f"{k}.webp").rename(folder / "images" / f"{k}.webp")
+    write_csv(folder / "train.csv", [picture(k) for k in range(6)])
+    write_csv(folder / "test.csv", [picture(k) for k in range(3)])
+    assert len(read_corpus(folder).rows) == 9
+    write_csv(folder / "test.csv", [picture(k) | {"caption": f"another {k}"} for k in range(3)])
+    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split too"):
+        read_corpus(folder)
 
 
 @pytest.mark.parametrize("image", ["caf\u0065\u0301.webp", "sub\\0.webp", "0.WEBP", " 0.webp"])
