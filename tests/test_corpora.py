@@ -511,6 +511,21 @@ def test_texts_that_may_be_of_several_pictures_are_not_guessed(tmp_path):
         read_corpus(tmp_path)
 
 
+def test_a_mask_beside_a_picture_does_not_get_its_caption(tmp_path):
+    """a.jpg and a.png with one a.txt: nothing says which is meant, beside them or in another folder. a.jpg.txt says it."""
+    for place in ("beside", "elsewhere/images", "elsewhere/texts"):
+        (tmp_path / place).mkdir(parents=True)
+    for pictures, texts in (("beside", "beside"), ("elsewhere/images", "elsewhere/texts")):
+        for name in ("a.jpg", "a.png"):
+            (tmp_path / pictures / name).write_bytes(b"\xff\xd8\xff")
+        (tmp_path / texts / "a.txt").write_text("a dog")
+        with pytest.raises(BadInput, match="a.txt: may be the caption of .*a.jpg or of .*a.png; write a table"):
+            read_corpus(tmp_path / texts.partition("/")[0])
+    (tmp_path / "beside" / "a.txt").rename(tmp_path / "beside" / "a.jpg.txt")
+    rows = read_corpus(tmp_path / "beside").rows
+    assert [(row["image"], row["caption"]) for row in rows if "fault" not in row] == [("a.jpg", "a dog")]
+
+
 @pytest.mark.parametrize("split", ["{}", "data/{}", "a/b/{}"])
 @pytest.mark.parametrize("train, val", [("Train", "Val"), ("training", "validation"), ("train2017", "val2017")])
 def test_folders_of_splits_are_no_classes(folder, embed, split, train, val):
