@@ -42,7 +42,7 @@ from hyma.corpus_files import (
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
 from hyma.pictures import IMAGE_SUFFIXES, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
-from hyma.table_folders import Place, check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
+from hyma.table_folders import Place, check_not_shared, find_root, prefix_images, split_of_each_folder, splits_of_tables
 from hyma.tables import Table, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
 from vlm import BadInput, check_regular
@@ -154,14 +154,18 @@ def read_tables(root, paths, asked):
         notes += type_labels(path, found, table.class_names.get(columns.label))
         note = f"{columns}{'; ' + table.note if table.note else ''}"
         has_splits = any(row.get("split") for row in found)  # an empty column says nothing
-        if splits[path] and several and not has_splits:
-            for row in found:
+        of_folders = {} if has_splits else split_of_each_folder(found)
+        if splits[path] and not has_splits:
+            if of_folders:  # COCO's val2014/ holds pictures that Karpathy's authors train on
+                note += "; the folders of its pictures say no splits, as it is named after one"
+            for row in found if several else ():  # one table alone is divided as any other
                 row["split"] = splits[path]
-        elif not has_splits:
-            if split_by_folders(found):
-                note += "; splits of its pictures' folders"
-            elif several and any(splits.values()):
-                without_split.append(path)
+        elif of_folders:
+            note += "; splits of its pictures' folders"
+            for number, split in of_folders.items():
+                found[number]["split"] = split
+        elif not has_splits and any(splits.values()):
+            without_split.append(path)
         folder = find_root(path, found, root, splits[path])
         if folder != path.parent:
             note += f"; pictures in {os.path.relpath(folder, root)}"

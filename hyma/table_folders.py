@@ -159,22 +159,25 @@ def split_of_path(path):
     return None
 
 
-def split_by_folders(rows):
-    """Gives rows the split that the folder of their picture is named after, if these are different. Folders that all pictures are
-    in say nothing. A picture in a folder beside those of splits, which is none, has the folder's name for one, so that it is not
-    trained on. Returns whether there are such splits."""
-    with_picture = [row for row in rows if row["image"] and why_no_path(row["image"]) is None]
-    folders = [PurePosixPath(row["image"].replace("\\", "/")).parent.parts for row in with_picture]
+def split_of_each_folder(rows):
+    """{row's number: the split that the folder of its picture is named after}, empty if these are not different.
+
+    Folders that all pictures are in say nothing. A picture in a folder beside those of splits, which is none, has the folder's
+    name for one, so that it is not trained on.
+    """
+    with_picture = [number for number, row in enumerate(rows) if row["image"] and why_no_path(row["image"]) is None]
+    folders = [PurePosixPath(rows[number]["image"].replace("\\", "/")).parent.parts for number in with_picture]
     shared = len(os.path.commonprefix(folders))
     folders = [parts[shared:] for parts in folders]
     splits = [split_of_folders(parts) for parts in folders]
     if len(set(splits) - {None}) < 2:
-        return False
+        return {}
     parents = set()  # of the folders of splits
     for parts in set(folders):
         parents |= {parts[:depth] for depth, folder in enumerate(parts) if known_split(folder)}
-    for row, split, parts in zip(with_picture, splits, folders):
+    found = {}
+    for number, split, parts in zip(with_picture, splits, folders):
         beside = [folder for depth, folder in enumerate(parts) if parts[:depth] in parents]
         if split or beside:
-            row["split"] = split or beside[0]
-    return True
+            found[number] = split or beside[0]
+    return found

@@ -942,6 +942,17 @@ def test_splits_of_the_pictures_folders_are_read(folder, case):
     assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_table_named_after_a_split_is_not_divided_by_folders(folder, several):
+    """As Karpathy's training table, which has pictures of COCO's val2014/."""
+    write_csv(folder / "coco_train.csv", [{"image": f"{('train', 'val')[k % 2]}2014/{k}.webp", "caption": f"caption {k}"} for k in range(6)])
+    if several:
+        write_csv(folder / "coco_val.csv", [{"image": "val2014/7.webp", "caption": "caption 7"}])
+    corpus = read_corpus(folder)
+    assert [row.get("split") for row in corpus.rows] == (["train"] * 6 + ["val"] if several else [None] * 6)
+    assert any("the folders of its pictures say no splits, as it is named after one" in note for note in corpus.notes)
+
+
 def test_folders_of_other_sources_beside_one_with_splits_still_train(folder):
     """As in LLaVA's mix: coco/train2014 and coco/val2014 are splits, and vg/ is no third one."""
     rows = table_of_splits(folder, lambda split, k: f"coco/{split}2014/{k}.webp" if k < 12 else f"vg/images/{k}.webp")
