@@ -133,9 +133,8 @@ def read_tables(root, paths, asked):
     """The Corpus of one or several tables."""
     rows = []
     paths_of_note = {}  # how tables were understood -> those that were
-    notes = []
     several = len(paths) > 1
-    splits = splits_of_tables(root, paths)
+    splits, notes = splits_of_tables(root, paths)
     without_split = []
     empty = []
     places = []

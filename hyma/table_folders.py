@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from hyma.columns import named
-from hyma.corpus_files import HIDDEN
+from hyma.corpus_files import HIDDEN, names_from
 from hyma.picture_folders import split_of_folders
 from hyma.pictures import find_file, why_no_path
 from hyma.remote import find_remote
@@ -138,25 +138,29 @@ def prefix_images(rows, folder):
 
 
 def splits_of_tables(root, paths):
-    """{table: the split that its folders or its name say it is of, None where they do not}.
+    """({table: the split that it is of, None where nothing says so}, lines about it).
 
-    Of a saved DatasetDict the folders are the splits, whatever their names: rows of an unknown split are not trained on.
+    A word of its name counts first, then a folder that is named after a split and nothing else, then a word of a folder's name.
+    A folder that all tables are in says nothing, but for a saved DatasetDict, of which the folders are the splits, whatever their
+    names: rows of an unknown split are not trained on.
     """
-    splits = {path: split_of_path(path.relative_to(root)) for path in paths}
-    if any(splits.values()) and (root / "dataset_dict.json").is_file():
+    is_saved = (root / "dataset_dict.json").is_file()
+    folders = {path: path.relative_to(root).parent.parts for path in paths}
+    shared = 0 if is_saved else len(os.path.commonprefix(list(folders.values())))
+    splits = {}
+    named_otherwise = []
+    for path in paths:
+        own_folders = folders[path][shared:]
+        of_folder = split_of_folders(own_folders)
+        likeliest_first = (split_of_words(path.stem), of_folder, *map(split_of_words, own_folders))
+        splits[path] = next(filter(None, likeliest_first), None)
+        if of_folder not in (None, splits[path]):
+            named_otherwise.append(path)
+    if is_saved and any(splits.values()):
         for path in paths:
-            splits[path] = splits[path] or path.relative_to(root).parts[0]
-    return splits
-
-
-def split_of_path(path):
-    """The split that a table's path says it is of, None if it does not. A folder that is named after a split and nothing else
-    counts first, then a word of the table's name, then one of a folder's."""
-    folders = path.parent.parts
-    for split in (split_of_folders(folders), split_of_words(path.stem), *map(split_of_words, folders)):
-        if split:
-            return split
-    return None
+            splits[path] = splits[path] or folders[path][0]
+    what = "of the split in the table's name, and not of that in its folder's"
+    return splits, [f"{names_from(root, named_otherwise)}: {what}"] if named_otherwise else []
 
 
 def split_of_each_folder(rows):

@@ -424,6 +424,18 @@ def test_a_table_of_each_split_and_one_in_a_folder_of_its_own(folder, embed):
     assert captions_of(rows) == [f"caption {k}" for k in range(6)]
 
 
+def test_a_table_s_own_name_counts_before_its_folder_s(folder):
+    """train/val.json is no training table, and a folder that all tables are in says nothing."""
+    for place, tables in {"own": ("train/train.csv", "train/val.csv", "test/test.csv"), "all": ("dev/train.csv", "dev/val.csv")}.items():
+        for k, table in enumerate(tables):
+            (folder / place / table).parent.mkdir(parents=True, exist_ok=True)
+            write_csv(folder / place / table, [{"image": f"../../{k}.webp", "caption": f"caption {k}"}])
+    corpus = read_corpus(folder / "own")
+    assert {row["caption"]: row["split"] for row in corpus.rows} == {"caption 0": "train", "caption 1": "val", "caption 2": "test"}
+    assert "train/val.csv: of the split in the table's name, and not of that in its folder's" in corpus.notes
+    assert [row["split"] for row in read_corpus(folder / "all").rows] == ["train", "val"]
+
+
 def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     """train.csv and val.csv both say 0.webp: each means its own folder, and where that is missing, none."""
     tables = {"train": range(6), "val": range(6, 9)}
