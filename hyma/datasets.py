@@ -44,8 +44,7 @@ from hyma.corpus_files import (
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
 from hyma.pictures import IMAGE_SUFFIXES, find_file, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
-from hyma.splits import known_split
-from hyma.table_folders import check_not_shared, find_root, prefix_images, split_by_folders, splits_of_tables
+from hyma.table_folders import Place, check_not_shared, find_root, prefix_images, split_of_each_folder, splits_of_tables
 from hyma.tables import Table, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
 from vlm import BadInput, check_regular
@@ -182,12 +181,11 @@ def read_tables(root, paths, asked):
     """The Corpus of one or several tables."""
     rows = []
     paths_of_note = {}  # how tables were understood -> those that were
-    notes = []
     several = len(paths) > 1
-    splits = splits_of_tables(root, paths) if several else {}
+    splits, notes = splits_of_tables(root, paths)
     without_split = []
     empty = []
-    in_other_split = {}  # table whose pictures were found in the folder of another split -> (the folder, its rows from, to)
+    places = []
     folder = root
     for path in tqdm(paths, desc="tables", unit="file", disable=len(paths) < 10):
         table = read_table(path, asked)
@@ -203,25 +201,28 @@ def read_tables(root, paths, asked):
         notes += type_labels(path, found, table.class_names.get(columns.label))
         note = f"{columns}{'; ' + table.note if table.note else ''}"
         has_splits = any(row.get("split") for row in found)  # an empty column says nothing
-        if splits.get(path) and not has_splits:
-            for row in found:
+        of_folders = {} if has_splits else split_of_each_folder(found)
+        if splits[path] and not has_splits:
+            if of_folders:  # COCO's val2014/ holds pictures that Karpathy's authors train on
+                note += "; the folders of its pictures say no splits, as it is named after one"
+            for row in found if several else ():  # one table alone is divided as any other
                 row["split"] = splits[path]
-        elif not has_splits:
-            if split_by_folders(found):
-                note += "; splits of its pictures' folders"
-            elif any(splits.values()):
-                without_split.append(path)
-        folder = find_root(path, found, root)
-        if splits.get(path) and known_split(folder.name) not in (None, splits[path]):
-            in_other_split[path] = (folder, len(rows), len(rows) + len(found))
+        elif of_folders:
+            note += "; splits of its pictures' folders"
+            for number, split in of_folders.items():
+                found[number]["split"] = split
+        elif not has_splits and any(splits.values()):
+            without_split.append(path)
+        folder = find_root(path, found, root, splits[path])
         if folder != path.parent:
             note += f"; pictures in {os.path.relpath(folder, root)}"
         paths_of_note.setdefault(note, []).append(path)
         if several:
             prefix_images(found, os.path.relpath(folder, root))
+        if not has_splits:
+            places.append(Place(path, splits[path], folder, slice(len(rows), len(rows) + len(found))))
         rows += found
-    for path, place in in_other_split.items():
-        check_not_shared(path, rows, *place)
+    check_not_shared(places, rows)
     understood = [f"{names_from(root, like)}: {note}" for note, like in paths_of_note.items()]
     if empty:
         notes.append(f"{names_from(root, empty)}: without rows")
@@ -342,7 +343,8 @@ def read_folder(root, files, asked):
     elif (table := read_json_files(root, files, pictures, asked)).records:
         columns = choose_columns(root, table.records, None, asked.caption)
         rows = rows_of_table(root, table, columns)
-        split_by_folders(rows)
+        for number, split in split_of_each_folder(rows).items():
+            rows[number]["split"] = split
         how = f"{root}: the .json files beside the pictures: {columns}"
         notes += type_labels(root / "*.json", rows, None)
     elif all(path.parent == root for path in pictures):

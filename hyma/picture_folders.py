@@ -30,19 +30,20 @@ def find_caption_files(files, pictures):
             if name in texts_of_path:
                 beside[picture] = only_text(picture, texts_of_path[name])
                 break
-    if beside:
-        return beside
+    if not beside:
+        for picture in pictures:
+            texts = texts_of_name[picture.stem]
+            # images/train/a.jpg and captions/train/a.txt
+            texts = [path for path in texts if path.parent.name == picture.parent.name] or texts
+            if texts:
+                elsewhere[picture] = only_text(picture, texts)
+    captions = beside or elsewhere
     picture_of_text = {}
-    for picture in pictures:
-        texts = texts_of_name[picture.stem]
-        # images/train/a.jpg and captions/train/a.txt
-        texts = [path for path in texts if path.parent.name == picture.parent.name] or texts
-        if texts:
-            text = elsewhere[picture] = only_text(picture, texts)
-            other = picture_of_text.setdefault(text, picture)
-            if other.parent != picture.parent:
-                raise BadInput(f"--data {text}: may be the caption of {other} or of {picture}; write a table of image and caption")
-    return elsewhere
+    for picture, text in captions.items():
+        other = picture_of_text.setdefault(text, picture)
+        if other != picture:  # a.png may be the mask of a.jpg
+            raise BadInput(f"--data {text}: may be the caption of {other} or of {picture}; write a table of image and caption")
+    return captions
 
 
 def only_text(picture, texts):

@@ -21,6 +21,7 @@ SPELLINGS = {
     "test": ("test", "testing", "tst", "holdout"),
 }
 SPLIT_OF = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
+PICTURE_WORD = re.compile(r"images?|imgs?|pictures?|pics?|photos?|jpe?gs?|pngs?", re.I)
 
 LEFT_OUT = "left out"  # the split of rows of an adopted folder that cannot be used, but whose vectors are there
 IN_TWO_SPLITS = "in two splits"  # how the reason of a row begins that is left out for its picture's sake
@@ -38,6 +39,12 @@ def known_split(name):
 def has_test_rows(rows):
     """Whether some rows are marked as test rows, in any spelling."""
     return any(known_split(row.get("split")) == "test" for row in rows)
+
+
+def split_of_pictures(name):
+    """The split that a folder of pictures is named after and nothing else: test/, images_test/, train_img/. None if it is not."""
+    words = [word for word in re.split(r"[-_.= ]", name) if not PICTURE_WORD.fullmatch(word)]
+    return known_split("_".join(words))
 
 
 def split_of_words(name):

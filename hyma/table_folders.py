@@ -2,14 +2,16 @@
 
 import os
 import re
-from pathlib import PurePosixPath
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from hyma.columns import named
-from hyma.corpus_files import HIDDEN
+from hyma.corpus_files import HIDDEN, names_from
 from hyma.picture_folders import split_of_folders
 from hyma.pictures import find_file, why_no_path
 from hyma.remote import find_remote
-from hyma.splits import known_split, split_of_words
+from hyma.splits import known_split, split_of_pictures, split_of_words
 from vlm import BadInput
 
 ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in which a table lies beside its pictures
@@ -17,12 +19,12 @@ ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def find_root(table, rows, root):
+def find_root(table, rows, root, split):
     """The folder that a table's image paths start from: where most of its pictures are.
 
-    A folder beside it that is named after the table's split, test/ of test.csv; its own, or, as in LLaVA's layout, images/ beside
-    it; the same of the folder that --data names. Where none of these has any, another folder beside the table. Raises BadInput if
-    several of these have some.
+    A folder beside it that is named after its split, test/ or images_test/ of test.csv; its own, or, as in LLaVA's layout,
+    images/ beside it; the same of the folder that --data names. Where none of these has any, another folder beside the table.
+    Raises BadInput if several of these have some.
     """
     few = 4 if find_remote(table) else 500  # over a network each takes a while
     some = rows[:: max(1, len(rows) // few)]
@@ -31,8 +33,9 @@ def find_root(table, rows, root):
     def count_there(folder):
         return sum(find_file(folder, image) is not None for image in images)
 
-    split = split_of_path(table.relative_to(root))
-    of_split = [folder for folder in folders_beside(table, root) if known_split(folder.name) == split] if split else []
+    beside = folders_beside(table, root)
+    of_split = [folder for folder in beside if split and known_split(folder.name) == split]
+    of_split = of_split or [folder for folder in beside if split and split_of_pictures(folder.name) == split]
     usual = of_split[:1] if len(of_split) == 1 else []
     for base in (table.parent, root):
         usual += [base, base / "images", base / "Images"]
@@ -45,7 +48,7 @@ def find_root(table, rows, root):
             break
     if best:
         return best
-    holding = [folder for folder in folders_beside(table, root) if count_there(folder)]
+    holding = [folder for folder in beside if count_there(folder)]
     holding = [folder for folder in holding if folder in of_split] or holding
     if len(holding) > 1:
         raise BadInput(
@@ -54,16 +57,61 @@ def find_root(table, rows, root):
     return holding[0] if holding else table.parent
 
 
-def check_not_shared(table, rows, folder, start, end):
-    """Raises BadInput if another table has a picture of a table whose own were found in the folder of another split: 0.jpg of val.csv
-    in train/, which train.csv means. rows: of all tables; the table's are those from start to end."""
-    others = {row["image"] for row in rows[:start] + rows[end:]}
-    for row in rows[start:end]:
-        if row["image"] in others:
-            raise BadInput(
-                f"--data {table}: its {row['image']} is in another table too, and {folder} is named after another split; bring its own "
-                "pictures, or write their folder into their paths"
-            )
+class Place(NamedTuple):
+    """Where a table's rows are among all rows, and its pictures on the disk."""
+
+    table: Path
+    split: str | None  # what the table is named after
+    folder: Path  # that its pictures were found in
+    rows: slice
+
+    def is_of_other_split(self):
+        """Whether the pictures were found in a folder beside the table that is named after another split."""
+        is_found = self.split and self.folder != self.table.parent
+        return is_found and split_of_pictures(self.folder.name) not in (None, self.split)
+
+
+def check_not_shared(places, rows):
+    """Raises BadInput if a table has most likely taken the pictures of another split for its own: train.csv and val.csv both
+    say 0.jpg, and each means its own folder, of which one is not there or has a name that says nothing.
+
+    In the folder of another split one such picture is enough, or that its table is not read. In any other folder nearly all
+    must be the other table's too, with other captions: of rows that are in both, the picture is the same indeed.
+    """
+    if len(places) == 1 and places[0].is_of_other_split():
+        raise BadInput(
+            f"--data {places[0].table}: its pictures may be those of {places[0].folder}, which is named after another split; "
+            "write that folder into their paths, or bring its own"
+        )
+    pictures_of_split = defaultdict(set)
+    for place in places:
+        pictures_of_split[place.split].update(row["image"] for row in rows[place.rows] if row["image"])
+    if len(pictures_of_split) < 2:
+        return
+    for place in places:
+        own = {row["image"] for row in rows[place.rows] if row["image"]}
+        for split, pictures in pictures_of_split.items():
+            shared = sorted(own & pictures) if split != place.split else []
+            if shared and place.is_of_other_split():
+                raise BadInput(
+                    f"--data {place.table}: its {shared[0]} is in another table too, and {place.folder} is named after another "
+                    "split; bring its own pictures, or write their folder into their paths"
+                )
+            if shared and len(shared) >= 0.9 * len(own) and has_other_captions(place, split, places, rows):
+                raise BadInput(
+                    f"--data {place.table}: {len(shared):,} of its {len(own):,} pictures, {shared[0]} for one, are in a table of "
+                    "another split too, with other captions; write the folder of its own into their paths, or name one table"
+                )
+
+
+def has_other_captions(place, split, places, rows):
+    """Whether most rows of a table are not among those of a split's tables."""
+    others = set()
+    for other in places:
+        if other.split == split:
+            others |= {(row["image"], row["caption"]) for row in rows[other.rows]}
+    own = rows[place.rows]
+    return sum((row["image"], row["caption"]) in others for row in own) < len(own) / 2
 
 
 def folders_beside(table, root):
@@ -91,43 +139,51 @@ def prefix_images(rows, folder):
 
 
 def splits_of_tables(root, paths):
-    """{table: the split that its folders or its name say it is of, None where they do not}.
+    """({table: the split that it is of, None where nothing says so}, lines about it).
 
-    Of a saved DatasetDict the folders are the splits, whatever their names: rows of an unknown split are not trained on.
+    A word of its name counts first, then a folder that is named after a split and nothing else, then a word of a folder's name.
+    A folder that all tables are in says nothing where their names do, but for a saved DatasetDict, of which the folders are the splits, whatever their
+    names: rows of an unknown split are not trained on.
     """
-    splits = {path: split_of_path(path.relative_to(root)) for path in paths}
-    if any(splits.values()) and (root / "dataset_dict.json").is_file():
+    is_saved = (root / "dataset_dict.json").is_file()
+    folders = {path: path.relative_to(root).parent.parts for path in paths}
+    have_names = any(split_of_words(path.stem) for path in paths)
+    shared = len(os.path.commonprefix(list(folders.values()))) if have_names and not is_saved else 0
+    splits = {}
+    named_otherwise = []
+    for path in paths:
+        own_folders = folders[path][shared:]
+        of_folder = split_of_folders(own_folders)
+        likeliest_first = (split_of_words(path.stem), of_folder, *map(split_of_words, own_folders))
+        splits[path] = next(filter(None, likeliest_first), None)
+        if of_folder not in (None, splits[path]):
+            named_otherwise.append(path)
+    if is_saved and any(splits.values()):
         for path in paths:
-            splits[path] = splits[path] or path.relative_to(root).parts[0]
-    return splits
+            splits[path] = splits[path] or folders[path][0]
+    what = "of the split in the table's name, and not of that in its folder's"
+    return splits, [f"{names_from(root, named_otherwise)}: {what}"] if named_otherwise else []
 
 
-def split_of_path(path):
-    """The split that a table's path says it is of, None if it does not. A folder that is named after a split and nothing else
-    counts first, then a word of the table's name, then one of a folder's."""
-    folders = path.parent.parts
-    for split in (split_of_folders(folders), split_of_words(path.stem), *map(split_of_words, folders)):
-        if split:
-            return split
-    return None
+def split_of_each_folder(rows):
+    """{row's number: the split that the folder of its picture is named after}, empty if these are not different.
 
-
-def split_by_folders(rows):
-    """Gives rows the split that the folder of their picture is named after, if these are different. Folders that all pictures are
-    in say nothing. A picture in a folder beside those of splits, which is none, has the folder's name for one, so that it is not
-    trained on. Returns whether there are such splits."""
-    with_picture = [row for row in rows if row["image"] and why_no_path(row["image"]) is None]
-    folders = [PurePosixPath(row["image"].replace("\\", "/")).parent.parts for row in with_picture]
+    Folders that all pictures are in say nothing. A picture in a folder beside those of splits, which is none, has the folder's
+    name for one, so that it is not trained on.
+    """
+    with_picture = [number for number, row in enumerate(rows) if row["image"] and why_no_path(row["image"]) is None]
+    folders = [PurePosixPath(rows[number]["image"].replace("\\", "/")).parent.parts for number in with_picture]
     shared = len(os.path.commonprefix(folders))
     folders = [parts[shared:] for parts in folders]
     splits = [split_of_folders(parts) for parts in folders]
     if len(set(splits) - {None}) < 2:
-        return False
+        return {}
     parents = set()  # of the folders of splits
     for parts in set(folders):
         parents |= {parts[:depth] for depth, folder in enumerate(parts) if known_split(folder)}
-    for row, split, parts in zip(with_picture, splits, folders):
+    found = {}
+    for number, split, parts in zip(with_picture, splits, folders):
         beside = [folder for depth, folder in enumerate(parts) if parts[:depth] in parents]
         if split or beside:
-            row["split"] = split or beside[0]
-    return True
+            found[number] = split or beside[0]
+    return found

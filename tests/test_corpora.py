@@ -427,6 +427,18 @@ def test_a_table_of_each_split_and_one_in_a_folder_of_its_own(folder, embed):
     assert captions_of(rows) == [f"caption {k}" for k in range(6)]
 
 
+def test_a_table_s_own_name_counts_before_its_folder_s(folder):
+    """train/val.json is no training table, and a folder that all tables are in says nothing."""
+    for place, tables in {"own": ("train/train.csv", "train/val.csv", "test/test.csv"), "all": ("dev/train.csv", "dev/val.csv")}.items():
+        for k, table in enumerate(tables):
+            (folder / place / table).parent.mkdir(parents=True, exist_ok=True)
+            write_csv(folder / place / table, [{"image": f"../../{k}.webp", "caption": f"caption {k}"}])
+    corpus = read_corpus(folder / "own")
+    assert {row["caption"]: row["split"] for row in corpus.rows} == {"caption 0": "train", "caption 1": "val", "caption 2": "test"}
+    assert "train/val.csv: of the split in the table's name, and not of that in its folder's" in corpus.notes
+    assert [row["split"] for row in read_corpus(folder / "all").rows] == ["train", "val"]
+
+
 def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     """train.csv and val.csv both say 0.webp: each means its own folder, and where that is missing, none."""
     tables = {"train": range(6), "val": range(6, 9)}
@@ -440,10 +452,38 @@ def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     shutil.rmtree(folder / "val")
     result, _, _ = embed(folder, out="without")
     assert result.code == 1 and "val.csv: its train/0.webp is in another table too" in result.err
+    result, _, _ = embed(folder / "val.csv", out="alone")
+    assert result.code == 1 and "val.csv: its pictures may be those of" in result.err and "named after another split" in result.err
     write_csv(folder / "train.csv", [picture(k) for k in range(4)])
     write_csv(folder / "val.csv", [picture(k) for k in (4, 5)])  # all are of train/, divided by the user
     _, rows, _ = embed(folder, out="divided")
     assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 2
+
+
+@pytest.mark.parametrize("train, test", [("images", "images_test"), ("train_img", "test_img"), ("images_train", "images_test")])
+def test_a_table_of_a_split_takes_the_folder_of_its_pictures(folder, train, test):
+    """Both tables say 0.webp, and only the word in a folder's name tells which is meant."""
+    tables = {"train": (train, range(6)), "test": (test, range(6, 9))}
+    for split, (name, numbers) in tables.items():
+        (folder / name).mkdir()
+        for place, k in enumerate(numbers):
+            (folder / f"{k}.webp").rename(folder / name / f"{place}.webp")
+        write_csv(folder / f"{split}.csv", [picture(place) | {"caption": f"{split} {place}"} for place in range(len(numbers))])
+    rows = read_corpus(folder).rows
+    assert {(Path(row["image"]).parts[0], row["split"]) for row in rows} == {(train, "train"), (test, "test")}
+
+
+def test_equal_paths_in_two_splits_with_other_captions_are_refused(folder):
+    """images/0.webp is the picture of train.csv alone; that of test.csv is not there. Rows that are in both tables are the same."""
+    (folder / "images").mkdir()
+    for k in range(6):
+        (folder / f"{k}.webp").rename(folder / "images" / f"{k}.webp")
+    write_csv(folder / "train.csv", [picture(k) for k in range(6)])
+    write_csv(folder / "test.csv", [picture(k) for k in range(3)])
+    assert len(read_corpus(folder).rows) == 9
+    write_csv(folder / "test.csv", [picture(k) | {"caption": f"another {k}"} for k in range(3)])
+    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split too"):
+        read_corpus(folder)
 
 
 @pytest.mark.parametrize("image", ["caf\u0065\u0301.webp", "sub\\0.webp", "0.WEBP", " 0.webp"])
@@ -484,6 +524,21 @@ def test_texts_that_may_be_of_several_pictures_are_not_guessed(tmp_path):
     (tmp_path / "images" / "val" / "0.caption").write_text("two")
     with pytest.raises(BadInput, match="0.jpg: its caption may be in .*0.caption, .*0.txt"):
         read_corpus(tmp_path)
+
+
+def test_a_mask_beside_a_picture_does_not_get_its_caption(tmp_path):
+    """a.jpg and a.png with one a.txt: nothing says which is meant, beside them or in another folder. a.jpg.txt says it."""
+    for place in ("beside", "elsewhere/images", "elsewhere/texts"):
+        (tmp_path / place).mkdir(parents=True)
+    for pictures, texts in (("beside", "beside"), ("elsewhere/images", "elsewhere/texts")):
+        for name in ("a.jpg", "a.png"):
+            (tmp_path / pictures / name).write_bytes(b"\xff\xd8\xff")
+        (tmp_path / texts / "a.txt").write_text("a dog")
+        with pytest.raises(BadInput, match="a.txt: may be the caption of .*a.jpg or of .*a.png; write a table"):
+            read_corpus(tmp_path / texts.partition("/")[0])
+    (tmp_path / "beside" / "a.txt").rename(tmp_path / "beside" / "a.jpg.txt")
+    rows = read_corpus(tmp_path / "beside").rows
+    assert [(row["image"], row["caption"]) for row in rows if "fault" not in row] == [("a.jpg", "a dog")]
 
 
 @pytest.mark.parametrize("split", ["{}", "data/{}", "a/b/{}"])
@@ -900,6 +955,17 @@ def test_splits_of_the_pictures_folders_are_read(folder, case):
     if case == "one elsewhere":
         expected[5] = "extra"  # no split, so that it is not trained on
     assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_table_named_after_a_split_is_not_divided_by_folders(folder, several):
+    """As Karpathy's training table, which has pictures of COCO's val2014/."""
+    write_csv(folder / "coco_train.csv", [{"image": f"{('train', 'val')[k % 2]}2014/{k}.webp", "caption": f"caption {k}"} for k in range(6)])
+    if several:
+        write_csv(folder / "coco_val.csv", [{"image": "val2014/7.webp", "caption": "caption 7"}])
+    corpus = read_corpus(folder)
+    assert [row.get("split") for row in corpus.rows] == (["train"] * 6 + ["val"] if several else [None] * 6)
+    assert any("the folders of its pictures say no splits, as it is named after one" in note for note in corpus.notes)
 
 
 def test_folders_of_other_sources_beside_one_with_splits_still_train(folder):
