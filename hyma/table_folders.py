@@ -100,7 +100,8 @@ def check_not_shared(places, rows):
             if shared and len(shared) >= 0.9 * len(own) and has_other_captions(place, split, places, rows):
                 raise BadInput(
                     f"--data {place.table}: {len(shared):,} of its {len(own):,} pictures, {shared[0]} for one, are in a table of "
-                    "another split too, with other captions; write the folder of its own into their paths, or name one table"
+                    "another split, or of none, too, with other captions; write the folder of its own into their paths, or name "
+                    "one table"
                 )
 
 
@@ -141,8 +142,9 @@ def splits_of_tables(root, paths):
     """({table: the split that it is of, None where nothing says so}, lines about it).
 
     A word of its name counts first, then a folder that is named after a split and nothing else, then a word of a folder's name.
-    A folder that all tables are in says nothing, but for a saved DatasetDict, of which the folders are the splits, whatever their
-    names: rows of an unknown split are not trained on.
+    Where one is named train, another that is named after no split, and stands beside those that are, has its name for one, so
+    that it is not trained on. A folder that all tables are in says nothing. Of a saved DatasetDict the folders are the splits,
+    whatever their names.
     """
     is_saved = (root / "dataset_dict.json").is_file()
     folders = {path: path.relative_to(root).parent.parts for path in paths}
@@ -159,6 +161,11 @@ def splits_of_tables(root, paths):
     if is_saved and any(splits.values()):
         for path in paths:
             splits[path] = splits[path] or folders[path][0]
+    if "train" in splits.values():
+        names = {path: (*folders[path][shared:], split_of_words(path.stem) or path.stem) for path in paths}
+        beside = names_beside(names.values())
+        for path in paths:
+            splits[path] = splits[path] or beside.get(names[path])
     what = "of the split in the table's name, and not of that in its folder's"
     return splits, [f"{names_from(root, named_otherwise)}: {what}"] if named_otherwise else []
 
@@ -176,12 +183,19 @@ def split_of_each_folder(rows):
     splits = [split_of_folders(parts) for parts in folders]
     if len(set(splits) - {None}) < 2:
         return {}
-    parents = set()  # of the folders of splits
-    for parts in set(folders):
-        parents |= {parts[:depth] for depth, folder in enumerate(parts) if known_split(folder)}
+    beside = names_beside(set(folders))
+    named_so = {number: split or beside.get(parts) for number, split, parts in zip(with_picture, splits, folders)}
+    return {number: split for number, split in named_so.items() if split}
+
+
+def names_beside(paths):
+    """{path: the name in it that stands beside those of splits, or is one itself}, of paths as tuples of names."""
+    parents = set()
+    for names in paths:
+        parents |= {names[:depth] for depth, name in enumerate(names) if known_split(name)}
     found = {}
-    for number, split, parts in zip(with_picture, splits, folders):
-        beside = [folder for depth, folder in enumerate(parts) if parts[:depth] in parents]
-        if split or beside:
-            found[number] = split or beside[0]
+    for names in paths:
+        beside = [name for depth, name in enumerate(names) if names[:depth] in parents]
+        if beside:
+            found[names] = beside[0]
     return found

@@ -436,6 +436,25 @@ def test_a_table_s_own_name_counts_before_its_folder_s(folder):
     assert [row["split"] for row in read_corpus(folder / "all").rows] == ["train", "val"]
 
 
+@pytest.mark.parametrize(
+    "tables, expected",
+    [
+        (("train", "testmini", "evaluation"), ("train", "test", "test")),
+        (("train_val", "test_dev", "minival"), ("train", "test", "val")),
+        (("train", "extra", "val"), ("train", "extra", "val")),  # read_names knows no extra: it is not trained on
+        (("coco/train", "vg/all"), ("train", None)),  # another source
+        (("all", "test"), (None, "test")),  # nothing else trains
+    ],
+)
+def test_tables_that_are_held_out_by_their_names_are_not_trained_on(folder, tables, expected):
+    for k, table in enumerate(tables):
+        place = folder / "in" / table / "more" / "t.csv"
+        place.parent.mkdir(parents=True)
+        write_csv(place, [{"image": str(folder / f"{k}.webp"), "caption": f"caption {k}"}])
+    rows = sorted(read_corpus(folder / "in").rows, key=lambda row: row["caption"])
+    assert tuple(row.get("split") for row in rows) == expected
+
+
 def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     """train.csv and val.csv both say 0.webp: each means its own folder, and where that is missing, none."""
     tables = {"train": range(6), "val": range(6, 9)}
@@ -479,7 +498,7 @@ def test_equal_paths_in_two_splits_with_other_captions_are_refused(folder):
     write_csv(folder / "test.csv", [picture(k) for k in range(3)])
     assert len(read_corpus(folder).rows) == 9
     write_csv(folder / "test.csv", [picture(k) | {"caption": f"another {k}"} for k in range(3)])
-    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split too"):
+    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split, or of none, too"):
         read_corpus(folder)
 
 
