@@ -148,7 +148,7 @@ def read_tables(root, paths, asked):
             raise BadInput(f"--data {path}: has no rows")
         if len(table.faults) == len(table.records):
             raise BadInput(f"--data {path}: no row can be read; the first: {table.faults[0]}")
-        columns = choose_columns(path, table.records, asked.image, asked.caption, several)
+        columns = choose_columns(path, table.records, asked.image, asked.caption, several, several and splits[path] is not None)
         found = rows_of_table(path, table, columns)
         notes += type_labels(path, found, table.class_names.get(columns.label))
         note = f"{columns}{'; ' + table.note if table.note else ''}"

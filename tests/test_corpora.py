@@ -1030,6 +1030,52 @@ def test_splits_in_columns_of_other_names_or_of_none(folder):
     assert [row["split"] for row in read_corpus(folder / "c.json").rows] == ["train", "test"] * 2
 
 
+@pytest.mark.parametrize(
+    "column, values",
+    [
+        ("phase", ("train", "val", "test")),
+        ("Data Set", ("train", "unused", "test")),
+        ("usage", ("Training", "", "PrivateTest")),
+        ("evaluation_status", ("train_val", "val", "test")),
+        ("is_train", ("True", "1", "false")),
+        ("is_test", (0, 0, 1)),
+    ],
+)
+def test_a_column_of_nothing_but_splits_is_read_whatever_its_name(folder, column, values):
+    rows = [picture(k) | {column: values[k % 3]} for k in range(6)]
+    corpus = read_corpus(write_csv(folder / "t.csv", rows))
+    expected = {"is_train": ["train", "train", "test"], "is_test": ["train", "train", "test"]}.get(column, list(values))
+    assert [row["split"] for row in corpus.rows] == expected * 2 and f"split {column!r}" in corpus.notes[0]
+
+
+def test_columns_of_splits_that_differ_are_not_guessed(folder):
+    """Nor does one beat a table's own name, as the split that a picture once had in another set."""
+    values = ("train", "test")
+    rows = [picture(k) | {"phase": values[k % 2], "mode": values[k // 2 % 2]} for k in range(6)]
+    with pytest.raises(BadInput, match="'phase' and 'mode' both name splits and differ .test, train.; name the one that counts split"):
+        read_corpus(write_csv(folder / "t.csv", rows))
+    rows = [row | {"mode": row["phase"]} for row in rows]
+    assert [row["split"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["train", "test"] * 3
+    for name in ("train", "test"):
+        write_csv(folder / f"{name}.csv", [picture(k) | {"coco_split": values[k % 2]} for k in range(2)])
+    (folder / "t.csv").unlink()
+    assert [row["split"] for row in read_corpus(folder).rows] == ["test"] * 2 + ["train"] * 2
+
+
+def test_a_column_of_splits_of_another_name_in_parquet_and_arrow(folder):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    splits = ["train", None, "test", "val"]
+    columns = {"image": [f"{k}.webp" for k in range(4)], "caption": list("abcd"), "phase": splits, "url": ["test", "x", "y", "train"]}
+    table = arrow.table(columns)
+    parquet.write_table(table, folder / "t.parquet")
+    with arrow.ipc.new_stream(folder / "t.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("t.parquet", "t.arrow"):
+        assert [row["split"] for row in read_corpus(folder / name).rows] == ["train", "", "test", "val"]
+
+
 def test_a_list_of_captions_with_an_empty_item_is_a_list(folder):
     cells = ("['a dog', None]", '["a cat", null]', "['a cow', nan, 'an ox']", "('a hen', 'a hare')")
     rows = [{"image": f"{k}.webp", "caption": cell} for k, cell in enumerate(cells)]
