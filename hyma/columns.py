@@ -130,8 +130,8 @@ def choose_split(path, records, unread, is_part, is_of_split):
             first, second = (known_split(split_value(record, name)) for name in (found[0], other))
             if first != second:
                 raise BadInput(
-                    f"--data {path}: its columns {found[0]!r} and {other!r} both name splits and differ ({first}, {second}); name "
-                    "the one that counts split"
+                    f"--data {path}: its columns {found[0]!r} and {other!r} both name splits and differ ({first}, {second}); "
+                    "name the one that counts split"
                 )
     return found[0] if found else of_name.get("split")
 

@@ -973,6 +973,38 @@ def test_splits_of_the_pictures_folders_are_read(folder, case):
     assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
 
 
+@pytest.mark.parametrize("form", ["{}Images.txt", "Flickr_8k.{}Images.txt", "splits/{}.txt", "{}.csv"])
+def test_lists_of_splits_beside_a_table_are_read(folder, form):
+    """Of names, and of names without their endings. trainval.txt has the training and the validation pictures together."""
+    write_csv(folder / "captions.csv", [picture(k) for k in range(8)])
+    for split, numbers in {"train": range(4), "val": (4, 5), "trainval": range(6), "test": (6,)}.items():
+        path = folder / form.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("image\r\n" * (path.suffix == ".csv") + "".join(f"{k}{'.webp' if k % 2 else ''}\r\n" for k in numbers))
+    corpus = read_corpus(folder)
+    assert [row["split"] for row in corpus.rows] == ["train"] * 4 + ["val"] * 2 + ["test", "in no list"]
+    assert any("splits of the lists beside it" in note for note in corpus.notes)
+    for split in ("train", "trainval"):
+        (folder / form.format(split)).unlink()
+    assert [row["split"] for row in read_corpus(folder).rows] == ["train"] * 4 + ["val"] * 2 + ["test", "train"]
+
+
+def test_lists_of_splits_that_are_not_read_are_named(folder):
+    """Of another form, beside a table and beside pictures with texts; a picture's own text is none."""
+    (folder / "pictures").mkdir()
+    for k in range(3):
+        (folder / f"{k}.webp").rename(folder / "pictures" / f"train_{k}.webp")
+    table = write_csv(folder / "captions.csv", [{"image": f"train_{k}.webp", "caption": f"caption {k}"} for k in range(3)])
+    (folder / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n")
+    line = "not read, though named after splits: train_test_split.txt; splits are a column, or lists of pictures beside a table"
+    assert line in read_corpus(folder).notes and line in read_corpus(table).notes
+    table.unlink()
+    for k in range(3):
+        (folder / "pictures" / f"train_{k}.txt").write_text(f"caption {k}")
+        (folder / f"{k + 3}.webp").rename(folder / "pictures" / f"other_{k}.webp")
+    assert line in read_corpus(folder).notes
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_table_named_after_a_split_is_not_divided_by_folders(folder, several):
     """As Karpathy's training table, which has pictures of COCO's val2014/."""
