@@ -6,10 +6,8 @@ Here they are data like any other, to train on too. As test sets, with their pro
 import re
 from collections import Counter, defaultdict
 
-from hyma.remote import list_folder, read_bytes
 from vlm import BadInput
 
-SPLIT_LIST = re.compile(r".*\.(?P<split>train|dev|test)Images\.txt", re.I)  # Flickr_8k.trainImages.txt, and so on
 TOKEN_LINE = re.compile(r"(?P<image>[^\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 
 
@@ -71,14 +69,8 @@ def is_token_file(path):
     return name.endswith((".token", ".token.txt")) and "lemma" not in name
 
 
-def token_records(path, text):
-    """(records, a note) of lines `picture.jpg#0<tab>caption`, with the splits of the lists that lie beside the file."""
-    split_of_image = {}
-    for file in list_folder(path.parent):
-        found = SPLIT_LIST.fullmatch(file.name)
-        if found:
-            for image in read_bytes(file).decode(errors="surrogateescape").split():
-                split_of_image[image] = found["split"].lower()
+def token_records(text):
+    """(records, {number: fault}) of lines `picture.jpg#0<tab>caption`."""
     records = []
     faults = {}
     for line in text.split("\n"):  # and not at U+2028 and its like, which stand within captions
@@ -90,10 +82,5 @@ def token_records(path, text):
             faults[len(records)] = "no line of picture.jpg#0, a tab and a caption"
             records.append({})
             continue
-        record = {"image": found["image"], "caption": found["caption"]}
-        if split_of_image:
-            # Flickr8k's authors leave some pictures out of all lists: neither to train nor to test on.
-            record["split"] = split_of_image.get(found["image"], "in no list")
-        records.append(record)
-    note = "Flickr's captions"
-    return records, faults, note + "; splits of the lists beside it" if split_of_image else note
+        records.append({"image": found["image"], "caption": found["caption"]})
+    return records, faults

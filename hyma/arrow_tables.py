@@ -4,11 +4,13 @@ A picture in a cell becomes the address of the cell (`hyma/packed.py`) and is no
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from hyma.columns import KEY_COLUMN, NUMBERED_CAPTION, QUESTION_COLUMNS
 from hyma.packed import cell_address, import_arrow, only_item, open_arrow
 from hyma.remote import open_file
+from hyma.splits import known_split
 from hyma.tables import Table
 from vlm import BadInput, read_json
 
@@ -20,6 +22,7 @@ def read_parquet(path, is_known) -> Table:
     arrow = import_arrow(path)
     file = arrow.parquet.ParquetFile(open_file(path), pre_buffer=False)
     names = choose_names(file.schema_arrow, is_known)
+    names += [name for name in names_between_splits(file.metadata) if name not in names]
     records = []
     for group in range(file.num_row_groups):
         # The bytes of pictures are most of a file; where its statistics say that no cell is empty, they are left alone.
@@ -44,6 +47,7 @@ def read_arrow(path, is_known) -> Table:
     """The Table of an arrow file, which is mapped."""
     table = open_arrow(path)
     names = choose_names(table.schema, is_known)
+    names += [name for name in names_of_splits(table.slice(0, ROWS_AT_ONCE)) if name not in names]
     records = []
     for batch in table.select(names).to_batches(ROWS_AT_ONCE):
         records += make_records(path, batch, len(records), is_known)
@@ -61,6 +65,29 @@ def choose_names(schema, is_known):
             known.append(name)
         has_text |= bool(is_known(name, "caption") or is_numbered or plain in QUESTION_COLUMNS)
     return known if has_text and any(is_known(name, "image") for name in known) else schema.names
+
+
+def names_between_splits(metadata):
+    """The columns of a parquet file that may hold splits under any name: by its own statistics their least and greatest texts are
+    splits. So no cell of another column is read, which may be a long one."""
+    ends = defaultdict(set)
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            if column.statistics is not None and column.statistics.has_min_max:
+                ends[column.path_in_schema] |= {column.statistics.min, column.statistics.max}
+    return [name for name, texts in ends.items() if all(isinstance(text, str) and known_split(text) for text in texts)]
+
+
+def names_of_splits(table):
+    """The columns of an arrow table, its first rows, that hold splits and nothing else."""
+    found = []
+    for field in table.schema:
+        if str(field.type).startswith(("string", "large_string", "dictionary<values=string")):
+            texts = set(table[field.name].to_pylist()) - {None, ""}
+            if texts and all(map(known_split, texts)):
+                found.append(field.name)
+    return found
 
 
 def holds_only_pictures(kind, arrow):

@@ -30,11 +30,14 @@ CAPTION_COLUMNS = (
 )
 CONVERSATION_COLUMNS = ("conversations", "messages")  # of CAPTION_COLUMNS: their captions are answers
 LABEL_COLUMNS = ("class_name", "label_name", "label", "class", "category")  # names before what may be numbers
-SPLIT_COLUMNS = ("split", "partition", "subset", "set", "data_set", "dataset_split", "fold")  # all but the first: by their values, too
+# Of splits: the first by its name, these others by their values, too, and one of any other name if its values are nothing else.
+SPLIT_COLUMNS = ("split", "partition", "subset", "set", "set_name", "data_set", "data_split", "dataset_split", "fold")
+SPLIT_FLAGS = {"is_train": ("test", "train"), "is_test": ("train", "test")}  # what false and what true says
+TRUTH = {"false": 0, "0": 0, "0.0": 0, "true": 1, "1": 1, "1.0": 1}
 KEY_COLUMN = "key"  # of img2dataset's tables, which name no file: the picture's name without its ending
 QUESTION_COLUMNS = ("question", "answer", "choices")
 COLUMNS = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
-KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, *SPLIT_COLUMNS}
+KNOWN_COLUMNS = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *LABEL_COLUMNS, *QUESTION_COLUMNS, *SPLIT_COLUMNS, *SPLIT_FLAGS}
 NUMBERED_CAPTION = re.compile(r"(caption|text|sentence|description|comment|raw)[ _-]?\d+")
 
 CLASS_FILES = ("classes.txt", "labels.txt")  # beside a table: the names of its numbers, one a line
@@ -74,9 +77,9 @@ def is_known(name, part=None):
     return name in (COLUMNS[part] if part else KNOWN_COLUMNS)
 
 
-def choose_columns(path, records, image_column, caption_column, is_part=False):
-    """The Columns of a table, decided over all its records. is_part: whether it is one of several tables. Raises BadInput where
-    there is no picture or no caption."""
+def choose_columns(path, records, image_column, caption_column, is_part=False, is_of_split=False):
+    """The Columns of a table, decided over all its records. is_part: whether it is one of several tables; is_of_split: and named
+    after a split. Raises BadInput where there is no picture or no caption."""
     names = {}  # as they are compared -> as they are written
     filled = set()
     for record in records:
@@ -111,18 +114,64 @@ def choose_columns(path, records, image_column, caption_column, is_part=False):
     if not captions and len(questions) < 3:
         without = "; or, if it has no captions, take it out of the folder or give the other tables alone" if is_part else ""
         raise BadInput(f"--data {path}: {no_column('caption', names)}{without}")
-    splits = [names[name] for name in SPLIT_COLUMNS if name in filled and holds_splits(records, names[name], name, is_part)]
-    split = splits[0] if splits else names.get("split")
-    return Columns(image, captions, pick("label", None), split, questions)
+    label = pick("label", None)
+    unread = [name for name in names.values() if name not in (image, *captions, label, *questions.values())]
+    return Columns(image, captions, label, choose_split(path, records, unread, is_part, is_of_split), questions)
 
 
-def holds_splits(records, column, name, is_part):
-    """Whether a column holds splits: one of that name if it holds anything, another if it names two splits at least, or, in one of
-    several tables, which may have the rows of a split each, nothing but splits."""
-    values = {value for record in records if not is_empty(value := record.get(column)) and isinstance(value, str | int | float)}
-    if name == "split":
-        return bool(values)
-    known = set(map(known_split, values))
+def choose_split(path, records, unread, is_part, is_of_split):
+    """The column of splits among those that hold nothing else of a row, or None. A table's own name counts before a column that
+    only its values tell. Raises BadInput where two columns may be it and differ."""
+    of_name = {plain_name(name): name for name in reversed(unread)}
+    for plain in SPLIT_COLUMNS:
+        if plain in of_name and holds_splits(records, of_name[plain], is_part):
+            return of_name[plain]
+    found = [] if is_of_split else [name for name in unread if holds_splits(records, name, is_part)]
+    for other in found[1:]:
+        for record in records:
+            first, second = (known_split(split_value(record, name)) for name in (found[0], other))
+            if first != second:
+                raise BadInput(
+                    f"--data {path}: its columns {found[0]!r} and {other!r} both name splits and differ ({first}, {second}); "
+                    "name the one that counts split"
+                )
+    return found[0] if found else of_name.get("split")
+
+
+def plain_name(column):
+    """A column's name as those of splits are compared."""
+    return re.sub(r"[ -]", "_", str(column).strip().casefold())
+
+
+def split_value(record, column):
+    """A record's value in a column of splits; of is_train and is_test, the split that it says."""
+    value = record.get(column)
+    flag = TRUTH.get(str(value).strip().casefold()) if plain_name(column) in SPLIT_FLAGS else None
+    return value if flag is None else SPLIT_FLAGS[plain_name(column)][flag]
+
+
+def holds_splits(records, column, is_part):
+    """Whether a column holds splits, by its name and its values.
+
+    One that is called split does if it holds anything; one of SPLIT_COLUMNS if it names two splits at least; one of any other
+    name if it names two, and nothing else. In one of several tables, which may have the rows of a split each, one is enough, with
+    nothing else.
+    """
+    is_named = plain_name(column) in SPLIT_COLUMNS
+    splits = {}  # of each value
+    for record in records:
+        value = split_value(record, column)
+        is_single = isinstance(value, str | int | float)
+        if is_empty(value) or (is_single and value in splits):
+            continue
+        split = known_split(value) if is_single else None
+        if split is None and not is_named:
+            return False
+        if is_single:
+            splits[value] = split
+    if plain_name(column) == "split":
+        return bool(splits)
+    known = set(splits.values())
     return len(known - {None}) > 1 or (is_part and bool(known) and None not in known)
 
 
@@ -160,7 +209,7 @@ def make_rows(record, columns, fault=None):
         if columns.label is not None:
             row["label"] = record.get(columns.label)
         if columns.split is not None:
-            row["split"] = as_text(record.get(columns.split))
+            row["split"] = as_text(split_value(record, columns.split))
         if columns.questions:
             row |= read_question(record, columns.questions)
         if columns.captions:

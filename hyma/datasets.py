@@ -44,7 +44,17 @@ from hyma.corpus_files import (
 from hyma.picture_folders import CAPTION_SUFFIXES, find_caption_files, read_class_folders, read_text_files
 from hyma.pictures import IMAGE_SUFFIXES, find_file, is_file
 from hyma.remote import find_remote, list_remote, local_path, open_source
-from hyma.table_folders import Place, check_not_shared, find_root, prefix_images, split_of_each_folder, splits_of_tables
+from hyma.table_folders import (
+    Place,
+    check_not_shared,
+    find_root,
+    lists_beside,
+    prefix_images,
+    split_of_each_folder,
+    split_of_lists,
+    splits_of_tables,
+    unread_lists,
+)
 from hyma.tables import Table, read_json_table, read_text, read_text_table
 from hyma.tars import read_tar
 from vlm import BadInput, check_regular
@@ -184,6 +194,7 @@ def read_tables(root, paths, asked):
     several = len(paths) > 1
     splits, notes = splits_of_tables(root, paths)
     without_split = []
+    lists = []
     empty = []
     places = []
     folder = root
@@ -196,23 +207,27 @@ def read_tables(root, paths, asked):
             raise BadInput(f"--data {path}: has no rows")
         if len(table.faults) == len(table.records):
             raise BadInput(f"--data {path}: no row can be read; the first: {table.faults[0]}")
-        columns = choose_columns(path, table.records, asked.image, asked.caption, several)
+        columns = choose_columns(path, table.records, asked.image, asked.caption, several, several and splits[path] is not None)
         found = rows_of_table(path, table, columns)
         notes += type_labels(path, found, table.class_names.get(columns.label))
         note = f"{columns}{'; ' + table.note if table.note else ''}"
         has_splits = any(row.get("split") for row in found)  # an empty column says nothing
-        of_folders = {} if has_splits else split_of_each_folder(found)
         if splits[path] and not has_splits:
-            if of_folders:  # COCO's val2014/ holds pictures that Karpathy's authors train on
+            if split_of_each_folder(found):  # COCO's val2014/ holds pictures that Karpathy's authors train on
                 note += "; the folders of its pictures say no splits, as it is named after one"
             for row in found if several else ():  # one table alone is divided as any other
                 row["split"] = splits[path]
-        elif of_folders:
-            note += "; splits of its pictures' folders"
-            for number, split in of_folders.items():
+        elif not has_splits:
+            of_lists = split_of_lists(path, found)
+            of_rows = of_lists or split_of_each_folder(found)
+            for number, split in of_rows.items():
                 found[number]["split"] = split
-        elif not has_splits and any(splits.values()):
-            without_split.append(path)
+            if of_rows:
+                note += "; splits of the lists beside it" if of_lists else "; splits of its pictures' folders"
+            elif any(splits.values()):
+                without_split.append(path)
+            else:
+                lists += lists_beside(path)
         folder = find_root(path, found, root, splits[path])
         if folder != path.parent:
             note += f"; pictures in {os.path.relpath(folder, root)}"
@@ -230,6 +245,7 @@ def read_tables(root, paths, asked):
         raise BadInput(f"--data {root}: its {len(paths):,} tables have no rows")
     if without_split:
         notes.append(f"{names_from(root, without_split)}: named after no split, as other tables are, so that their rows train")
+    notes += unread_lists(root, lists, rows)
     stem = paths[0].name[: -len(table_suffix(paths[0]))]
     if several or is_part(stem):
         name = root.resolve().name
@@ -271,8 +287,8 @@ def read_records(path, asked):
     if is_tar(path):
         return read_tar(path, asked)
     if is_token_file(path):
-        records, faults, note = token_records(path, read_text(path))
-        return Table(records, faults, note=note)
+        records, faults = token_records(read_text(path))
+        return Table(records, faults, note="Flickr's captions")
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         return read_text_table(path, asked.is_known)
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
@@ -338,6 +354,7 @@ def read_folder(root, files, asked):
     """The Corpus of a folder without a table: a.jpg with a.txt or a.json, or pictures in folders named after their classes."""
     pictures, notes = sort_files(root, files)
     captions = find_caption_files(files, pictures)
+    read = set(captions.values())
     if captions:
         rows, how = read_text_files(root, pictures, captions)
     elif (table := read_json_files(root, files, pictures, asked)).records:
@@ -356,4 +373,6 @@ def read_folder(root, files, asked):
         unread = Counter(path.suffix.lower() for path in files if path.suffix.lower() in (*CAPTION_SUFFIXES, ".json"))
         if unread:
             how += f"; not read, as they are named after no picture: {named([f'{count:,} {kind}' for kind, count in unread.items()])}"
-    return Corpus(root, root.resolve().name, rows, None, str(root), (*notes, how))
+    described = {path.with_suffix("") for path in pictures}
+    lists = [path for path in files if path.with_suffix("") not in described and path not in read]
+    return Corpus(root, root.resolve().name, rows, None, str(root), (*notes, how, *unread_lists(root, lists, rows)))

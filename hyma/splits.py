@@ -17,8 +17,11 @@ from vlm import BadInput
 SPELLINGS = {
     # restval: Karpathy's COCO, whose authors train on it
     "train": ("train", "training", "trn", "restval", "trainval"),
-    "val": ("val", "valid", "validation", "validate", "dev", "development", "eval"),
-    "test": ("test", "testing", "tst", "holdout"),
+    "val": ("val", "valid", "validation", "validate", "dev", "development", "eval", "minival"),
+    "test": (
+        *("test", "testing", "tst", "holdout", "heldout", "evaluation", "testmini", "testdev", "devtest", "valtest"),
+        *("publictest", "privatetest"),  # of a contest
+    ),
 }
 SPLIT_OF = {spelling: split for split, spellings in SPELLINGS.items() for spelling in spellings}
 PICTURE_WORD = re.compile(r"images?|imgs?|pictures?|pics?|photos?|jpe?gs?|pngs?", re.I)
@@ -30,10 +33,10 @@ MOST_HELD_OUT = 5000
 
 
 def known_split(name):
-    """train, val or test for a name as people write it (Train, val2014, test-images, testA, test2), None for any other."""
+    """train, val or test for a name as people write it (Train, val2014, test-images, testA, train_val), None for any other."""
     plain = re.sub(r"(?<=[a-z])[A-Z]$", "", str(name).strip()).casefold()
     plain = re.sub(r"[-_ ]?(\d{1,4}|images|imgs|set|split|data)$", "", plain)
-    return SPLIT_OF.get(plain)
+    return SPLIT_OF.get(re.sub(r"[-_ ]", "", plain))
 
 
 def has_test_rows(rows):
@@ -51,9 +54,11 @@ def split_of_words(name):
     """The split that a word of a table's name is, or of its folder's: train.csv, cc3m-validation-0000.tar,
     captions_val2017.json, test_unseen/, split=test/.
 
-    None if there is none, or if there are two.
+    None if there is none, or if train is one of two: test_dev and val_test are to test on.
     """
-    found = set(map(known_split, re.split(r"[-_.= ]", name))) - {None}
+    found = {known_split(name)} - {None} or set(map(known_split, re.split(r"[-_.= ]", name))) - {None}
+    if found == {"val", "test"}:
+        return "test"
     return found.pop() if len(found) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""What the folders around a table say: where its pictures lie, and which split its rows are of."""
+"""What the folders around a table say, and lists in them: where its pictures lie, and which split its rows are of."""
 
 import os
 import re
@@ -6,12 +6,14 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from hyma.annotations import is_token_file
 from hyma.columns import named
 from hyma.corpus_files import HIDDEN, names_from
 from hyma.picture_folders import split_of_folders
 from hyma.pictures import find_file, why_no_path
-from hyma.remote import find_remote
-from hyma.splits import known_split, split_of_pictures, split_of_words
+from hyma.remote import find_remote, list_folder
+from hyma.splits import SPELLINGS, known_split, split_of_pictures, split_of_words
+from hyma.tables import read_text
 from vlm import BadInput
 
 ANNOTATION_FOLDER = re.compile(r"annotations?|captions?|(.*_)?text", re.I)  # in which a table lies beside its pictures
@@ -100,7 +102,8 @@ def check_not_shared(places, rows):
             if shared and len(shared) >= 0.9 * len(own) and has_other_captions(place, split, places, rows):
                 raise BadInput(
                     f"--data {place.table}: {len(shared):,} of its {len(own):,} pictures, {shared[0]} for one, are in a table of "
-                    "another split too, with other captions; write the folder of its own into their paths, or name one table"
+                    "another split, or of none, too, with other captions; write the folder of its own into their paths, or name "
+                    "one table"
                 )
 
 
@@ -142,8 +145,9 @@ def splits_of_tables(root, paths):
     """({table: the split that it is of, None where nothing says so}, lines about it).
 
     A word of its name counts first, then a folder that is named after a split and nothing else, then a word of a folder's name.
-    A folder that all tables are in says nothing where their names do, but for a saved DatasetDict, of which the folders are the splits, whatever their
-    names: rows of an unknown split are not trained on.
+    Where one is named train, another that is named after no split, and stands beside those that are, has its name for one, so
+    that it is not trained on. A folder that all tables are in says nothing where their names do. Of a saved DatasetDict the
+    folders are the splits, whatever their names.
     """
     is_saved = (root / "dataset_dict.json").is_file()
     folders = {path: path.relative_to(root).parent.parts for path in paths}
@@ -161,6 +165,11 @@ def splits_of_tables(root, paths):
     if is_saved and any(splits.values()):
         for path in paths:
             splits[path] = splits[path] or folders[path][0]
+    if "train" in splits.values():
+        names = {path: (*folders[path][shared:], split_of_words(path.stem) or path.stem) for path in paths}
+        beside = names_beside(names.values())
+        for path in paths:
+            splits[path] = splits[path] or beside.get(names[path])
     what = "of the split in the table's name, and not of that in its folder's"
     return splits, [f"{names_from(root, named_otherwise)}: {what}"] if named_otherwise else []
 
@@ -178,12 +187,74 @@ def split_of_each_folder(rows):
     splits = [split_of_folders(parts) for parts in folders]
     if len(set(splits) - {None}) < 2:
         return {}
-    parents = set()  # of the folders of splits
-    for parts in set(folders):
-        parents |= {parts[:depth] for depth, folder in enumerate(parts) if known_split(folder)}
+    beside = names_beside(set(folders))
+    named_so = {number: split or beside.get(parts) for number, split, parts in zip(with_picture, splits, folders)}
+    return {number: split for number, split in named_so.items() if split}
+
+
+def names_beside(paths):
+    """{path: the name in it that stands beside those of splits, or is one itself}, of paths as tuples of names."""
+    parents = set()
+    for names in paths:
+        parents |= {names[:depth] for depth, name in enumerate(names) if known_split(name)}
     found = {}
-    for number, split, parts in zip(with_picture, splits, folders):
-        beside = [folder for depth, folder in enumerate(parts) if parts[:depth] in parents]
-        if split or beside:
-            found[number] = split or beside[0]
+    for names in paths:
+        beside = [name for depth, name in enumerate(names) if names[:depth] in parents]
+        if beside:
+            found[names] = beside[0]
     return found
+
+
+# ------------------------------------------------------------------------------------------------------ lists of splits
+
+
+def split_of_lists(table, rows):
+    """{row's number: the split of the lists beside the table that its picture is in}, empty without such lists: trainImages.txt,
+    val.txt, test.csv, of which half the lines at least are pictures of the table, with or without their endings.
+
+    A picture in two lists is held out. One in no list is neither trained nor tested on, as Flickr8k's authors have it, but for
+    lists of held-out pictures alone.
+    """
+    lists = [(path, split_of_words(path.stem)) for path in lists_beside(table) if path.suffix.lower() != ".json"]
+    lists = [(path, split) for path, split in lists if split]
+    if not lists:
+        return {}
+    images_of_name = defaultdict(set)
+    for image in {row["image"] for row in rows if row["image"]}:
+        path = PurePosixPath(image.replace("\\", "/"))
+        for name in {str(path), str(path.with_suffix("")), path.name, path.stem} - {""}:
+            images_of_name[name].add(image)
+    split_of_image = {}
+    for path, split in sorted(lists, key=lambda pair: list(SPELLINGS).index(pair[1])):
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        found = [images_of_name[line] for line in lines if len(images_of_name.get(line, ())) == 1]
+        if len(found) >= len(lines) / 2:  # a header may be among them
+            split_of_image |= {image: split for (image,) in found}
+    if not split_of_image:
+        return {}
+    other = "in no list" if "train" in split_of_image.values() else "train"
+    return {number: split_of_image.get(row["image"], other) for number, row in enumerate(rows)}
+
+
+def lists_beside(table):
+    """The files beside a table, and in splits/ there, that may be lists of splits."""
+    if find_remote(table):
+        files = list_folder(table.parent) if is_token_file(table) else []  # a listing may be long
+    else:
+        folders = [table.parent, table.parent / "splits"]
+        files = [folder / entry.name for folder in folders if folder.is_dir() for entry in os.scandir(folder)]
+    return sorted(path for path in files if path != table and may_list_splits(path))
+
+
+def may_list_splits(path):
+    """Whether a file's name holds the word of a split: train_test_split.txt."""
+    words = re.split(r"[-_.= ]", path.stem)
+    return path.suffix.lower() in (".txt", ".csv", ".json") and any(known_split(word) or word == "split" for word in words)
+
+
+def unread_lists(root, files, rows):
+    """A line that names those of the files that may be lists of splits, where no row has a split; none without such files."""
+    names = sorted({os.path.relpath(path, root) for path in files if may_list_splits(path)})
+    if not names or any(row.get("split") for row in rows):
+        return []
+    return [f"not read, though named after splits: {named(names)}; splits are a column, or lists of pictures beside a table"]

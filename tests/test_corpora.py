@@ -439,6 +439,25 @@ def test_a_table_s_own_name_counts_before_its_folder_s(folder):
     assert [row["split"] for row in read_corpus(folder / "all").rows] == ["train", "val"]
 
 
+@pytest.mark.parametrize(
+    "tables, expected",
+    [
+        (("train", "testmini", "evaluation"), ("train", "test", "test")),
+        (("train_val", "test_dev", "minival"), ("train", "test", "val")),
+        (("train", "extra", "val"), ("train", "extra", "val")),  # read_names knows no extra: it is not trained on
+        (("coco/train", "vg/all"), ("train", None)),  # another source
+        (("all", "test"), (None, "test")),  # nothing else trains
+    ],
+)
+def test_tables_that_are_held_out_by_their_names_are_not_trained_on(folder, tables, expected):
+    for k, table in enumerate(tables):
+        place = folder / "in" / table / "more" / "t.csv"
+        place.parent.mkdir(parents=True)
+        write_csv(place, [{"image": str(folder / f"{k}.webp"), "caption": f"caption {k}"}])
+    rows = sorted(read_corpus(folder / "in").rows, key=lambda row: row["caption"])
+    assert tuple(row.get("split") for row in rows) == expected
+
+
 def test_a_table_does_not_take_the_pictures_of_another_split(folder, embed):
     """train.csv and val.csv both say 0.webp: each means its own folder, and where that is missing, none."""
     tables = {"train": range(6), "val": range(6, 9)}
@@ -482,7 +501,7 @@ def test_equal_paths_in_two_splits_with_other_captions_are_refused(folder):
     write_csv(folder / "test.csv", [picture(k) for k in range(3)])
     assert len(read_corpus(folder).rows) == 9
     write_csv(folder / "test.csv", [picture(k) | {"caption": f"another {k}"} for k in range(3)])
-    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split too"):
+    with pytest.raises(BadInput, match="test.csv: 3 of its 3 pictures, images/0.webp for one, are in a table of another split, or of none, too"):
         read_corpus(folder)
 
 
@@ -957,6 +976,38 @@ def test_splits_of_the_pictures_folders_are_read(folder, case):
     assert splits == expected and any("splits of its pictures' folders" in note for note in corpus.notes)
 
 
+@pytest.mark.parametrize("form", ["{}Images.txt", "Flickr_8k.{}Images.txt", "splits/{}.txt", "{}.csv"])
+def test_lists_of_splits_beside_a_table_are_read(folder, form):
+    """Of names, and of names without their endings. trainval.txt has the training and the validation pictures together."""
+    write_csv(folder / "captions.csv", [picture(k) for k in range(8)])
+    for split, numbers in {"train": range(4), "val": (4, 5), "trainval": range(6), "test": (6,)}.items():
+        path = folder / form.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("image\r\n" * (path.suffix == ".csv") + "".join(f"{k}{'.webp' if k % 2 else ''}\r\n" for k in numbers))
+    corpus = read_corpus(folder)
+    assert [row["split"] for row in corpus.rows] == ["train"] * 4 + ["val"] * 2 + ["test", "in no list"]
+    assert any("splits of the lists beside it" in note for note in corpus.notes)
+    for split in ("train", "trainval"):
+        (folder / form.format(split)).unlink()
+    assert [row["split"] for row in read_corpus(folder).rows] == ["train"] * 4 + ["val"] * 2 + ["test", "train"]
+
+
+def test_lists_of_splits_that_are_not_read_are_named(folder):
+    """Of another form, beside a table and beside pictures with texts; a picture's own text is none."""
+    (folder / "pictures").mkdir()
+    for k in range(3):
+        (folder / f"{k}.webp").rename(folder / "pictures" / f"train_{k}.webp")
+    table = write_csv(folder / "captions.csv", [{"image": f"train_{k}.webp", "caption": f"caption {k}"} for k in range(3)])
+    (folder / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n")
+    line = "not read, though named after splits: train_test_split.txt; splits are a column, or lists of pictures beside a table"
+    assert line in read_corpus(folder).notes and line in read_corpus(table).notes
+    table.unlink()
+    for k in range(3):
+        (folder / "pictures" / f"train_{k}.txt").write_text(f"caption {k}")
+        (folder / f"{k + 3}.webp").rename(folder / "pictures" / f"other_{k}.webp")
+    assert line in read_corpus(folder).notes
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_table_named_after_a_split_is_not_divided_by_folders(folder, several):
     """As Karpathy's training table, which has pictures of COCO's val2014/."""
@@ -1012,6 +1063,52 @@ def test_splits_in_columns_of_other_names_or_of_none(folder):
     notes = [{"image_id": k, "caption": f"caption {k}"} for k in range(4)]
     (folder / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
     assert [row["split"] for row in read_corpus(folder / "c.json").rows] == ["train", "test"] * 2
+
+
+@pytest.mark.parametrize(
+    "column, values",
+    [
+        ("phase", ("train", "val", "test")),
+        ("Data Set", ("train", "unused", "test")),
+        ("usage", ("Training", "", "PrivateTest")),
+        ("evaluation_status", ("train_val", "val", "test")),
+        ("is_train", ("True", "1", "false")),
+        ("is_test", (0, 0, 1)),
+    ],
+)
+def test_a_column_of_nothing_but_splits_is_read_whatever_its_name(folder, column, values):
+    rows = [picture(k) | {column: values[k % 3]} for k in range(6)]
+    corpus = read_corpus(write_csv(folder / "t.csv", rows))
+    expected = {"is_train": ["train", "train", "test"], "is_test": ["train", "train", "test"]}.get(column, list(values))
+    assert [row["split"] for row in corpus.rows] == expected * 2 and f"split {column!r}" in corpus.notes[0]
+
+
+def test_columns_of_splits_that_differ_are_not_guessed(folder):
+    """Nor does one beat a table's own name, as the split that a picture once had in another set."""
+    values = ("train", "test")
+    rows = [picture(k) | {"phase": values[k % 2], "mode": values[k // 2 % 2]} for k in range(6)]
+    with pytest.raises(BadInput, match="'phase' and 'mode' both name splits and differ .test, train.; name the one that counts split"):
+        read_corpus(write_csv(folder / "t.csv", rows))
+    rows = [row | {"mode": row["phase"]} for row in rows]
+    assert [row["split"] for row in read_corpus(write_csv(folder / "t.csv", rows)).rows] == ["train", "test"] * 3
+    for name in ("train", "test"):
+        write_csv(folder / f"{name}.csv", [picture(k) | {"coco_split": values[k % 2]} for k in range(2)])
+    (folder / "t.csv").unlink()
+    assert [row["split"] for row in read_corpus(folder).rows] == ["test"] * 2 + ["train"] * 2
+
+
+def test_a_column_of_splits_of_another_name_in_parquet_and_arrow(folder):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    splits = ["train", None, "test", "val"]
+    columns = {"image": [f"{k}.webp" for k in range(4)], "caption": list("abcd"), "phase": splits, "url": ["test", "x", "y", "train"]}
+    table = arrow.table(columns)
+    parquet.write_table(table, folder / "t.parquet")
+    with arrow.ipc.new_stream(folder / "t.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("t.parquet", "t.arrow"):
+        assert [row["split"] for row in read_corpus(folder / name).rows] == ["train", "", "test", "val"]
 
 
 def test_a_list_of_captions_with_an_empty_item_is_a_list(folder):
