@@ -105,9 +105,11 @@ def read_source(data, asked):
         return read_tables(data, saved, asked)
     notes = []
     files = [path for path in sorted(data.iterdir()) if is_file(path)]
-    if not find_tables(data, files):
+    tables = find_tables(data, files)
+    if not tables:
         files, notes = list_files(data)
-    corpus = read_files_of_folder(data, files, asked)
+        tables = find_tables(data, files)
+    corpus = read_files_of_folder(data, files, tables, asked)
     return corpus._replace(notes=(*notes, *corpus.notes))
 
 
@@ -132,12 +134,14 @@ def read_remote(data, asked):
     if files == [data]:
         return read_tables(data.parent, files, asked)
     own = [path for path in files if path.parent == data]
-    return read_files_of_folder(data, own if find_tables(data, own) else files, asked)
+    tables = find_tables(data, own)
+    if tables:
+        return read_files_of_folder(data, own, tables, asked)
+    return read_files_of_folder(data, files, find_tables(data, files), asked)
 
 
-def read_files_of_folder(root, files, asked):
-    """The Corpus of a folder: of the tables among its files, else of its pictures. Tables that are not read are named."""
-    tables = find_tables(root, files)
+def read_files_of_folder(root, files, tables, asked):
+    """The Corpus of a folder: of the tables found among its files, else of its pictures. Tables that are not read are named."""
     if not tables:
         return read_folder(root, files, asked)
     corpus = read_tables(root, tables, asked)

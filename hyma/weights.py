@@ -57,7 +57,7 @@ def open_recorded(recorded, weights, device):
 
 
 def why_not_opened(error):
-    """What is said of a BadInput where an encoder that does not open is passed over."""
+    """The reason, for a line about an encoder that is passed over as it does not open. error: a BadInput."""
     return error.in_short if isinstance(error, vlm.MissingWeights) else str(error)
 
 
