@@ -72,6 +72,7 @@ class Corpus(NamedTuple):
     protocol: str | None = None  # of a standard set: which files were read, and how; reported with every score
     source: str = ""  # what was read, for messages
     notes: tuple[str, ...] = ()  # what had to be found out about it, a line each
+    lists: tuple[Path, ...] = ()  # of splits, that were read beside its tables
 
 
 def read_corpus(data, image_column=None, caption_column=None):
@@ -145,7 +146,7 @@ def read_files_of_folder(root, files, tables, asked):
     if not tables:
         return read_folder(root, files, asked)
     corpus = read_tables(root, tables, asked)
-    passed_over = tables_passed_over(root, files, tables)
+    passed_over = [path for path in tables_passed_over(root, files, tables) if path not in corpus.lists]
     if not passed_over:
         return corpus
     names = {path.name for path in tables}
@@ -198,7 +199,8 @@ def read_tables(root, paths, asked):
     several = len(paths) > 1
     splits, notes = splits_of_tables(root, paths)
     without_split = []
-    lists = []
+    lists = []  # that may be of splits, beside tables without any
+    lists_read = []
     empty = []
     places = []
     folder = root
@@ -222,7 +224,8 @@ def read_tables(root, paths, asked):
             for row in found if several else ():  # one table alone is divided as any other
                 row["split"] = splits[path]
         elif not has_splits:
-            of_lists = split_of_lists(path, found)
+            of_lists, used = split_of_lists(path, found)
+            lists_read += used
             of_rows = of_lists or split_of_each_folder(found)
             for number, split in of_rows.items():
                 found[number]["split"] = split
@@ -256,7 +259,7 @@ def read_tables(root, paths, asked):
     else:
         name = paths[0].resolve().parent.name if stem in UNNAMED_STEMS else stem
     source = names_from(root, paths)
-    return Corpus(root if several else folder, name, rows, None, source, (*understood, *notes))
+    return Corpus(root if several else folder, name, rows, None, source, (*understood, *notes), tuple(lists_read))
 
 
 def is_part(stem):

@@ -209,8 +209,8 @@ def names_beside(paths):
 
 
 def split_of_lists(table, rows):
-    """{row's number: the split of the lists beside the table that its picture is in}, empty without such lists: trainImages.txt,
-    val.txt, test.csv, of which half the lines at least are pictures of the table, with or without their endings.
+    """({row's number: the split of the lists beside the table that its picture is in}, the lists), both empty without such lists:
+    trainImages.txt, val.txt, test.csv, of which half the lines at least are pictures of the table, with or without their endings.
 
     A picture in two lists is held out. One in no list is neither trained nor tested on, as Flickr8k's authors have it, but for
     lists of held-out pictures alone.
@@ -218,22 +218,24 @@ def split_of_lists(table, rows):
     lists = [(path, split_of_words(path.stem)) for path in lists_beside(table) if path.suffix.lower() != ".json"]
     lists = [(path, split) for path, split in lists if split]
     if not lists:
-        return {}
+        return {}, []
     images_of_name = defaultdict(set)
     for image in {row["image"] for row in rows if row["image"]}:
         path = PurePosixPath(image.replace("\\", "/"))
         for name in {str(path), str(path.with_suffix("")), path.name, path.stem} - {""}:
             images_of_name[name].add(image)
     split_of_image = {}
+    used = []
     for path, split in sorted(lists, key=lambda pair: list(SPELLINGS).index(pair[1])):
         lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         found = [images_of_name[line] for line in lines if len(images_of_name.get(line, ())) == 1]
         if len(found) >= len(lines) / 2:  # a header may be among them
             split_of_image |= {image: split for (image,) in found}
+            used.append(path)
     if not split_of_image:
-        return {}
+        return {}, []
     other = "in no list" if "train" in split_of_image.values() else "train"
-    return {number: split_of_image.get(row["image"], other) for number, row in enumerate(rows)}
+    return {number: split_of_image.get(row["image"], other) for number, row in enumerate(rows)}, used
 
 
 def lists_beside(table):
